@@ -1,0 +1,55 @@
+"""Shared pieces of the tests: small settings, a single-process runtime, text that every CPython has."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import train_gpt as tg  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+
+TINY = dict(vocab_size=260, tokenizer_path="byte260", num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2,
+            train_seq_len=32, train_batch_tokens=128, micro_batch_tokens=64, keep_float_max_numel=256, eval_stride=8)
+FULL = dict(TINY, bigram_vocab_size=64, bigram_dim=8, smear=True, smear_bos_mask=True, ve_layers=(1, 2), ve_dim=8,
+            xsa_last_n=2, rope_dims=4, ln_scale=True, leaky_slope=0.5, mlp_mult=2.5)
+# What a tiny run on synthetic text needs, as environment variables.
+TINY_RUN = dict(SMOKE="1", NUM_LAYERS="2", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="64",
+                TRAIN_BATCH_TOKENS="256", MICRO_BATCH_TOKENS="64", VE_LAYERS="1", ITERATIONS="6", WARMUP_STEPS="1",
+                WARMDOWN_ITERS="3", VAL_LOSS_EVERY="0", SAMPLE_TOKENS="0", EVAL_STRIDE="16", VAL_TOKENS="700")
+
+
+@pytest.fixture(scope="session")
+def rt():
+    return tg.Runtime(tg.Config(device="cpu"), {})
+
+
+@pytest.fixture
+def ledger(tmp_path, rt):
+    return tg.Ledger(tmp_path / "out", rt)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """This process's environment without settings, plus the given ones; for subprocesses."""
+    kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS and name != "CONFIG"}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
+
+
+def randomized(cfg, seed=0):
+    """A model whose every parameter is random, so that nothing hides behind a zero or a one."""
+    import torch
+
+    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 2 else 0.5))
+    return model

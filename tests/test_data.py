@@ -1,0 +1,178 @@
+"""Shards, the token stream, batches and bytes."""
+
+import pydoc_data.topics
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, TINY
+
+import train_gpt as tg
+
+
+def test_shard_round_trip_and_format(tmp_path, rng):
+    path, tokens = tmp_path / "a.bin", rng.integers(0, 65536, 1000)
+    tg.write_shard(path, tokens)
+    raw = path.read_bytes()
+    assert struct.unpack("<3i", raw[:12]) == (20240520, 1, 1000) and len(raw) == 1024 + 2000 and not any(raw[12:1024])
+    assert np.array_equal(np.frombuffer(raw[1024:], "<u2"), tokens)
+    assert np.array_equal(tg.read_shard(path), tokens)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]            # no temporary file stays
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [65536]])
+def test_unwritable_tokens(tokens, tmp_path):
+    with pytest.raises(tg.InputError, match=r"x\.bin"):
+        tg.write_shard(tmp_path / "x.bin", np.array(tokens))
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(raw, kind):
+    header = {"magic": (1, 1, 50), "version": (20240520, 9, 50), "negative": (20240520, 1, -5),
+              "more": (20240520, 1, 51), "absurd": (20240520, 1, 2 ** 31 - 1)}
+    if kind in header:
+        return struct.pack("<3i", *header[kind]) + raw[12:]
+    return {"empty": b"", "header only": raw[:1024], "short header": raw[:500], "cut": raw[:-1], "longer": raw + b"\0"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["magic", "version", "negative", "more", "absurd", "empty", "header only",
+                                  "short header", "cut", "longer"])
+def test_bad_shards_are_refused_by_name(kind, tmp_path):
+    path = tmp_path / "bad.bin"
+    tg.write_shard(path, np.arange(50))
+    path.write_bytes(damaged(path.read_bytes(), kind))
+    with pytest.raises(tg.InputError, match=r"bad\.bin"):
+        tg.read_shard(path)
+
+
+def test_missing_shard(tmp_path):
+    with pytest.raises(tg.InputError, match="cannot be read"):
+        tg.read_shard(tmp_path / "none.bin")
+
+
+def fuzz_shards(tmp_path, rng, count):
+    """Random damage: either an InputError or exactly the tokens that the bytes spell."""
+    path = tmp_path / "f.bin"
+    tg.write_shard(path, rng.integers(0, 1024, 40))
+    good, refused = path.read_bytes(), 0
+    for _ in range(count):
+        raw = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            raw[rng.integers(0, 16) if rng.random() < 0.5 else rng.integers(0, len(raw))] = rng.integers(0, 256)
+        if rng.random() < 0.3:
+            raw = raw[:rng.integers(0, len(raw))] + bytes(rng.integers(0, 3))
+        path.write_bytes(raw)
+        try:
+            assert np.array_equal(tg.read_shard(path), np.frombuffer(bytes(raw[1024:]), "<u2"))
+        except tg.InputError:
+            refused += 1
+    assert refused > count / 4
+
+
+def test_fuzz_shard_reader(tmp_path, rng):
+    fuzz_shards(tmp_path, rng, 2000)
+
+
+@pytest.mark.slow
+def test_fuzz_shard_reader_long(tmp_path, rng):
+    fuzz_shards(tmp_path, rng, 50_000)
+
+
+@pytest.fixture
+def stream(tmp_path, rng):
+    parts = [rng.integers(0, 260, n) for n in (37, 5, 90)]
+    for i, part in enumerate(parts):
+        tg.write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", part)
+    paths = sorted(tmp_path.glob("*.bin"))
+    return tg.TokenStream(paths, 260), np.concatenate(parts)
+
+
+def test_stream_is_the_endless_concatenation(stream):
+    stream, tokens = stream
+    endless = np.tile(tokens, 5)
+    for start, count in ((0, 132), (30, 20), (130, 10), (0, 400), (131, 1), (36, 1), (37, 6)):
+        assert np.array_equal(stream.take(start, count), endless[start:start + count])
+
+
+def test_batches_follow_upstream_order(stream):
+    stream, tokens = stream
+    cfg = tg.Config(**dict(TINY, train_seq_len=4, micro_batch_tokens=8, train_batch_tokens=16))
+    endless = np.tile(tokens, 3)
+    for unit in (0, 1, 7, 20):
+        ids, targets = stream.batch(unit, cfg)
+        span = endless[9 * unit:9 * unit + 9]
+        assert ids.shape == (2, 4) and np.array_equal(ids.ravel(), span[:-1]) and np.array_equal(targets.ravel(), span[1:])
+
+
+def test_token_outside_the_vocabulary_names_the_shard(tmp_path):
+    tg.write_shard(tmp_path / "fineweb_train_000000.bin", np.array([1, 2, 300]))
+    with pytest.raises(tg.InputError, match=r"fineweb_train_000000\.bin: token 300, but VOCAB_SIZE=260"):
+        tg.TokenStream([tmp_path / "fineweb_train_000000.bin"], 260).take(0, 3)
+    tg.write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 2, 300]))
+    with pytest.raises(tg.InputError, match="VOCAB_SIZE=260"):
+        tg.load_validation(tg.Config(**dict(TINY, data_path=str(tmp_path))))
+
+
+TEXTS = ["plain words, and  two spaces", "naïve café – “quotes” 中文 🙂 \t tab", "x" * 50, " leading and trailing "]
+
+
+def test_byte260_counts_and_decodes():
+    table = tg.ByteTable.bytes260()
+    for text in TEXTS:
+        tokens = np.array([1, *table.encode(text)])
+        assert table.decode(tokens) == text.encode() and table.count(tokens).sum() == len(text.encode())
+    assert table.count(np.array([5, 1, 6])).tolist() == [0, 1]
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory):
+    import io
+
+    import sentencepiece
+    from prepare import RECIPE
+
+    model, path = io.BytesIO(), tmp_path_factory.mktemp("sp") / "small.model"
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(pydoc_data.topics.topics.values()),
+                                             model_writer=model, vocab_size=400, minloglevel=2, **RECIPE)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def check_table(path, texts):
+    table = tg.ByteTable.from_sentencepiece(path)
+    stream, sizes = [], []
+    for text in texts:
+        ids = table.encode(text)
+        stream += [1, *ids]
+        sizes.append(len(table.processor.decode(ids).encode()))
+    counted = table.count(np.array(stream))
+    assert counted.sum() == sum(sizes)
+    assert tg.audit_bytes(np.array(stream), table, 1) is None
+    wrong = tg.ByteTable(table.sizes + (np.arange(table.vocab_size) == stream[5]), table.marked, table.boundary, "x",
+                         table.processor)
+    assert "bytes counted" in tg.audit_bytes(np.array(stream), wrong, 1)
+
+
+def test_byte_table_equals_decoded_text(small_tokenizer):
+    check_table(small_tokenizer, [*TEXTS, *list(pydoc_data.topics.topics.values())[:20]])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the official tokenizers are not here")
+def test_byte_table_of_the_official_tokenizer():
+    check_table(SHARED / "data/tokenizers/fineweb_1024_bpe.model", TEXTS)
+
+
+def test_bad_tokenizers(tmp_path):
+    with pytest.raises(tg.InputError, match="no such tokenizer"):
+        tg.ByteTable.from_sentencepiece(tmp_path / "a.model")
+    (tmp_path / "b.model").write_bytes(b"no model")
+    with pytest.raises(tg.InputError, match="not a SentencePiece model"):
+        tg.ByteTable.from_sentencepiece(tmp_path / "b.model")
+    with pytest.raises(tg.InputError, match="VOCAB_SIZE=1024, but the tokenizer byte260 has 260"):
+        tg.ByteTable.load(tg.Config(tokenizer_path="byte260"))
+
+
+def test_batches_reach_the_device_as_int64(rt, stream):
+    ids, _ = stream[0].batch(0, tg.Config(**TINY))
+    assert rt.put(ids).dtype == torch.int64

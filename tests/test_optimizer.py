@@ -1,0 +1,104 @@
+"""Muon, parameter groups, schedules, averaging; against closed forms and the published baseline's first steps."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import FULL, SHARED, TINY
+
+import train_gpt as tg
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_newton_schulz_against_svd(shape):
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    out = tg.newton_schulz(g, 5)
+    for before, after in zip(g.double(), out.double()):
+        u, s, vh = torch.linalg.svd(before, full_matrices=False)
+        s = s / s.norm()                                                # the Frobenius norm is the singular values' own
+        for _ in range(5):                                              # singular vectors stay, values follow a quintic
+            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        torch.testing.assert_close(after, u @ torch.diag(s) @ vh, atol=2e-4, rtol=1e-3)
+        assert s.max() < 1.3 and s.median() > 0.6
+
+
+def test_muon_step_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(12, 6, generator=generator))
+    start, buffer = p.detach().clone(), torch.zeros(12, 6)
+    muon = tg.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    for _ in range(2):
+        p.grad = torch.randn(12, 6, generator=generator)
+        buffer = 0.9 * buffer + p.grad
+        u = p.grad + 0.9 * buffer
+        x = (u / (u.norm() + 1e-7)).T
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        start = start * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(2) * x.T
+        muon.step()
+        torch.testing.assert_close(p.detach(), start, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [TINY, FULL, dict(FULL, tie_embeddings=False)])
+def test_every_parameter_is_in_exactly_one_group(settings, rt):
+    cfg = tg.Config(**settings)
+    model = tg.GPT(cfg)
+    groups = tg.parameter_groups(model, cfg)
+    names = [name for members in groups.values() for name, _ in members]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    held = [p for o in tg.build_optimizers(model, cfg, rt) for g in o.param_groups for p in g["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    assert all(p.ndim == 2 and "tok_emb" not in name and "resid_mix" not in name for name, p in groups["matrices"])
+    assert {name for name, _ in groups["embed"]} == (set() if cfg.tie_embeddings else {"tok_emb.weight"})
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    model = torch.nn.ParameterDict({"odd": torch.zeros(2, 2, 2)})
+    with pytest.raises(ValueError, match="no optimizer group takes odd"):
+        tg.parameter_groups(model, tg.Config())
+
+
+def test_schedules():
+    cfg = tg.Config(warmdown_iters=6, iterations=10, muon_momentum_warmup_steps=4, muon_momentum=0.9,
+                    muon_momentum_warmup_start=0.5)
+    assert [tg.warmdown(cfg, i, 10 - i) for i in range(11)] == [min(1, (10 - i) / 6) for i in range(11)]
+    assert tg.warmdown(cfg, 0, math.inf) == 1 and tg.warmdown(cfg, 0, -1) == 0
+    assert tg.warmdown(tg.Config(warmdown_iters=0), 5, 0) == 1
+    assert [round(tg.momentum_warmup(cfg, i, 0), 6) for i in (0, 1, 4, 99)] == [0.5, 0.6, 0.9, 0.9]
+
+
+def test_average_against_closed_form():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(2.0)
+    averager = tg.Averager(model, 0.75)
+    values = [3.0, 5.0, 1.0]
+    for value in values:
+        model.weight.data.fill_(value)
+        averager.update()
+    averager.apply()
+    expected = 0.75 ** 3 * 2 + sum(0.25 * 0.75 ** (2 - i) * v for i, v in enumerate(values))
+    assert math.isclose(model.weight.item(), expected, rel_tol=1e-6)
+
+
+@pytest.mark.skipif(not (SHARED / "reference").is_dir(), reason="reference losses are not here")
+def test_ten_steps_of_the_official_baseline(ledger, rt):
+    cfg = tg.Config(num_layers=4, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=128, train_batch_tokens=4096,
+                    micro_batch_tokens=4096, iterations=10, warmdown_iters=6, muon_momentum_warmup_steps=5,
+                    schedule="tokens", val_loss_every=0)
+    reference = json.loads((SHARED / "reference/reference.json").read_text())["ten_steps"]["baseline"]
+    weights = np.load(SHARED / "reference/baseline_init.npz")
+    model = tg.GPT(cfg)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()}, strict=True)
+    stream = tg.TokenStream([SHARED / "data/web_sp1024/fineweb_train_000000.bin"], 1024)
+    trainer, losses = tg.Trainer(cfg, rt, ledger, model, stream), []
+    for _ in range(10):
+        losses.append(trainer.train_step(lambda unit: stream.batch(unit, cfg)).item())
+        trainer.step += 1
+    np.testing.assert_allclose(losses, reference["train_loss"], atol=1e-3)
+    tokens = tg.read_shard(SHARED / "data/web_sp1024/fineweb_val_000000.bin")[:8193]
+    table = tg.ByteTable.from_sentencepiece(SHARED / "data/tokenizers/fineweb_1024_bpe.model")
+    score = tg.evaluate(tg.Sliding(model, rt, "plain", 128, 128), tokens, table, cfg, rt, ledger)
+    assert abs(score.loss - reference["val_loss_after"]) < 1e-3

@@ -1,0 +1,242 @@
+"""Whole runs, as users start them: in one process, in two, interrupted, resumed, damaged."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, clean_env
+
+import train_gpt as tg
+
+
+def run(out, **env):
+    """main() in this process -> exit code, result.json, log."""
+    code = tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
+    log = Path(out, "train.log")
+    return code, json.loads(Path(out, "result.json").read_text()), log.read_text() if log.exists() else ""
+
+
+def torchrun(out, processes, **env):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}),
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(Path(out, "result.json").read_text())
+
+
+def losses(out):
+    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return np.array([row["train_loss"] for row in rows if "train_loss" in row])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """One finished run with everything on: the others are compared with it."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    return (out, *run(out, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", SAMPLE_TOKENS="8"))
+
+
+def test_end_to_end(base):
+    out, code, result, log = base
+    assert code == 0 and result["status"] == "finished" and result["exit_code"] == 0
+    assert {p.name for p in out.iterdir()} == {"train.log", "metrics.jsonl", "result.json", "final_model.pt", "model.ptz",
+                                              "checkpoint.pt", "smoke_data"}
+    assert result["sizes"]["model"] == (out / "model.ptz").stat().st_size
+    assert result["sizes"]["code"] == (ROOT / "train_gpt.py").stat().st_size
+    assert set(result["stages"]) == {"plain", "sliding"} and result["result"]["stage"] == "sliding"
+    assert all(v in ("PASS",) for s in result["stages"].values() for k, v in s["audit"].items() if k != "plausibility")
+    for pattern in (r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
+                    r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", r"Code size: \d+ bytes",
+                    r"Serialized model zstd: \d+ bytes", r"Total submission size zstd: \d+ bytes",
+                    r"final_zstd_sliding_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}", r"sample: ", r"exit code    0"):
+        assert re.search(pattern, log), pattern
+    seconds = result["seconds"]
+    named = sum(s for name, s in seconds.items() if name not in ("wall", "train_side", "eval_side"))
+    assert abs(named - seconds["wall"]) < 0.02
+
+
+def test_loss_falls(base):
+    values = losses(base[0])
+    assert len(values) == 6 and values[-1] < values[0] - 0.5
+
+
+def test_same_seed_same_score_and_other_seed_another(base, tmp_path):
+    _, again, _ = run(tmp_path / "a", VAL_TOKENS="0")
+    assert again["result"]["val_bpb"] == base[2]["result"]["val_bpb"]
+    assert again["artifact_sha256"] == base[2]["artifact_sha256"]
+    _, other, _ = run(tmp_path / "b", VAL_TOKENS="0", SEED="5")
+    assert other["result"]["val_bpb"] != again["result"]["val_bpb"]
+
+
+def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
+    out, _, result, _ = base
+    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), SMOKE="0", DATA_PATH=str(out / "smoke_data"), TOKENIZER_PATH="byte260",
+               DEVICE="cpu", OUT_DIR=str(tmp_path))
+    assert tg.main([], env) == 0                                        # nothing but the artifact and the data
+    again = json.loads((tmp_path / "result.json").read_text())
+    for stage, record in result["stages"].items():
+        assert {k: v for k, v in record.items() if k != "seconds"} == \
+            {k: v for k, v in again["stages"][stage].items() if k != "seconds"}
+
+
+def test_sample_mode(base, tmp_path):
+    env = dict(MODE="sample", ARTIFACT=str(base[0] / "model.ptz"), TOKENIZER_PATH="byte260", DEVICE="cpu", OUT_DIR=str(tmp_path),
+               SAMPLE_TOKENS="20", SAMPLE_PROMPT="ab")
+    texts = []
+    for _ in range(2):
+        assert tg.main([], env) == 0
+        texts.append(re.sub(r"\d+\.\d+", "", (tmp_path / "train.log").read_text()))
+    assert "\nab" in texts[0]
+
+
+def test_resume_equals_uninterrupted(base, tmp_path):
+    _, code, result, _ = base
+    (tmp_path / "c").mkdir()
+    state = torch.load(base[0] / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6                                           # the last one; take one half way instead
+    run(tmp_path / "a", ITERATIONS="3", SAVE_EVERY="3", WARMDOWN_ITERS="0")
+    _, straight, _ = run(tmp_path / "b", WARMDOWN_ITERS="0", VAL_TOKENS="0")
+    _, resumed, log = run(tmp_path / "c", WARMDOWN_ITERS="0", VAL_TOKENS="0", RESUME=str(tmp_path / "a/checkpoint.pt"))
+    assert resumed["resumed"] and not straight["resumed"] and "resumed run" in log
+    assert resumed["artifact_sha256"] == straight["artifact_sha256"]
+    assert resumed["result"]["val_bpb"] == straight["result"]["val_bpb"]
+    assert np.array_equal(losses(tmp_path / "c"), losses(tmp_path / "b")[3:])
+
+
+def test_bad_checkpoints(base, tmp_path):
+    code, _, log = run(tmp_path / "a", RESUME=str(base[0] / "checkpoint.pt"), MODEL_DIM="64")
+    assert code == 64 and "made with other values of MODEL_DIM" in log
+    (tmp_path / "cut.pt").write_bytes((base[0] / "checkpoint.pt").read_bytes()[:5000])
+    code, _, log = run(tmp_path / "b", RESUME=str(tmp_path / "cut.pt"))
+    assert code == 64 and "cut.pt: cannot be read" in log
+    torch.save({"step": 3}, tmp_path / "other.pt")
+    code, _, log = run(tmp_path / "c", RESUME=str(tmp_path / "other.pt"))
+    assert code == 64 and "other.pt: unusable" in log
+
+
+def test_sigterm_leaves_a_checkpoint_that_continues(tmp_path):
+    env = clean_env(**{**TINY_RUN, "ITERATIONS": "100000", "OUT_DIR": str(tmp_path / "a"), "DEVICE": "cpu"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step:8/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(60) == 143
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert result["status"] == "interrupted" and result["exit_code"] == 143
+    steps = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["step"]
+    code, resumed, _ = run(tmp_path / "b", ITERATIONS=str(steps + 2), RESUME=str(tmp_path / "a/checkpoint.pt"))
+    assert code == 0 and resumed["steps"] == steps + 2
+
+
+def test_divergence_stops_the_run(tmp_path):
+    code, result, log = run(tmp_path, MATRIX_LR="1e30", SCALAR_LR="1e30", ITERATIONS="50")
+    assert code == 4 and result["status"] == "diverged" and result["steps"] < 50
+    assert not (tmp_path / "model.ptz").exists()
+
+
+def test_over_the_cap_keeps_the_artifact(tmp_path):
+    code, result, log = run(tmp_path, MAX_ARTIFACT_BYTES="1000")
+    assert code == 2 and (tmp_path / "model.ptz").exists() and "OVER THE CAP" in log and result["sizes"]["margin"] < 0
+
+
+def test_prefix_scores_are_not_called_val_bpb(tmp_path):
+    code, result, log = run(tmp_path)
+    assert code == 0 and "val_bpb:" not in log.replace("val_bpb:enabled", "") and "partial_bpb" in result["result"]
+
+
+def test_skipped_stage_is_said_and_not_substituted(tmp_path):
+    code, result, _ = run(tmp_path, MAX_EVAL_SECONDS="0.0001", EVAL_BATCH_TOKENS="64", EVAL_STRIDE="1")
+    assert code == 5 and result["stages"]["sliding"] == {"skipped": "MAX_EVAL_SECONDS"} and "result" not in result
+
+
+def test_clock_schedule_stays_within_the_cap(tmp_path):
+    code, result, log = run(tmp_path, SCHEDULE="clock", MAX_WALLCLOCK_SECONDS="2.5", ITERATIONS="100000",
+                            TRAIN_LOG_EVERY="1")
+    assert code == 0 and "stopping_early: wallclock_cap" in log
+    assert 1.0 < result["train_seconds"] <= 2.5 and result["seconds"]["train_side"] <= 2.5
+
+
+def test_seeds_print_mean_and_deviation(tmp_path, capsys):
+    assert tg.main([], {**TINY_RUN, "OUT_DIR": str(tmp_path), "DEVICE": "cpu", "VAL_TOKENS": "0", "SEEDS": "1,2", "EVAL_STRIDE": "0"}) == 0
+    scores = [json.loads((tmp_path / f"seed_{s}/result.json").read_text())["result"]["val_bpb"] for s in (1, 2)]
+    printed = re.search(r"seeds:1,2 val_bpb mean:(\S+) std:(\S+) n:2", capsys.readouterr().out)
+    assert abs(float(printed[1]) - np.mean(scores)) < 1e-6 and abs(float(printed[2]) - np.std(scores, ddof=1)) < 1e-6
+
+
+def test_damaged_artifact_and_wrong_tokenizer(base, tmp_path):
+    raw = (base[0] / "model.ptz").read_bytes()
+    (tmp_path / "cut.ptz").write_bytes(raw[:-7])
+    common = dict(MODE="eval", DEVICE="cpu", TOKENIZER_PATH="byte260", DATA_PATH=str(base[0] / "smoke_data"))
+    for env, code in ((dict(ARTIFACT=str(tmp_path / "cut.ptz")), 64), (dict(ARTIFACT=str(tmp_path / "none.ptz")), 64),
+                      (dict(ARTIFACT=str(base[0] / "model.ptz"), NUM_LAYERS="5"), 64)):
+        assert tg.main([], {**common, "OUT_DIR": str(tmp_path / "out"), **env}) == code
+    stored, weights = tg.unpack(raw)
+    (tmp_path / "foreign.ptz").write_bytes(tg.pack(weights, stored, notes={"tokenizer": "0" * 64}))
+    assert tg.main([], {**common, "OUT_DIR": str(tmp_path / "out"), "ARTIFACT": str(tmp_path / "foreign.ptz")}) == 64
+    assert "trained with another tokenizer" in (tmp_path / "out/train.log").read_text()
+
+
+def test_runs_from_inside_a_record_folder(base, tmp_path):
+    """Script and config.env copied elsewhere: the settings are found, and count as code."""
+    folder = tmp_path / "records" / "track" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+    env = {**TINY_RUN, "ITERATIONS": "2"}
+    (folder / "config.env").write_text("".join(f"{name}={value}\n" for name, value in env.items() if name != "SMOKE"))
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=clean_env(SMOKE="1", DEVICE="cpu", OUT_DIR="out"),
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((folder / "out/result.json").read_text())
+    assert result["steps"] == 2
+    assert result["sizes"]["code"] == sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    two = torchrun(tmp_path / "two", 2, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
+    _, one, _ = run(tmp_path / "one", VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(a) == len(b) == 10 and np.abs(a / b - 1).max() < 1e-5
+    assert abs(one["result"]["val_loss"] - two["result"]["val_loss"]) < 1e-3       # other rounding, other codes
+    env = dict(MODE="eval", ARTIFACT=str(tmp_path / "two/model.ptz"), DATA_PATH=str(tmp_path / "two/smoke_data"))
+    again = torchrun(tmp_path / "eval", 2, **env)
+    code, alone, _ = run(tmp_path / "eval1", **{**env, "VAL_TOKENS": "0"})
+    again = torchrun(tmp_path / "eval", 2, **env, VAL_TOKENS="0")
+    assert abs(again["result"]["val_loss"] - alone["result"]["val_loss"]) < 1e-6
+
+
+def test_training_opens_no_validation_file(tmp_path):
+    opened = []
+
+    def hook(event, args):
+        if event == "open" and "fineweb_val" in str(args[0]):
+            opened.append(time.perf_counter())
+
+    sys.addaudithook(hook)
+    run(tmp_path / "a")
+    artifact = (tmp_path / "a/model.ptz").stat().st_mtime
+    assert artifact and opened
+    for path in (tmp_path / "b").glob("*"):
+        os.unlink(path)
+    code, _, log = run(tmp_path / "b", VAL_LOSS_EVERY="0")
+    order = [line for line in log.splitlines() if "Serialized model" in line or "val_loader" in line]
+    assert "Serialized" in order[0] and "val_loader" in order[1]
+
+
+def test_ledger_writes_whole_files_only(tmp_path):
+    path = tmp_path / "x.json"
+    tg.atomic_write(path, b"old")
+    with pytest.raises(TypeError):
+        tg.atomic_write(path, io.StringIO("no bytes"))
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
