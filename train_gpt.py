@@ -3,14 +3,14 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py         # the competition: 600 s on 8xH100
     MICRO_BATCH_TOKENS=16384 python train_gpt.py                  # the same run on one GPU
     CONFIG=records/track_cpu_1mb/demo/config.env python train_gpt.py   # minutes on a laptop CPU
-    MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py   # score a saved artifact, nothing else needed
-    SMOKE=1 python train_gpt.py                                   # every section on synthetic text, no data needed
+    MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py   # score an artifact, nothing else needed
+    SMOKE=1 python train_gpt.py                                   # every section, synthetic text, no data
     python train_gpt.py --help                                    # every setting with default and meaning
 
-Settings are environment variables. The file reads top to bottom as data flows; a section uses only sections above it:
-1 settings - 2 runtime - 3 ledger - 4 data - 5 model - 6 optimizer - 7 packing - 8 scoring - 9 training - 10 audit - 11 main
-Axis letters in comments: B batch, T time, S scored targets of a window, H heads, K key/value heads, D model or head
-size, V vocabulary.
+Settings are environment variables. The file reads top to bottom as data flows; sections use only those above:
+1 settings - 2 runtime - 3 ledger - 4 data - 5 model - 6 optimizer - 7 packing - 8 scoring - 9 training -
+10 audit - 11 main. Axis letters in comments: B batch, T time, S scored targets of a window, H heads,
+K key/value heads, D model or head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from torch import Tensor, nn
 
 SCRIPT = Path(__file__).resolve()
 
-# ======================================================================================================================
+# ============================================================================================================
 # 1. SETTINGS - what can be chosen, and every complaint about a choice. Uses the standard library only.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class InputError(ValueError):
@@ -65,16 +65,17 @@ class ConfigError(InputError):
 
 def _setting(group: str, default: Any, doc: str, low: float | None = None, high: float | None = None,
              choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata=dict(group=group, doc=doc, low=low, high=high, choices=choices))
+    return dataclasses.field(default=default, metadata=dict(
+        group=group, doc=doc, low=low, high=high, choices=choices))
 
 
-_run, _data, _train, _model, _optim, _pack, _score = (
-    functools.partial(_setting, group) for group in ("run", "data", "train", "model", "optim", "pack", "score"))
+_run, _data, _train, _model, _optim, _pack, _score = (functools.partial(_setting, group) for group in (
+    "run", "data", "train", "model", "optim", "pack", "score"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting: the environment variable is the field's name in upper case. 0 or empty = the thing is absent."""
+    """Every setting; its environment variable is the field's name in upper case. 0 or empty = absent."""
 
     mode: str = _run("train", "what to do", choices=("train", "eval", "sample"))
     run_id: str = _run("", "name of the run; empty = time and process number")
@@ -89,18 +90,18 @@ class Config:
     artifact: str = _run("", "packed model that MODE=eval and MODE=sample read; empty = <OUT_DIR>/model.ptz")
     resume: str = _run("", "checkpoint to continue from")
     save_every: int = _run(0, "write a checkpoint every so many steps (also on SIGUSR1 and SIGTERM)", low=0)
-    sample_tokens: int = _run(0, "length of the text sample; 0 = none after training, 200 in MODE=sample", low=0)
+    sample_tokens: int = _run(0, "length of text sample; 0 = none after training, 200 in MODE=sample", low=0)
     sample_prompt: str = _run("", "text that the sample continues")
     sample_temperature: float = _run(0.8, "temperature of the sample", low=0.01)
 
     data_path: str = _data("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards")
     tokenizer_path: str = _data("./data/tokenizers/fineweb_1024_bpe.model",
                                 "SentencePiece .model file, or byte260 for the byte-level vocabulary")
-    val_tokens: int = _data(0, "score only this many validation targets (development: no val_bpb); 0 = all", low=0)
+    val_tokens: int = _data(0, "validation targets to score (development: no val_bpb); 0 = all", low=0)
 
     schedule: str = _train("clock", "what drives warm-down and stop: seconds, or ITERATIONS (reproducible)",
                            choices=("clock", "tokens"))
-    max_wallclock_seconds: float = _train(600.0, "training budget in seconds under SCHEDULE=clock; 0 = none", low=0)
+    max_wallclock_seconds: float = _train(600.0, "training seconds under SCHEDULE=clock; 0 = none", low=0)
     iterations: int = _train(20000, "training steps at most", low=0)
     warmup_steps: int = _train(20, "steps on throw-away state before the clock starts (compilation)", low=0)
     warmdown_iters: int = _train(1200, "last steps, over which the learning rates fall to zero", low=0)
@@ -115,7 +116,7 @@ class Config:
     model_dim: int = _model(512, "width", low=2, high=65536)
     num_heads: int = _model(8, "attention heads", low=1)
     num_kv_heads: int = _model(4, "key/value heads (grouped-query attention)", low=1)
-    mlp_mult: float = _model(2.0, "hidden width of the MLP over the width; may be fractional", low=0.01, high=64)
+    mlp_mult: float = _model(2.0, "MLP hidden width over MODEL_DIM; may be fractional", low=0.01, high=64)
     leaky_slope: float = _model(0.0, "MLP activation leaky_relu(x, slope)^2; 0 = relu(x)^2", low=0)
     tie_embeddings: bool = _model(True, "the embedding is also the output matrix")
     tied_embed_init_std: float = _model(0.005, "standard deviation of a tied embedding at start", low=0)
@@ -132,7 +133,7 @@ class Config:
     smear: bool = _model(False, "SmearGate: a learned share of the previous token's embedding")
     smear_bos_mask: bool = _model(False, "SmearGate lets nothing across a document start")
     bos_id: int = _model(1, "token that starts a document", low=0)
-    ve_layers: tuple[int, ...] = _model((), "layers whose values get a token embedding, e.g. 9,10; empty = none")
+    ve_layers: tuple[int, ...] = _model((), "layers whose values get token embeddings: 9,10; empty = none")
     ve_dim: int = _model(128, "width of the shared value-embedding table", low=1)
 
     embed_lr: float = _optim(0.6, "Adam rate of an untied embedding", low=0)
@@ -153,8 +154,8 @@ class Config:
     ema_decay: float = _optim(0.0, "average the weights over steps with this decay; 0 = off", low=0, high=1)
 
     quant_bits: int = _pack(8, "bits of a quantized weight, row-wise scales", low=2, high=8)
-    quant_policy: str = _pack("", "other bits by role, e.g. embed:8,attn:6,mlp:5 (roles embed, table, attn, mlp, other)")
-    quant_clip_steps: int = _pack(16, "clip levels tried for each row; 1 = the row's maximum", low=1, high=256)
+    quant_policy: str = _pack("", "other bits by role: embed:8,attn:6 (roles embed, table, attn, mlp, other)")
+    quant_clip_steps: int = _pack(16, "clip levels tried for each row; 1 = its maximum", low=1, high=256)
     keep_float_max_numel: int = _pack(65536, "tensors up to this size stay float", low=0)
     compressor: str = _pack("zstd", "codec of the artifact", choices=("zstd", "zlib", "lzma"))
     max_artifact_bytes: int = _pack(16_000_000, "cap on code + model; over it the exit code is 2", low=0)
@@ -162,7 +163,7 @@ class Config:
     eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0)
     eval_stride: int = _score(64, "sliding windows advance by this; 0 = plain windows only", low=0)
     eval_batch_tokens: int = _score(0, "tokens a scoring batch; 0 = from free memory", low=0)
-    max_eval_seconds: float = _score(600.0, "scoring budget in seconds; a stage that cannot finish is skipped", low=0)
+    max_eval_seconds: float = _score(600.0, "scoring seconds; a stage that cannot finish is skipped", low=0)
 
     @property
     def head_dim(self) -> int:
@@ -182,29 +183,33 @@ class Config:
 
     def group(self, *groups: str) -> dict[str, Any]:
         """Name -> value of the settings in these groups (run, data, train, model, optim, pack, score)."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["group"] in groups}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if f.metadata["group"] in groups}
 
 
 Hyperparameters = Config
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 
 SMOKE_SETTINGS = {
-    "DATA_PATH": "smoke_data", "TOKENIZER_PATH": "byte260", "VOCAB_SIZE": "260", "NUM_LAYERS": "4", "MODEL_DIM": "64",
-    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "128", "TRAIN_BATCH_TOKENS": "2048",
-    "MICRO_BATCH_TOKENS": "1024", "ITERATIONS": "20", "WARMUP_STEPS": "2", "WARMDOWN_ITERS": "10",
-    "VAL_LOSS_EVERY": "10", "SCHEDULE": "tokens", "KEEP_FLOAT_MAX_NUMEL": "1024", "EMA_DECAY": "0.8",
-    "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "16", "SMEAR": "1", "SMEAR_BOS_MASK": "1", "XSA_LAST_N": "2",
-    "VE_LAYERS": "2,3", "VE_DIM": "16", "ROPE_DIMS": "8", "LN_SCALE": "1", "LEAKY_SLOPE": "0.5", "SAMPLE_TOKENS": "60"}
+    "DATA_PATH": "smoke_data", "TOKENIZER_PATH": "byte260", "VOCAB_SIZE": "260", "NUM_LAYERS": "4",
+    "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "128",
+    "TRAIN_BATCH_TOKENS": "2048", "MICRO_BATCH_TOKENS": "1024", "ITERATIONS": "20", "WARMUP_STEPS": "2",
+    "WARMDOWN_ITERS": "10", "VAL_LOSS_EVERY": "10", "SCHEDULE": "tokens", "KEEP_FLOAT_MAX_NUMEL": "1024",
+    "EMA_DECAY": "0.8", "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "16", "SMEAR": "1", "SMEAR_BOS_MASK": "1",
+    "XSA_LAST_N": "2", "VE_LAYERS": "2,3", "VE_DIM": "16", "ROPE_DIMS": "8", "LN_SCALE": "1",
+    "LEAKY_SLOPE": "0.5", "SAMPLE_TOKENS": "60"}
 OLD_NAMES = {
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "WEIGHT_DECAY": "MUON_WD", "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS",
-    "EVAL_ONLY": "MODE=eval with ARTIFACT", "TTT_ONLY": "MODE=eval with ARTIFACT",
-    "MAX_SUBMISSION_BYTES": "MAX_ARTIFACT_BYTES", "XSA_LAYERS": "XSA_LAST_N", "INT8_KEEP_FLOAT_MAX_NUMEL":
-    "KEEP_FLOAT_MAX_NUMEL", "VE_ENABLED": "VE_LAYERS", "EMA_ENABLED": "EMA_DECAY", "SMEAR_ENABLED": "SMEAR"}
-FAMILIES = ("ADAM", "BIGRAM", "CROWN", "EMA", "EVAL", "GPTQ", "GRAD", "LN", "LOGIT", "MATRIX", "MIXER", "MLP", "MUON",
-            "NGRAM", "PRUNE", "QAT", "QK", "QUANT", "ROPE", "SCALAR", "SMEAR", "SWA", "TIED", "TTT", "VAL", "VE",
-            "WARMDOWN", "WARMUP", "XSA")
-FOREIGN = ("TORCH", "OMP_", "MKL_", "NCCL_", "CUDA_", "PYTHON", "PYTORCH", "SLURM_", "XDG_", "GITHUB_", "LD_", "LC_",
-           "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "PATH", "GLOO_", "NVIDIA_", "TRITON_", "HF_")
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "WEIGHT_DECAY": "MUON_WD",
+    "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "EVAL_ONLY": "MODE=eval with ARTIFACT",
+    "TTT_ONLY": "MODE=eval with ARTIFACT", "MAX_SUBMISSION_BYTES": "MAX_ARTIFACT_BYTES",
+    "XSA_LAYERS": "XSA_LAST_N", "INT8_KEEP_FLOAT_MAX_NUMEL": "KEEP_FLOAT_MAX_NUMEL",
+    "VE_ENABLED": "VE_LAYERS", "EMA_ENABLED": "EMA_DECAY", "SMEAR_ENABLED": "SMEAR"}
+FAMILIES = ("ADAM", "BIGRAM", "CROWN", "EMA", "EVAL", "GPTQ", "GRAD", "LN", "LOGIT", "MATRIX", "MIXER", "MLP",
+            "MUON", "NGRAM", "PRUNE", "QAT", "QK", "QUANT", "ROPE", "SCALAR", "SMEAR", "SWA", "TIED", "TTT",
+            "VAL", "VE", "WARMDOWN", "WARMUP", "XSA")
+FOREIGN = ("TORCH", "OMP_", "MKL_", "NCCL_", "CUDA_", "PYTHON", "PYTORCH", "SLURM_", "XDG_", "GITHUB_", "LD_",
+           "LC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "PATH", "GLOO_", "NVIDIA_",
+           "TRITON_", "HF_")
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
@@ -253,7 +258,8 @@ def read_settings(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             if not equals or name not in FIELDS:
-                problems.append(f"{path.name} line {number}: {_unknown(name, True) if equals else 'expected NAME=value'}")
+                problems.append(f"{path.name} line {number}: "
+                                f"{_unknown(name, True) if equals else 'expected NAME=value'}")
                 continue
             texts[name] = (text, path.name)
     for name, text in env.items():
@@ -279,7 +285,8 @@ def check_config(cfg: Config, world: int = 1) -> list[str]:
             problems.append(f"{name}={value!r}: expected one of {', '.join(meta['choices'])}")
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={value}: expected a finite number")
-        elif meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]:
+        elif meta["low"] is not None and value < meta["low"] or \
+                meta["high"] is not None and value > meta["high"]:
             problems.append(f"{name}={value}: expected {meta['low']} or more" +
                             (f", {meta['high']} at most" if meta["high"] is not None else ""))
     return problems or _cross_checks(cfg, world)
@@ -289,23 +296,27 @@ def _cross_checks(cfg: Config, world: int) -> list[str]:
     c = cfg
     wrong = [
         (c.model_dim % c.num_heads, f"MODEL_DIM={c.model_dim} must be a multiple of NUM_HEADS={c.num_heads}"),
-        (c.num_heads % c.num_kv_heads, f"NUM_HEADS={c.num_heads} must be a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+        (c.num_heads % c.num_kv_heads,
+         f"NUM_HEADS={c.num_heads} must be a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
         (c.head_dim % 2, f"MODEL_DIM / NUM_HEADS = {c.head_dim} must be even (rotary pairs)"),
         (c.rope_dims % 2 or c.rope_dims > c.head_dim,
          f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"),
         (c.xsa_last_n > c.num_layers, f"XSA_LAST_N={c.xsa_last_n} must be at most NUM_LAYERS={c.num_layers}"),
         (any(not 0 <= layer < c.num_layers for layer in c.ve_layers),
-         f"VE_LAYERS={','.join(map(str, c.ve_layers))} must lie between 0 and NUM_LAYERS - 1 = {c.num_layers - 1}"),
+         f"VE_LAYERS={','.join(map(str, c.ve_layers))} must lie between 0 and NUM_LAYERS - 1 = "
+         f"{c.num_layers - 1}"),
         (c.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1: expected 0 or at least 2"),
         (c.smear_bos_mask and not c.smear, "SMEAR_BOS_MASK=1 needs SMEAR=1"),
         (c.bos_id >= c.vocab_size, f"BOS_ID={c.bos_id} must be below VOCAB_SIZE={c.vocab_size}"),
         (c.tokenizer_path != "byte260" and not c.tokenizer_path.endswith(".model"),
          f"TOKENIZER_PATH={c.tokenizer_path!r}: expected a SentencePiece .model file or byte260"),
         (c.micro_tokens == 0 or c.train_batch_tokens % max(c.micro_tokens, 1),
-         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of MICRO_BATCH_TOKENS={c.micro_tokens}"),
+         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} must be a multiple of "
+         f"MICRO_BATCH_TOKENS={c.micro_tokens}"),
         (c.micro_tokens % c.train_seq_len,
          f"MICRO_BATCH_TOKENS={c.micro_tokens} must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
-        (c.eval_stride > c.score_len, f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.score_len}"),
+        (c.eval_stride > c.score_len,
+         f"EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.score_len}"),
         (c.beta1 == 1 or c.beta2 == 1, "BETA1 and BETA2 must be below 1"),
     ]
     problems = [text for condition, text in wrong if condition]
@@ -316,7 +327,8 @@ def _cross_checks(cfg: Config, world: int) -> list[str]:
     if not problems and c.mode == "train" and c.micro_batches % world:
         sizes = [w for w in range(1, c.micro_batches + 1) if c.micro_batches % w == 0]
         problems.append(f"WORLD_SIZE={world} must divide the {c.micro_batches} micro-batches of a step "
-                        f"(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are {', '.join(map(str, sizes))}")
+                        "(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are "
+                        f"{', '.join(map(str, sizes))}")
     return problems
 
 
@@ -329,8 +341,8 @@ def parse_policy(cfg: Config) -> dict[str, int]:
     for part in filter(None, cfg.quant_policy.split(",")):
         role, _, text = part.strip().partition(":")
         if role not in ROLES or text not in tuple("2345678"):
-            raise ValueError(f"QUANT_POLICY={cfg.quant_policy!r}: expected role:bits with roles {', '.join(ROLES)} "
-                             "and 2 to 8 bits")
+            raise ValueError(f"QUANT_POLICY={cfg.quant_policy!r}: expected role:bits with roles "
+                             f"{', '.join(ROLES)} and 2 to 8 bits")
         bits[role] = int(text)
     return bits
 
@@ -342,7 +354,7 @@ def _refuse(problems: list[str]) -> None:
 
 
 def load_config(env: Mapping[str, str]) -> Config:
-    """Defaults < file (CONFIG, or config.env beside the script) < environment. Raises ConfigError with all problems."""
+    """Default < file (CONFIG, or config.env by the script) < environment. ConfigError lists all problems."""
     values, problems = read_settings(env)
     problems += check_config(Config(**values), int(env.get("WORLD_SIZE") or 1))
     _refuse(problems)
@@ -351,7 +363,8 @@ def load_config(env: Mapping[str, str]) -> Config:
 
 def help_text() -> str:
     """One line a setting: name, default, meaning."""
-    lines = [__doc__.strip(), "", "CONFIG=<file> names a file of NAME=value lines; the environment overrides it."]
+    lines = [__doc__.strip(), "",
+             "CONFIG=<file> names a file of NAME=value lines; the environment overrides it."]
     for group, members in itertools.groupby(FIELDS.items(), key=lambda item: item[1].metadata["group"]):
         lines += ["", f"[{group}]"]
         for name, field in members:
@@ -362,20 +375,20 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 2. RUNTIME - the only section that knows devices, processes, kernels and compilation. Uses section 1.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch. q [B, T, H, D], k and v [B, T, K, D] with K dividing H -> [B, T, H, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                             # [B, H|K, T, D]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                          # [B, H|K, T, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    return out.transpose(1, 2)                                                                   # [B, T, H, D]
+    return out.transpose(1, 2)                                                                  # [B, T, H, D]
 
 
 def _fa3_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlashAttention 3, after one real call; raises whatever goes wrong when it is missing or does not run here."""
+    """FlashAttention 3, after one real call; raises whatever goes wrong when it is missing or fails here."""
     from flash_attn_interface import flash_attn_func  # optional by design: only Hopper images have it
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -388,7 +401,7 @@ def _fa3_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
 
 
 class Runtime:
-    """Where the program runs: device, processes, number format, kernels. One process is the same class with world 1.
+    """Where the program runs: device, processes, number format, kernels. One process is just world 1.
 
     `lag` is how many steps later the host reads what a step reported, so that a GPU never waits for the host.
     """
@@ -426,7 +439,7 @@ class Runtime:
 
     @staticmethod
     def _keep_freed_memory() -> None:
-        """glibc returns large blocks to the system at once, and every new tensor page-faults again: keep them.
+        """glibc returns large blocks to the system at once; every new tensor page-faults again: keep them.
 
         Measured on two cores: forward and backward of the 8192 x 1024 loss take a quarter of the time.
         """
@@ -483,9 +496,9 @@ class Runtime:
         return tensor.copy_(there) if there is not tensor else tensor
 
     def start_sum(self, values: Sequence[float | Tensor]) -> Callable[[], list[float]]:
-        """Begins the sum over processes of a few numbers; the call returned waits for it. No wait in between."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True).detach()
-                             for v in values]) if self.device.type != "mps" else torch.tensor(
+        """Begins the sum over processes of a few numbers; only the call that it returns waits for it."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
+                             .detach() for v in values]) if self.device.type != "mps" else torch.tensor(
             [float(v) for v in values], dtype=torch.float32)
         work = dist.all_reduce(total, async_op=True) if self.world > 1 else None
         if self.device.type == "cuda":
@@ -535,7 +548,8 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(ImportError):
             import resource  # absent on Windows
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024)
         return 0
 
     def close(self) -> None:
@@ -543,9 +557,9 @@ class Runtime:
             dist.destroy_process_group()
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 3. LEDGER - the log, the metrics, the result and where every second went. Uses sections 1-2.
-# ======================================================================================================================
+# ============================================================================================================
 
 # Which budget a phase counts against: MAX_WALLCLOCK_SECONDS (train), MAX_EVAL_SECONDS (eval), or neither.
 PHASE_SIDES = {"train": "train", "calibrate": "train", "unpack": "eval", "plain": "eval", "sliding": "eval",
@@ -564,7 +578,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 class Ledger:
-    """Log lines, metrics.jsonl, result.json and seconds by phase. Only rank 0 writes; others keep the same books."""
+    """Log, metrics.jsonl, result.json, seconds by phase. Only rank 0 writes; others keep the same books."""
 
     def __init__(self, out_dir: Path, rt: Runtime):
         self.out_dir, self.writes = out_dir, rt.main
@@ -622,17 +636,17 @@ class Ledger:
             atomic_write(self.out_dir / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 4. DATA - shards, the token stream, batches, and how many bytes a token stands for. Uses sections 1-3.
-# ======================================================================================================================
+# ============================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a .bin shard as a read-only uint16 memory map. Raises InputError naming the file and what is wrong.
+    """Tokens of a .bin shard as a read-only uint16 memory map. InputError names the file and what is wrong.
 
-    Format (upstream's): 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
+    Format (upstream's): 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
     """
     path = Path(path)
     try:
@@ -642,12 +656,14 @@ def read_shard(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if len(header) < SHARD_HEADER_BYTES:
-        raise InputError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
+        raise InputError(
+            f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
     magic, version, count = struct.unpack("<3i", header[:12])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise InputError(f"{path}: magic {magic}, version {version}; expected {SHARD_MAGIC}, {SHARD_VERSION}")
     if count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise InputError(f"{path}: {size} bytes; the header's {count} tokens need {SHARD_HEADER_BYTES + 2 * count}")
+        raise InputError(
+            f"{path}: {size} bytes; the header's {count} tokens need {SHARD_HEADER_BYTES + 2 * count}")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
@@ -664,7 +680,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 def find_path(text: str) -> Path:
-    """A relative path as seen from the working folder, else from the script's folder or any folder above it."""
+    """A relative path as seen from the working folder, else from the script's folder or any above it."""
     for base in (Path.cwd(), SCRIPT.parent, *SCRIPT.parent.parents):
         if (base / text).exists():
             return base / text
@@ -706,7 +722,7 @@ class TokenStream:
     def batch(self, unit: int, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
         """Micro-batch number `unit` of the run, counted over all steps and processes -> ids, targets [R, T].
 
-        Units are disjoint spans of micro_tokens + 1 tokens, whatever the number of processes (upstream's order).
+        Units are disjoint spans of micro_tokens + 1 tokens for any number of processes (upstream's order).
         """
         span = self.take(unit * (cfg.micro_tokens + 1), cfg.micro_tokens + 1)
         return span[:-1].reshape(-1, cfg.train_seq_len), span[1:].reshape(-1, cfg.train_seq_len)
@@ -727,8 +743,8 @@ def load_validation(cfg: Config) -> np.ndarray:
 class ByteTable:
     """How many bytes of text each token stands for (upstream's rule, spec: rules M2).
 
-    A token counts the UTF-8 bytes of its piece without the word mark U+2581; the mark counts one byte unless the token
-    before is control, unknown or unused. Those count nothing themselves, byte pieces count one.
+    A token counts the UTF-8 bytes of its piece without the word mark U+2581; the mark counts one byte unless
+    the token before is control, unknown or unused. Those count nothing themselves, byte pieces count one.
     """
 
     def __init__(self, sizes: np.ndarray, marked: np.ndarray, boundary: np.ndarray, name: str,
@@ -754,7 +770,7 @@ class ByteTable:
 
     @classmethod
     def bytes260(cls) -> ByteTable:
-        """The byte-level vocabulary: 0 pad, 1 document start, 2 document end, 3 unknown, byte b is token b + 4."""
+        """The byte-level vocabulary: 0 pad, 1 document start, 2 document end, 3 unknown, b + 4 is byte b."""
         boundary = np.arange(260) < 4
         return cls((~boundary).astype(np.int64), np.zeros(260, bool), boundary, "byte260")
 
@@ -763,7 +779,8 @@ class ByteTable:
         table = cls.bytes260() if cfg.tokenizer_path == "byte260" else \
             cls.from_sentencepiece(find_path(cfg.tokenizer_path))
         if table.vocab_size != cfg.vocab_size:
-            raise InputError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer {table.name} has {table.vocab_size} tokens")
+            raise InputError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer {table.name} has "
+                             f"{table.vocab_size} tokens")
         return table
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
@@ -794,9 +811,9 @@ def synthetic_shards(folder: Path, seed: int = 0) -> None:
         write_shard(folder / f"fineweb_{split}_000000.bin", np.array(tokens))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 5. MODEL - one forward pass, `hidden`, for training, scoring and adaptation. Knows no device, rank or file.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def norm(x: Tensor) -> Tensor:
@@ -817,10 +834,10 @@ def rotary_table(time: int, dims: int, base: float, device: torch.device) -> tup
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split pairs, on the first 2 * cos.size(-1) dimensions of a head; the rest pass."""
+    """Rotary embedding, half-split pairs, on a head's first 2 * cos.size(-1) dimensions; the rest pass."""
     cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)                       # [B, T, H, D]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)                      # [B, T, H, D]
 
 
 class Linear(nn.Module):
@@ -868,7 +885,7 @@ class BigramHash(nn.Module):
 
 
 class Smear(nn.Module):
-    """SmearGate: out_t = (1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per dimension; optionally not across a BOS."""
+    """SmearGate: out_t = (1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per dimension; can stop at a BOS."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -892,13 +909,13 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.empty(()))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.embed(ids, dtype)) * self.scale.to(dtype)                          # [B, T, K * D]
+        return self.proj(self.embed(ids, dtype)) * self.scale.to(dtype)                        # [B, T, K * D]
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised queries and keys, a gain per head, and optionally XSA.
 
-    XSA (exclusive self-attention) removes from each head's output its component along the position's own value.
+    XSA (exclusive self-attention) removes from each head's output the part along the position's own value.
     """
 
     def __init__(self, cfg: Config, xsa: bool):
@@ -908,18 +925,18 @@ class Attention(nn.Module):
         self.c_q, self.c_k = Linear(cfg.model_dim, cfg.model_dim), Linear(cfg.model_dim, kv_width)
         self.c_v, self.proj = Linear(cfg.model_dim, kv_width), Linear(cfg.model_dim, cfg.model_dim)
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        self.attend = sdpa_attention                                    # the runtime's choice is set from outside
+        self.attend = sdpa_attention                                # the runtime's choice is set from outside
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
         batch, time, width = x.shape
         values = self.c_v(x) if value_embedding is None else self.c_v(x) + value_embedding
-        q = self.c_q(x).view(batch, time, self.heads, -1)                                        # [B, T, H, D]
-        k, v = (y.view(batch, time, self.kv_heads, -1) for y in (self.c_k(x), values))           # [B, T, K, D]
+        q = self.c_q(x).view(batch, time, self.heads, -1)                                       # [B, T, H, D]
+        k, v = (y.view(batch, time, self.kv_heads, -1) for y in (self.c_k(x), values))          # [B, T, K, D]
         q = rotate(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
-        out = self.attend(q, rotate(norm(k), *rotary), v)                                        # [B, T, H, D]
+        out = self.attend(q, rotate(norm(k), *rotary), v)                                       # [B, T, H, D]
         if self.xsa:
-            own = F.normalize(v, dim=-1)[:, :, :, None]                                          # [B, T, K, 1, D]
-            grouped = out.reshape(batch, time, self.kv_heads, -1, out.size(-1))                  # [B, T, K, H/K, D]
+            own = F.normalize(v, dim=-1)[:, :, :, None]                                      # [B, T, K, 1, D]
+            grouped = out.reshape(batch, time, self.kv_heads, -1, out.size(-1))            # [B, T, K, H/K, D]
             out = grouped - (grouped * own).sum(-1, keepdim=True) * own
         return self.proj(out.reshape(batch, time, width))
 
@@ -936,7 +953,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Mix in the embedding stream, then attention, then MLP, each added with learned weights per dimension."""
+    """Mix in the embedding stream, then attention, then MLP, each with learned weights per dimension."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -949,7 +966,8 @@ class Block(nn.Module):
     def normed(self, x: Tensor) -> Tensor:
         return norm(x) if self.ln_scale is None else norm(x) * self.ln_scale
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor],
+                value_embedding: Tensor | None) -> Tensor:
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
@@ -972,16 +990,17 @@ class GPT(nn.Module):
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.smear = Smear(cfg) if cfg.smear else None
         self.ve_shared = ValueEmbedding(cfg) if cfg.ve_layers else None
-        self.ve_layer_scales = nn.ParameterList(torch.empty(()) for _ in cfg.ve_layers) if cfg.ve_layers else None
+        self.ve_layer_scales = nn.ParameterList(torch.empty(()) for _ in cfg.ve_layers) \
+            if cfg.ve_layers else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
-        self.encoders = cfg.num_layers // 2                                     # the first half pushes, the second pops
+        self.encoders = cfg.num_layers // 2                           # the first half pushes, the second pops
         self.skip_weights = nn.Parameter(torch.empty(self.encoders, cfg.model_dim)) \
             if cfg.unet_skips and self.encoders else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Each parameter from its own generator, seeded by (SEED, name): adding a module changes nothing else."""
+        """Each parameter from its own generator, seeded by (SEED, name): a new module changes no other."""
         for name, p in self.named_parameters():
             digest = hashlib.blake2b(f"{self.cfg.seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -1026,13 +1045,14 @@ class GPT(nn.Module):
 
 
 def initial_value(name: str, shape: tuple[int, ...], cfg: Config, generator: torch.Generator) -> Tensor:
-    """A parameter's value at step 0. Matrices that write to the stream start at zero, so every block starts as identity."""
+    """A parameter's value at step 0. Matrices that write to the stream are zero: blocks start as identity."""
     def normal(std: float) -> Tensor:
         return torch.randn(shape, generator=generator) * std
 
-    constants = {"q_gain": cfg.qk_gain_init, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "smear.gate": 0.0,
-                 "bigram.scale": 0.05, "bigram.embed.weight": 0.0, "ve_shared.scale": 0.1, "ve_shared.proj.weight": 0.0,
-                 "attn.proj.weight": 0.0, "mlp.proj.weight": 0.0, "lm_head.weight": 0.0}
+    constants = {"q_gain": cfg.qk_gain_init, "attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0,
+                 "smear.gate": 0.0, "bigram.scale": 0.05, "bigram.embed.weight": 0.0, "ve_shared.scale": 0.1,
+                 "ve_shared.proj.weight": 0.0, "attn.proj.weight": 0.0, "mlp.proj.weight": 0.0,
+                 "lm_head.weight": 0.0}
     for ending, value in constants.items():
         if name.endswith(ending):
             return torch.full(shape, value)
@@ -1044,7 +1064,7 @@ def initial_value(name: str, shape: tuple[int, ...], cfg: Config, generator: tor
         return normal(cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0)
     if name == "ve_shared.embed.weight":
         return normal(0.01)
-    bound = 1 / math.sqrt(shape[1])                                             # torch's default for linear layers
+    bound = 1 / math.sqrt(shape[1])                                        # torch's default for linear layers
     return torch.rand(shape, generator=generator) * 2 * bound - bound
 
 
@@ -1055,15 +1075,15 @@ def training_flops(cfg: Config, model: GPT) -> float:
     return 6.0 * (matrices + head) + 6.0 * cfg.num_layers * cfg.train_seq_len * cfg.model_dim
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 6. OPTIMIZER - Muon, which parameter goes where, schedules, weight averaging. Uses sections 1-2.
-# ======================================================================================================================
+# ============================================================================================================
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)                               # Jordan 2024: steep at zero, hovering around one
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)                    # Jordan 2024: steep at zero, hovering around one
 
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Nearly the orthogonal factor of each matrix: [G, R, C] -> the same shape, singular values about 0.7 to 1.2."""
+    """Nearly each matrix's orthogonal factor: [G, R, C] -> same shape, singular values about 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
@@ -1077,14 +1097,14 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
 
-    Equal shapes are stacked; with a runtime of several processes each orthogonalises its share of every stack. The
-    result does not depend on their number, and every process holds the whole momentum state.
+    Equal shapes are stacked; with a runtime of several processes each orthogonalises its share of every
+    stack. The result does not depend on their number, and every process holds the whole momentum state.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, backend_steps: int = 5, nesterov: bool = True,
                  weight_decay: float = 0.0, runtime: Runtime | None = None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, backend_steps=backend_steps, nesterov=nesterov,
-                                      weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, momentum=momentum, backend_steps=backend_steps,
+                                      nesterov=nesterov, weight_decay=weight_decay))
         self.runtime = runtime
         self.orthogonalize = runtime.compile(newton_schulz) if runtime else newton_schulz
 
@@ -1110,7 +1130,8 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
-            updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+            updates = torch._foreach_add(grads, buffers, alpha=group["momentum"]) \
+                if group["nesterov"] else buffers
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             by_shape: dict[torch.Size, list[int]] = {}
             for index, p in enumerate(params):
@@ -1123,11 +1144,11 @@ class Muon(torch.optim.Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class GroupRule:
-    """Which parameters an optimizer group takes. The first rule that matches wins, so every parameter has one group."""
+    """Which parameters an optimizer group takes. The first match wins, so every parameter has one group."""
 
     name: str
     optimizer: str                                                      # muon or adam
-    lr: str                                                             # the settings that hold rate and decay
+    lr: str                                                            # the settings that hold rate and decay
     weight_decay: str
     matches: Callable[[str, Tensor, Config], bool]
 
@@ -1165,7 +1186,8 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
                                                weight_decay=getattr(cfg, rule.weight_decay)))
     built: list[torch.optim.Optimizer] = []
     if groups["muon"]:
-        built.append(Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt))
+        built.append(Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps,
+                          runtime=rt))
     if groups["adam"]:
         built.append(torch.optim.AdamW(groups["adam"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                        fused=rt.device.type != "mps"))
@@ -1183,11 +1205,12 @@ def momentum_warmup(cfg: Config, step: int, steps_left: float) -> float:
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
 
 
-# Schedule stages: optimizer field -> pure function of (settings, steps done, steps left); applied before every step.
+# Schedule stages: optimizer field -> pure function of (settings, steps done, steps left), before every step.
 STAGES: dict[str, Callable[[Config, int, float], float]] = {"lr": warmdown, "momentum": momentum_warmup}
 
 
-def apply_schedule(optimizers: Sequence[torch.optim.Optimizer], cfg: Config, step: int, steps_left: float) -> None:
+def apply_schedule(optimizers: Sequence[torch.optim.Optimizer], cfg: Config, step: int,
+                   steps_left: float) -> None:
     values = {field: stage(cfg, step, steps_left) for field, stage in STAGES.items()}
     for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         for field in values.keys() & group.keys():
@@ -1211,18 +1234,18 @@ class Averager:
         torch._foreach_copy_(self.live, self.mean)
 
 
-# ======================================================================================================================
-# 7. PACKING - a state dict to one self-describing file and back. Uses section 1 and the tensors' names, not the model.
-# ======================================================================================================================
+# ============================================================================================================
+# 7. PACKING - a state dict to one self-describing file and back. Uses section 1 and tensor names, no model.
+# ============================================================================================================
 
 MAGIC, FORMAT_VERSION = b"PGOLF\r\n\x1a", 1
-PREFIX = struct.Struct("<8sHIQ32s")                                     # magic, version, header and payload bytes, SHA-256
+PREFIX = struct.Struct("<8sHIQ32s")                        # magic, version, header and payload bytes, SHA-256
 MAX_HEADER_BYTES = 4 << 20
 STREAMS = ("codes", "scales", "floats")                                 # the payload holds like next to like
 
 
 class RowInt:
-    """Whole numbers of a few bits, one float16 scale a row; each row's clip level is the one with the least error."""
+    """Whole numbers of a few bits, one float16 scale a row; each row's clip level has the least error."""
 
     def __init__(self, bits: int):
         self.top = 2 ** (bits - 1) - 1
@@ -1241,7 +1264,8 @@ class RowInt:
             error = (tried * scale.float()[:, None] - w).square()
             error = (error if importance is None else error * importance).sum(1)
             better = error < best
-            best[better], scales[better], codes[better] = error[better], scale[better], tried[better].to(torch.int8)
+            best[better], scales[better], codes[better] = (
+                error[better], scale[better], tried[better].to(torch.int8))
         return {"codes": codes.numpy().tobytes(), "scales": scales.numpy().tobytes()}
 
     def decode(self, parts: Mapping[str, bytes], shape: Sequence[int]) -> Tensor:
@@ -1266,7 +1290,8 @@ class AsFloat:
         return torch.from_numpy(np.frombuffer(parts["floats"], self.dtype).reshape(shape).astype(np.float32))
 
 
-QUANTIZERS = {f"int{bits}": RowInt(bits) for bits in range(2, 9)} | {"f16": AsFloat("<f2"), "f32": AsFloat("<f4")}
+QUANTIZERS = {f"int{bits}": RowInt(bits) for bits in range(2, 9)} | {
+    "f16": AsFloat("<f2"), "f32": AsFloat("<f4")}
 
 
 def _expand_zstd(data: bytes, size: int) -> bytes:
@@ -1285,7 +1310,8 @@ def _expand_stream(stream: Any, data: bytes, size: int) -> bytes:
 # Codec -> (compress, expand to a known size). Packed bits would defeat them: every symbol is one byte.
 CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
     "zstd": (lambda data: zstandard.ZstdCompressor(level=22).compress(data), _expand_zstd),
-    "zlib": (lambda data: zlib.compress(data, 9), lambda data, size: _expand_stream(zlib.decompressobj(), data, size)),
+    "zlib": (lambda data: zlib.compress(data, 9),
+             lambda data, size: _expand_stream(zlib.decompressobj(), data, size)),
     "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
              lambda data, size: _expand_stream(lzma.LZMADecompressor(memlimit=1 << 28), data, size)),
 }
@@ -1295,8 +1321,8 @@ def tensor_role(name: str) -> str:
     """embed, table, attn, mlp or other: what QUANT_POLICY speaks of."""
     if name in ("tok_emb.weight", "lm_head.weight"):
         return "embed"
-    return next((role for role, mark in (("table", ".embed."), ("attn", ".attn."), ("mlp", ".mlp.")) if mark in name),
-                "other")
+    return next((role for role, mark in (("table", ".embed."), ("attn", ".attn."), ("mlp", ".mlp."))
+                 if mark in name), "other")
 
 
 def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
@@ -1312,7 +1338,7 @@ def pack(state_dict: Mapping[str, Tensor], cfg: Config, hessians: Mapping[str, T
          code_bytes: int = 0, notes: Mapping[str, Any] | None = None) -> bytes:
     """Weights and the settings that rebuild and score them as one file's bytes.
 
-    hessians: name -> [C, C], whose diagonals weigh the clip search. code_bytes and notes (JSON values) are recorded.
+    hessians: name -> [C, C], whose diagonals weigh the clip search. code_bytes and notes (JSON) are recorded.
     Raises InputError for weights that are not finite.
     """
     parts: dict[str, list[bytes]] = {stream: [] for stream in STREAMS}
@@ -1327,8 +1353,9 @@ def pack(state_dict: Mapping[str, Tensor], cfg: Config, hessians: Mapping[str, T
         for stream, data in QUANTIZERS[kind].encode(w, importance, cfg.quant_clip_steps).items():
             parts[stream].append(data)
     settings = {**cfg.group("model", "pack", "score"), "eval_seq_len": cfg.score_len}
-    header = zlib.compress(json.dumps(dict(config=settings, tensors=table, codec=cfg.compressor, code_bytes=code_bytes,
-                                           notes=dict(notes or {})), separators=(",", ":")).encode(), 9)
+    header = zlib.compress(json.dumps(dict(
+        config=settings, tensors=table, codec=cfg.compressor, code_bytes=code_bytes, notes=dict(notes or {})),
+        separators=(",", ":")).encode(), 9)
     payload = CODECS[cfg.compressor][0](b"".join(itertools.chain.from_iterable(parts[s] for s in STREAMS)))
     digest = hashlib.sha256(header + payload).digest()
     return PREFIX.pack(MAGIC, FORMAT_VERSION, len(header), len(payload), digest) + header + payload
@@ -1374,7 +1401,7 @@ def _read_config(stored: Any) -> Config:
 
 
 def _payload_sizes(table: Any, payload_bytes: int) -> dict[str, int]:
-    """Bytes of each stream that the tensor table asks for; refuses absurd claims before anything is allocated."""
+    """Bytes of each stream that the tensor table asks for; refuses absurd claims before any allocation."""
     sizes = dict.fromkeys(STREAMS, 0)
     try:
         for name, shape, kind in table:
@@ -1387,7 +1414,8 @@ def _payload_sizes(table: Any, payload_bytes: int) -> dict[str, int]:
         raise InputError(f"artifact: bad tensor table ({error})") from None
     limit = (64 << 20) + 256 * payload_bytes
     if sum(sizes.values()) > limit:
-        raise InputError(f"artifact: claims {sum(sizes.values())} bytes of weights in {payload_bytes} bytes of payload")
+        raise InputError(f"artifact: claims {sum(sizes.values())} bytes of weights in {payload_bytes} "
+                         "bytes of payload")
     return sizes
 
 
@@ -1418,14 +1446,14 @@ def _expand(blob: bytes) -> tuple[dict[str, Any], Iterator[tuple[str, list[int],
 
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
-    """An artifact's settings and float32 weights. Raises InputError; runs nothing, allocates no more than is there."""
+    """An artifact's settings and float weights, or InputError; runs nothing, allocates only what is there."""
     header, tensors = _expand(blob)
     cfg = _read_config(header.get("config"))
     return cfg, {name: QUANTIZERS[kind].decode(parts, shape) for name, shape, kind, parts in tensors}
 
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
-    """Log lines: bytes of code, model and both, the margin, and the largest tensors by their symbols' entropy."""
+    """Log lines: bytes of code, model and both, the margin, the largest tensors by their symbols' entropy."""
     header, tensors = _expand(blob)
     rows = []
     for name, shape, kind, parts in tensors:
@@ -1436,20 +1464,21 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
     return [f"Code size: {code_bytes} bytes", f"Serialized model {codec}: {len(blob)} bytes",
             f"Total submission size {codec}: {total} bytes",
             f"size_cap:{cap} margin:{cap - total} bytes" + ("" if total <= cap else " OVER THE CAP")] + \
-        [f"  about {size:9.0f} bytes  {kind:5} {name} {shape}" for size, name, shape, kind in sorted(rows, reverse=True)[:5]]
+        [f"  about {size:9.0f} bytes  {kind:5} {name} {shape}"
+         for size, name, shape, kind in sorted(rows, reverse=True)[:5]]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 8. SCORING - windows, the score-first harness, predictors. Uses sections 1-5.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Which targets each window scores: target j is tokens[j + 1], predicted from tokens[..j].
 
-    Window k reads inputs k * stride .. k * stride + seq_len - 1. Window 0 scores all its targets, later ones those
-    that no earlier window has; the last may be short. So every target is scored once, for any n.
+    Window k reads inputs k * stride .. k * stride + seq_len - 1. Window 0 scores all its targets, later ones
+    those that no earlier window has; the last may be short. So every target is scored once, for any n.
     """
 
     targets: int
@@ -1471,7 +1500,8 @@ class Windows:
 
     def units(self, batch: int, chunk: int = 0) -> Iterator[list[range]]:
         """Batches of windows of one shape, as lists per chunk of `chunk` targets (0 = one chunk)."""
-        edges = [k for k in range(1, self.count) if chunk and self.scored(k)[0] // chunk != self.scored(k - 1)[0] // chunk]
+        edges = [k for k in range(1, self.count)
+                 if chunk and self.scored(k)[0] // chunk != self.scored(k - 1)[0] // chunk]
         for lo, hi in itertools.pairwise([0, *edges, self.count]):
             first = [range(0, 1)] if lo == 0 and self.stride < self.seq_len else []
             yield first + [range(k, min(k + batch, hi)) for k in range(lo + len(first), hi, batch)]
@@ -1479,7 +1509,7 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A unit of windows on the device. Row b scores its last S inputs; `valid[b]` of them are real targets."""
+    """A unit of windows on the device. Row b scores its last S inputs, `valid[b]` of them real targets."""
 
     ids: Tensor                                                         # [B, T], zero-padded at the right
     targets: Tensor                                                     # [B, S]
@@ -1506,11 +1536,11 @@ def make_batch(tokens: np.ndarray, windows: Windows, unit: range, rows: int, rt:
 class Sliding:
     """The plain model over windows: the base of every predictor.
 
-    score(batch, counts) -> nats [B, S]; full(batch, counts) -> log p over V [B, S, V] (audit); next(prefix, counts) ->
-    log p over V of the token after the prefix [V]; observe(tokens) is called by the harness with committed tokens only.
+    score(batch, counts) -> nats [B, S]; full(batch, counts) -> log p over V [B, S, V] (audit);
+    next(prefix, counts) -> log p after it [V]; the harness calls observe(tokens) with committed tokens only.
     """
 
-    normalised, chunk = True, 0                                         # chunk: targets between two calls of observe
+    normalised, chunk = True, 0                                  # chunk: targets between two calls of observe
 
     def __init__(self, model: GPT, rt: Runtime, name: str, seq_len: int, stride: int):
         self.model, self.rt, self.name, self.seq_len, self.stride = model, rt, name, seq_len, stride
@@ -1519,7 +1549,8 @@ class Sliding:
     @torch.inference_mode()
     def score(self, batch: Batch, counts: Any = None) -> Tensor:
         logits = self.model.head(self.hidden(batch.ids)[:, -batch.targets.size(1):])             # [B, S, V]
-        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(),
+                               reduction="none").view_as(batch.targets)
 
     @torch.inference_mode()
     def full(self, batch: Batch, counts: Any = None) -> Tensor:
@@ -1544,7 +1575,7 @@ class Sliding:
 
 @dataclasses.dataclass
 class Score:
-    """What a predictor was charged. nats: [n] float32, one for every target; events: what happened, in order."""
+    """What a predictor was charged. nats: [n] float32, one per target; events: what happened, in order."""
 
     name: str
     windows: Windows
@@ -1571,20 +1602,20 @@ class Score:
 
 
 def batch_rows(cfg: Config, rt: Runtime, seq_len: int, stride: int) -> int:
-    """Windows a scoring batch: EVAL_BATCH_TOKENS, else a power of two of tokens that half of the free memory holds."""
+    """Windows a scoring batch: EVAL_BATCH_TOKENS, else a power of two of tokens for half the free memory."""
     tokens = cfg.eval_batch_tokens
     if not tokens:
         per_token = 4 * (24 * cfg.model_dim + 4 * cfg.vocab_size * stride / seq_len)
-        cap = 1 << 19 if rt.device.type == "cuda" else 1 << 14          # beyond it a GPU is full, a CPU cache long since
+        cap = 1 << 19 if rt.device.type == "cuda" else 1 << 14  # beyond it GPUs are full, CPU caches long ago
         tokens = min(cap, 1 << int(math.log2(max(rt.free_memory() / 2 / per_token, 1))))
     return max(1, tokens // seq_len)
 
 
 def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime, ledger: Ledger
              ) -> Score | None:
-    """Scores every target of tokens once, in order: score -> commit -> observe. None: it would not fit the time.
+    """Scores every target once, in order: score -> commit -> observe. None: it would not fit the time.
 
-    Units of work do not depend on the number of processes; a process without work repeats the last unit and drops it.
+    Units of work are the same for any number of processes; one without work repeats the last and drops it.
     """
     windows = Windows(len(tokens) - 1, predictor.seq_len, predictor.stride)
     rows = min(batch_rows(cfg, rt, predictor.seq_len, predictor.stride), windows.count)
@@ -1629,16 +1660,19 @@ def _fits(start: float, rounds: float, cfg: Config, rt: Runtime, ledger: Ledger)
     """Whether the stage, at the pace since start, ends within MAX_EVAL_SECONDS; rank 0 decides for all."""
     needed = (time.perf_counter() - start) * rounds
     left = cfg.max_eval_seconds - ledger.side("eval")
-    verdict = torch.tensor([float(rt.main and cfg.max_eval_seconds > 0 and needed > left)], dtype=torch.float64)
+    verdict = torch.tensor([float(rt.main and cfg.max_eval_seconds > 0 and needed > left)],
+                           dtype=torch.float64)
     if rt.sum_(verdict).item():
-        ledger.log(f"scoring stage skipped: it needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s")
+        ledger.log(
+            f"scoring stage skipped: it needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s")
         return False
     return True
 
 
 def _show_progress(score: Score, share: float, seconds: float, ledger: Ledger) -> None:
     bpb = score.running[0] / math.log(2) / max(score.running[1], 1)
-    ledger.progress(f"{score.name}: {100 * share:.0f}% running_bpb:{bpb:.4f} eta:{seconds / share - seconds:.0f}s")
+    ledger.progress(
+        f"{score.name}: {100 * share:.0f}% running_bpb:{bpb:.4f} eta:{seconds / share - seconds:.0f}s")
 
 
 def _reduce(score: Score, rt: Runtime) -> None:
@@ -1661,14 +1695,14 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     return table.decode([t for t in tokens if t != cfg.bos_id]).decode(errors="replace")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 9. TRAINING - warm-up, the loop, the stop rule, checkpoint and resume. Validation comes in as a callback.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What every process knows of a finished step. Identical everywhere, so decisions from it need no agreement."""
+    """What every process knows of a finished step. The same everywhere, so decisions need no agreement."""
 
     step: int
     elapsed: float                                                      # rank 0's training seconds
@@ -1709,14 +1743,14 @@ class Trainer:
         return min(by_count, (cap - self.last.elapsed) / pace - (self.step - self.last.step))
 
     def out_of_time(self) -> bool:
-        """Whether one more step could end after the cap: steps in flight at the report, those since, and the next."""
+        """Whether one more step could end after the cap: steps in flight at report, since then, the next."""
         if self.cfg.schedule == "tokens" or not self.cfg.max_wallclock_seconds or not self.durations:
             return False
         needed = 1.1 * max(self.durations) * (2 * self.rt.lag + 1)
         return self.last.elapsed + needed > self.cfg.max_wallclock_seconds
 
     def train_step(self, batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> Tensor:
-        """One optimizer step; returns this process's part of the mean loss. Nothing here waits for the device."""
+        """One optimizer step -> this process's part of the mean loss. Nothing here waits for the device."""
         cfg, rt = self.cfg, self.rt
         apply_schedule(self.optimizers, cfg, self.step, self.steps_left())
         self.grads.zero_()
@@ -1734,7 +1768,7 @@ class Trainer:
         return total
 
     def warm_up(self) -> None:
-        """WARMUP_STEPS steps on random tokens, so that everything is compiled; then all state is as before."""
+        """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before."""
         cfg, rng = self.cfg, np.random.default_rng(0)
         weights = [p.detach().clone() for p in self.model.parameters()]
 
@@ -1761,7 +1795,8 @@ class Trainer:
         finally:
             for sig, handler in handlers.items():
                 signal.signal(sig, handler)
-        self.ledger.log(f"training {status}: step:{self.step}/{self.cfg.iterations} train_time:{self.seconds * 1000:.0f}ms")
+        self.ledger.log(f"training {status}: step:{self.step}/{self.cfg.iterations} "
+                        f"train_time:{self.seconds * 1000:.0f}ms")
         return status
 
     def _loop(self, validate: Callable[[int], None]) -> str:
@@ -1776,7 +1811,8 @@ class Trainer:
             if status:
                 self._read_reports(0)                                   # the last steps may have diverged
                 status = "diverged" if self.last.diverged else status
-            if status != "diverged" and cfg.val_loss_every and (status or self.step % cfg.val_loss_every == 0):
+            if status != "diverged" and cfg.val_loss_every and (
+                    status or self.step % cfg.val_loss_every == 0):
                 with self._paused("validate"):
                     validate(self.step)
             if status:
@@ -1798,8 +1834,8 @@ class Trainer:
 
     def _post_report(self, loss: Tensor) -> None:
         main = self.rt.main
-        values = [self.elapsed() if main else 0.0, loss, (~loss.isfinite()).double(), float(self.stop_requested),
-                  float(self.save_requested)]
+        values = [self.elapsed() if main else 0.0, loss, (~loss.isfinite()).double(),
+                  float(self.stop_requested), float(self.save_requested)]
         self.save_requested = False
         self.in_flight.append((self.step, self.rt.start_sum(values)))
 
@@ -1811,7 +1847,8 @@ class Trainer:
             self.durations.append(elapsed - self.last.elapsed)
             self.last = Report(step, elapsed, loss, self.last.diverged or bad > 0 or not math.isfinite(loss),
                                self.last.stop or stop > 0, self.last.save or save > 0)
-            if self.cfg.train_log_every and (step <= 10 or step % self.cfg.train_log_every == 0) or self.last.diverged:
+            if self.cfg.train_log_every and (
+                    step <= 10 or step % self.cfg.train_log_every == 0) or self.last.diverged:
                 self.ledger.log(f"step:{step}/{self.cfg.iterations} train_loss:{loss:.4f} "
                                 f"train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms")
             self.ledger.metric(step=step, train_loss=loss, train_seconds=round(elapsed, 4))
@@ -1836,8 +1873,9 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """checkpoint.pt in OUT_DIR: all that the next step depends on."""
-        state = dict(settings={**self.cfg.group("model", "train", "optim"), "seed": self.cfg.seed}, step=self.step,
-                     elapsed=self.elapsed(), model=self.model.state_dict(), mean=self.averager and self.averager.mean,
+        state = dict(settings={**self.cfg.group("model", "train", "optim"), "seed": self.cfg.seed},
+                     step=self.step, elapsed=self.elapsed(), model=self.model.state_dict(),
+                     mean=self.averager and self.averager.mean,
                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         if self.rt.main:
             save_torch(self.ledger.out_dir / "checkpoint.pt", state)
@@ -1861,10 +1899,12 @@ class Trainer:
                     mean.copy_(stored)
             self.step, elapsed = state["step"], state["elapsed"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"RESUME={path}: unusable ({error})") from None
+            raise error if isinstance(error, InputError) else InputError(
+                f"RESUME={path}: unusable ({error})") from None
         self.last = Report(self.step, elapsed, math.nan, False, False, False)
         self.ledger.log(f"resumed:{path} step:{self.step} train_time:{elapsed * 1000:.0f}ms" +
-                        (f" changed settings: {', '.join(sorted(n.upper() for n in differing))}" if differing else ""))
+                        (f" changed settings: {', '.join(sorted(n.upper() for n in differing))}"
+                         if differing else ""))
 
 
 def save_torch(path: Path, state: Any) -> None:
@@ -1877,16 +1917,17 @@ def load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 10. AUDIT - what makes a score believable, tested on the score itself. Uses sections 3-8; changes nothing.
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class AccessWatch:
-    """Training shards opened and foreign hosts contacted while it is active (a Python audit hook; it stays idle else)."""
+    """Training shards opened and foreign hosts contacted while active (a Python audit hook, else idle)."""
 
     def __init__(self) -> None:
         self.forbidden: set[str] = set()
@@ -1900,7 +1941,8 @@ class AccessWatch:
         if event == "open" and isinstance(args[0], (str, os.PathLike)):
             if os.path.realpath(args[0]) in self.forbidden or "fineweb_train" in str(args[0]):
                 self.seen.append(f"opened {args[0]}")
-        elif event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
+        elif event == "socket.connect" and isinstance(args[1], tuple) and \
+                args[1][0] not in ("127.0.0.1", "::1"):
             self.seen.append(f"connected to {args[1][0]}")
         elif event == "subprocess.Popen":
             self.seen.append(f"started {args[0]}")
@@ -1921,7 +1963,7 @@ def access_watch() -> AccessWatch:
 
 
 def audit_bytes(tokens: np.ndarray, table: ByteTable, bos: int, sample_tokens: int = 1 << 20) -> str | None:
-    """The byte table against the decoded text, document by document, over the first tokens. None = they agree."""
+    """The byte table against the decoded text, by document, over the first tokens. None = they agree."""
     tokens = tokens[:sample_tokens]
     starts = np.flatnonzero(tokens == bos)
     counted = np.concatenate(([0], np.cumsum(table.count(tokens))))
@@ -1969,16 +2011,17 @@ def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance
     entry = -log_p[:count].gather(1, batch.targets[0, :count, None].cpu()).squeeze(1).numpy()
     gap = float(np.abs(entry - nats[batch.first[0]:batch.first[0] + count]).max())
     if total > tolerance or gap > tolerance:
-        return f"log of the sum over the vocabulary is off by {total:.2g}, the charge from its entry by {gap:.2g} nats"
+        return f"log of the sum over the vocabulary is off by {total:.2g}, " \
+               f"the charge from its entry by {gap:.2g} nats"
     return None
 
 
 def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime,
           stages: Mapping[str, float]) -> dict[str, str]:
-    """Check -> PASS, or FAIL / WARN and the reason. Seconds are bounded by design: a few batches, whatever the data."""
+    """Check -> PASS, or FAIL / WARN and the reason. Its time is bounded: a few batches, whatever the data."""
     window = score.windows.count // 2
     batch = make_batch(tokens, score.windows, range(window, window + 1), 1, rt)
-    tolerance = 1e-4 if rt.dtype == torch.float32 else 0.05             # bf16 products differ between batch shapes
+    tolerance = 1e-4 if rt.dtype == torch.float32 else 0.05        # bf16 products differ between batch shapes
     covered = int((score.coverage == 1).sum())
     recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / table.count(tokens).sum())
     watch = access_watch()
@@ -1986,7 +2029,8 @@ def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cf
         "coverage": None if covered == len(score.nats) == len(tokens) - 1 else
         f"{covered} of {len(tokens) - 1} targets charged exactly once",
         "bytes": audit_bytes(tokens, table, cfg.bos_id),
-        "byte_algebra": None if abs(recount - score.bpb) < 1e-9 else f"recount gives {recount}, reported {score.bpb}",
+        "byte_algebra": None if abs(recount - score.bpb) < 1e-9 else
+        f"recount gives {recount}, reported {score.bpb}",
         "order": audit_order(score.events),
         "future": audit_future(predictor, batch, cfg.vocab_size),
         "distribution": audit_distribution(predictor, batch, score.nats, tolerance),
@@ -1994,20 +2038,23 @@ def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cf
     }
     verdicts = {name: f"FAIL: {reason}" if reason else "PASS" for name, reason in failures.items()}
     gain = max(stages.values(), default=score.bpb) - score.bpb
-    doubt = f"gains {gain:.4f} bpb over another stage" if gain > 0.03 else "below 0.9 bpb" if score.bpb < 0.9 else ""
+    doubt = f"gains {gain:.4f} bpb over another stage" if gain > 0.03 else \
+        "below 0.9 bpb" if score.bpb < 0.9 else ""
     return {**verdicts, "plausibility": f"WARN: {doubt}" if doubt else "PASS"}
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 11. MAIN - modes, results, exit codes. The only section that reads the environment or the command line.
-# ======================================================================================================================
+# ============================================================================================================
 
-OK, BUG, OVER_SIZE, OUT_OF_MEMORY, DIVERGED, OVER_TIME, AUDIT_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 64, 143
+OK, BUG, OVER_SIZE, OUT_OF_MEMORY, DIVERGED, OVER_TIME, AUDIT_FAILED, BAD_INPUT, INTERRUPTED = (
+    0, 1, 2, 3, 4, 5, 6, 64, 143)
 TESTED_TORCH = "2.13"
 
-# Scoring stages in order: name -> whether the settings ask for it, and the predictor. The last one is the result.
+# Scoring stages in order: name -> whether the settings ask for it, and the predictor. The last is the result.
 PREDICTORS: dict[str, tuple[Callable[[Config], bool], Callable[[GPT, Runtime, Config], Any]]] = {
-    "plain": (lambda cfg: True, lambda model, rt, cfg: Sliding(model, rt, "plain", cfg.score_len, cfg.score_len)),
+    "plain": (lambda cfg: True,
+              lambda model, rt, cfg: Sliding(model, rt, "plain", cfg.score_len, cfg.score_len)),
     "sliding": (lambda cfg: 0 < cfg.eval_stride < cfg.score_len,
                 lambda model, rt, cfg: Sliding(model, rt, "sliding", cfg.score_len, cfg.eval_stride)),
 }
@@ -2038,7 +2085,8 @@ def code_size() -> int:
 
 def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
     """First lines of every log: versions, machine, overrides, hashes."""
-    changed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    changed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
+               if getattr(cfg, f.name) != f.default}
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                     sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__)
     ledger.log(" ".join(f"{name}:{version}" for name, version in versions.items()))
@@ -2046,10 +2094,12 @@ def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
         ledger.log(f"WARNING: tested with torch {TESTED_TORCH}, this is {torch.__version__}")
     for note in rt.notes:
         ledger.log(note)
-    ledger.log("overrides: " + (" ".join(f"{name.upper()}={value}" for name, value in changed.items()) or "none"))
+    ledger.log("overrides: " + (
+        " ".join(f"{name.upper()}={value}" for name, value in changed.items()) or "none"))
     ledger.log(f"seed:{cfg.seed} code_sha256:{sha256(SCRIPT)}")
-    ledger.save(mode=cfg.mode, seed=cfg.seed, settings=dataclasses.asdict(cfg), overrides=changed, versions=versions,
-                machine=rt.device_name(), world_size=rt.world, code_sha256=sha256(SCRIPT), resumed=bool(cfg.resume))
+    ledger.save(mode=cfg.mode, seed=cfg.seed, settings=dataclasses.asdict(cfg), overrides=changed,
+                versions=versions, machine=rt.device_name(), world_size=rt.world, code_sha256=sha256(SCRIPT),
+                resumed=bool(cfg.resume))
 
 
 def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
@@ -2067,9 +2117,11 @@ def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
         model = build_model(cfg, rt)
         trainer = Trainer(cfg, rt, ledger, model, stream)
         flops = training_flops(cfg, model)
-    ledger.log(f"model_params:{sum(p.numel() for p in model.parameters())} training_flops_per_token:{flops:.4g}")
-    ledger.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} micro_batches:"
-               f"{cfg.micro_batches} iterations:{cfg.iterations} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
+    ledger.log(f"model_params:{sum(p.numel() for p in model.parameters())} "
+               f"training_flops_per_token:{flops:.4g}")
+    ledger.log(f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+               f"micro_batches:{cfg.micro_batches} iterations:{cfg.iterations} "
+               f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
     with ledger.phase("warmup"):
         trainer.warm_up()
     if cfg.resume:
@@ -2079,8 +2131,8 @@ def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
         predictor = Sliding(model, rt, "validate", cfg.score_len, cfg.score_len)
         score = evaluate(predictor, load_validation(cfg), table, cfg, rt, ledger)
         if score:
-            ledger.log(f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} "
-                       f"train_time:{trainer.elapsed() * 1000:.0f}ms")
+            ledger.log(f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} "
+                       f"{score.label}:{score.bpb:.4f} train_time:{trainer.elapsed() * 1000:.0f}ms")
             ledger.metric(step=step, val_loss=score.loss, **{score.label: score.bpb})
 
     status = trainer.run(validate)
@@ -2119,12 +2171,12 @@ def load_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> GPT:
         try:
             model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
-            raise InputError(f"artifact: its tensors do not fit its settings ({str(error).splitlines()[-1].strip()})"
-                             ) from None
+            raise InputError("artifact: its tensors do not fit its settings "
+                             f"({str(error).splitlines()[-1].strip()})") from None
         made_with = read_header(blob)[0].get("notes", {}).get("tokenizer")
         if made_with and made_with != tokenizer_hash(cfg):
-            raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
-                             f"(sha256 {made_with[:16]}, here {tokenizer_hash(cfg)[:16]})")
+            raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another "
+                             f"tokenizer (sha256 {made_with[:16]}, here {tokenizer_hash(cfg)[:16]})")
     return model
 
 
@@ -2177,18 +2229,20 @@ def result_card(cfg: Config, ledger: Ledger, code: int) -> None:
     ledger.log(bar)
     for name, stage in result["stages"].items():
         label = next((k for k in ("val_bpb", "partial_bpb", "unnormalised_score") if k in stage), None)
-        ledger.log(f"{name:12} " + (f"{label} {stage[label]:.6f}   {stage['tokens']} tokens, {stage['bytes']} bytes, "
-                                    f"{stage['seconds']:.1f} s" if label else f"skipped: {stage['skipped']}"))
+        ledger.log(f"{name:12} " + (f"{label} {stage[label]:.6f}   {stage['tokens']} tokens, "
+                                    f"{stage['bytes']} bytes, {stage['seconds']:.1f} s"
+                                    if label else f"skipped: {stage['skipped']}"))
     if "sizes" in result:
-        ledger.log("size         {total} bytes = code {code} + model {model}; cap {cap}, margin {margin}".format(
-            **result["sizes"]))
+        ledger.log("size         {total} bytes = code {code} + model {model}; cap {cap}, margin {margin}"
+                   .format(**result["sizes"]))
     seconds = result["seconds"]
     ledger.log("seconds      " + "  ".join(f"{name} {s:.1f}" for name, s in seconds.items()
                                            if not name.endswith("_side")))
     ledger.log(f"budgets      train {seconds['train_side']:.1f} of {cfg.max_wallclock_seconds:.0f} s" +
                (" (not limited: SCHEDULE=tokens)" if cfg.schedule == "tokens" else "") +
                f", eval {seconds['eval_side']:.1f} of {cfg.max_eval_seconds:.0f} s")
-    ledger.log(f"exit code    {code} ({result['status']}){', resumed run' if cfg.resume else ''}; {ledger.out_dir}")
+    ledger.log(f"exit code    {code} ({result['status']}){', resumed run' if cfg.resume else ''}; "
+               f"{ledger.out_dir}")
     ledger.log(bar)
 
 
@@ -2226,8 +2280,8 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         code = run_once(cfg, rt, ledger)
     except torch.OutOfMemoryError as error:
         ledger.log(f"out of memory: {error}\nMICRO_BATCH_TOKENS={cfg.micro_tokens} sets training memory, "
-                   f"EVAL_BATCH_TOKENS={cfg.eval_batch_tokens} scoring memory; halve the one that was at work. "
-                   "The score does not depend on them.")
+                   f"EVAL_BATCH_TOKENS={cfg.eval_batch_tokens} scoring memory; halve the one that was at "
+                   "work. The score does not depend on them.")
         ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     except InputError as error:
         ledger.log(f"error: {error}")
@@ -2265,7 +2319,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         print(help_text())
         return OK
     try:
-        _refuse([f"unknown argument {arg!r}: settings are environment variables (--help lists them)" for arg in argv])
+        _refuse([f"unknown argument {arg!r}: settings are environment variables (--help lists them)"
+                 for arg in argv])
         cfg = load_config(env)
         run_id = cfg.run_id or datetime.datetime.now().strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
         cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
@@ -2277,12 +2332,13 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     try:
         if not cfg.seeds:
             return guarded_run(cfg, rt)[0]
-        runs = [guarded_run(dataclasses.replace(cfg, seed=seed, out_dir=str(Path(cfg.out_dir) / f"seed_{seed}")), rt)
-                for seed in cfg.seeds]
+        runs = [guarded_run(dataclasses.replace(
+            cfg, seed=seed, out_dir=str(Path(cfg.out_dir) / f"seed_{seed}")), rt) for seed in cfg.seeds]
         scores = [result["result"].get("val_bpb", math.nan) for _, result in runs if "result" in result]
         if rt.main and scores:
             spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
-            print(f"seeds:{','.join(map(str, cfg.seeds))} val_bpb mean:{np.mean(scores):.6f} std:{spread:.6f} n:{len(scores)}")
+            print(f"seeds:{','.join(map(str, cfg.seeds))} val_bpb mean:{np.mean(scores):.6f} "
+                  f"std:{spread:.6f} n:{len(scores)}")
         return max(code for code, _ in runs)
     finally:
         rt.close()

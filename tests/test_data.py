@@ -33,7 +33,8 @@ def damaged(raw, kind):
               "more": (20240520, 1, 51), "absurd": (20240520, 1, 2 ** 31 - 1)}
     if kind in header:
         return struct.pack("<3i", *header[kind]) + raw[12:]
-    return {"empty": b"", "header only": raw[:1024], "short header": raw[:500], "cut": raw[:-1], "longer": raw + b"\0"}[kind]
+    return {"empty": b"", "header only": raw[:1024], "short header": raw[:500], "cut": raw[:-1],
+            "longer": raw + b"\0"}[kind]
 
 
 @pytest.mark.parametrize("kind", ["magic", "version", "negative", "more", "absurd", "empty", "header only",
@@ -102,7 +103,8 @@ def test_batches_follow_upstream_order(stream):
     for unit in (0, 1, 7, 20):
         ids, targets = stream.batch(unit, cfg)
         span = endless[9 * unit:9 * unit + 9]
-        assert ids.shape == (2, 4) and np.array_equal(ids.ravel(), span[:-1]) and np.array_equal(targets.ravel(), span[1:])
+        assert ids.shape == targets.shape == (2, 4)
+        assert np.array_equal(ids.ravel(), span[:-1]) and np.array_equal(targets.ravel(), span[1:])
 
 
 def test_token_outside_the_vocabulary_names_the_shard(tmp_path):

@@ -181,7 +181,7 @@ def test_switch_is_alive_and_absent_when_off(switch):
 
 @pytest.mark.parametrize("name", ["unet_skips", "x0_mix"])
 def test_default_parts_can_be_absent(name):
-    with_part, without = (dict(tg.GPT(tg.Config(**dict(TINY, **{name: on}))).named_parameters()) for on in (True, False))
+    with_part, without = (dict(tg.GPT(tg.Config(**TINY | {name: on})).named_parameters()) for on in (True, False))
     gone = {"unet_skips": {"skip_weights"}, "x0_mix": {f"blocks.{i}.resid_mix" for i in range(3)}}[name]
     assert with_part.keys() - without.keys() == gone
     assert torch.isfinite(tg.GPT(tg.Config(**dict(TINY, **{name: False}))).logits(torch.arange(8)[None])).all()
@@ -235,7 +235,8 @@ CASES = {
 def test_equals_the_published_programs(name):
     import json
 
-    cfg = tg.Config(**{**dict(num_layers=4, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=256), **CASES[name]})
+    shape = dict(num_layers=4, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=256)
+    cfg = tg.Config(**shape | CASES[name])
     weights = {k: torch.from_numpy(v) for k, v in np.load(REFERENCE / f"{name}_weights.npz").items()
                if not k.startswith("alpha_head")}                       # the mixer head belongs to a later stage
     reference = np.load(REFERENCE / f"{name}_reference.npz")

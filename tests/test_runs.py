@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +47,13 @@ def base(tmp_path_factory):
 def test_end_to_end(base):
     out, code, result, log = base
     assert code == 0 and result["status"] == "finished" and result["exit_code"] == 0
-    assert {p.name for p in out.iterdir()} == {"train.log", "metrics.jsonl", "result.json", "final_model.pt", "model.ptz",
-                                              "checkpoint.pt", "smoke_data"}
+    files = {"train.log", "metrics.jsonl", "result.json", "final_model.pt", "model.ptz", "checkpoint.pt", "smoke_data"}
+    assert {p.name for p in out.iterdir()} == files
     assert result["sizes"]["model"] == (out / "model.ptz").stat().st_size
     assert result["sizes"]["code"] == (ROOT / "train_gpt.py").stat().st_size
     assert set(result["stages"]) == {"plain", "sliding"} and result["result"]["stage"] == "sliding"
-    assert all(v in ("PASS",) for s in result["stages"].values() for k, v in s["audit"].items() if k != "plausibility")
+    verdicts = [s["audit"] for s in result["stages"].values()]
+    assert all(verdict == "PASS" for v in verdicts for check, verdict in v.items() if check != "plausibility")
     for pattern in (r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
                     r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", r"Code size: \d+ bytes",
                     r"Serialized model zstd: \d+ bytes", r"Total submission size zstd: \d+ bytes",
@@ -80,8 +79,8 @@ def test_same_seed_same_score_and_other_seed_another(base, tmp_path):
 
 def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
     out, _, result, _ = base
-    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), SMOKE="0", DATA_PATH=str(out / "smoke_data"), TOKENIZER_PATH="byte260",
-               DEVICE="cpu", OUT_DIR=str(tmp_path))
+    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), DATA_PATH=str(out / "smoke_data"), DEVICE="cpu",
+               TOKENIZER_PATH="byte260", OUT_DIR=str(tmp_path))
     assert tg.main([], env) == 0                                        # nothing but the artifact and the data
     again = json.loads((tmp_path / "result.json").read_text())
     for stage, record in result["stages"].items():
@@ -90,20 +89,16 @@ def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
 
 
 def test_sample_mode(base, tmp_path):
-    env = dict(MODE="sample", ARTIFACT=str(base[0] / "model.ptz"), TOKENIZER_PATH="byte260", DEVICE="cpu", OUT_DIR=str(tmp_path),
-               SAMPLE_TOKENS="20", SAMPLE_PROMPT="ab")
+    env = dict(MODE="sample", ARTIFACT=str(base[0] / "model.ptz"), TOKENIZER_PATH="byte260", DEVICE="cpu",
+               OUT_DIR=str(tmp_path), SAMPLE_TOKENS="20", SAMPLE_PROMPT="ab")
     texts = []
     for _ in range(2):
         assert tg.main([], env) == 0
-        texts.append(re.sub(r"\d+\.\d+", "", (tmp_path / "train.log").read_text()))
-    assert "\nab" in texts[0]
+        texts.append(re.search(r"\nab.*", (tmp_path / "train.log").read_text())[0])
+    assert texts[0] == texts[1] and len(texts[0]) > 10
 
 
-def test_resume_equals_uninterrupted(base, tmp_path):
-    _, code, result, _ = base
-    (tmp_path / "c").mkdir()
-    state = torch.load(base[0] / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 6                                           # the last one; take one half way instead
+def test_resume_equals_uninterrupted(tmp_path):
     run(tmp_path / "a", ITERATIONS="3", SAVE_EVERY="3", WARMDOWN_ITERS="0")
     _, straight, _ = run(tmp_path / "b", WARMDOWN_ITERS="0", VAL_TOKENS="0")
     _, resumed, log = run(tmp_path / "c", WARMDOWN_ITERS="0", VAL_TOKENS="0", RESUME=str(tmp_path / "a/checkpoint.pt"))
@@ -169,8 +164,10 @@ def test_clock_schedule_stays_within_the_cap(tmp_path):
 
 
 def test_seeds_print_mean_and_deviation(tmp_path, capsys):
-    assert tg.main([], {**TINY_RUN, "OUT_DIR": str(tmp_path), "DEVICE": "cpu", "VAL_TOKENS": "0", "SEEDS": "1,2", "EVAL_STRIDE": "0"}) == 0
-    scores = [json.loads((tmp_path / f"seed_{s}/result.json").read_text())["result"]["val_bpb"] for s in (1, 2)]
+    env = dict(OUT_DIR=str(tmp_path), DEVICE="cpu", VAL_TOKENS="0", SEEDS="1,2", EVAL_STRIDE="0")
+    assert tg.main([], {**TINY_RUN, **env}) == 0
+    results = [json.loads((tmp_path / f"seed_{seed}/result.json").read_text()) for seed in (1, 2)]
+    scores = [result["result"]["val_bpb"] for result in results]
     printed = re.search(r"seeds:1,2 val_bpb mean:(\S+) std:(\S+) n:2", capsys.readouterr().out)
     assert abs(float(printed[1]) - np.mean(scores)) < 1e-6 and abs(float(printed[2]) - np.std(scores, ddof=1)) < 1e-6
 
@@ -188,50 +185,45 @@ def test_damaged_artifact_and_wrong_tokenizer(base, tmp_path):
     assert "trained with another tokenizer" in (tmp_path / "out/train.log").read_text()
 
 
-def test_runs_from_inside_a_record_folder(base, tmp_path):
+def test_runs_from_inside_a_record_folder(tmp_path):
     """Script and config.env copied elsewhere: the settings are found, and count as code."""
     folder = tmp_path / "records" / "track" / "mine"
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
     env = {**TINY_RUN, "ITERATIONS": "2"}
     (folder / "config.env").write_text("".join(f"{name}={value}\n" for name, value in env.items() if name != "SMOKE"))
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=clean_env(SMOKE="1", DEVICE="cpu", OUT_DIR="out"),
-                          capture_output=True, text=True, timeout=120, check=False)
+    env = clean_env(SMOKE="1", DEVICE="cpu", OUT_DIR="out")
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=env, capture_output=True, text=True,
+                          timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((folder / "out/result.json").read_text())
     assert result["steps"] == 2
     assert result["sizes"]["code"] == sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
 
 
-def test_two_processes_equal_one(base, tmp_path):
+def test_two_processes_equal_one(tmp_path):
     two = torchrun(tmp_path / "two", 2, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
     _, one, _ = run(tmp_path / "one", VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == len(b) == 10 and np.abs(a / b - 1).max() < 1e-5
     assert abs(one["result"]["val_loss"] - two["result"]["val_loss"]) < 1e-3       # other rounding, other codes
     env = dict(MODE="eval", ARTIFACT=str(tmp_path / "two/model.ptz"), DATA_PATH=str(tmp_path / "two/smoke_data"))
-    again = torchrun(tmp_path / "eval", 2, **env)
-    code, alone, _ = run(tmp_path / "eval1", **{**env, "VAL_TOKENS": "0"})
-    again = torchrun(tmp_path / "eval", 2, **env, VAL_TOKENS="0")
+    _, alone, _ = run(tmp_path / "eval1", **env, VAL_TOKENS="0")
+    again = torchrun(tmp_path / "eval2", 2, **env, VAL_TOKENS="0")
     assert abs(again["result"]["val_loss"] - alone["result"]["val_loss"]) < 1e-6
 
 
-def test_training_opens_no_validation_file(tmp_path):
-    opened = []
+def test_training_opens_no_validation_file_before_the_artifact_is_written(tmp_path, monkeypatch):
+    seen, real = [], tg.read_shard
 
-    def hook(event, args):
-        if event == "open" and "fineweb_val" in str(args[0]):
-            opened.append(time.perf_counter())
+    def watched(path):
+        if "fineweb_val" in str(path):
+            seen.append((tmp_path / "model.ptz").is_file())
+        return real(path)
 
-    sys.addaudithook(hook)
-    run(tmp_path / "a")
-    artifact = (tmp_path / "a/model.ptz").stat().st_mtime
-    assert artifact and opened
-    for path in (tmp_path / "b").glob("*"):
-        os.unlink(path)
-    code, _, log = run(tmp_path / "b", VAL_LOSS_EVERY="0")
-    order = [line for line in log.splitlines() if "Serialized model" in line or "val_loader" in line]
-    assert "Serialized" in order[0] and "val_loader" in order[1]
+    monkeypatch.setattr(tg, "read_shard", watched)
+    assert run(tmp_path, VAL_LOSS_EVERY="0")[0] == 0
+    assert seen and all(seen)
 
 
 def test_ledger_writes_whole_files_only(tmp_path):

@@ -40,7 +40,7 @@ def test_smoke_is_below_file_and_environment(tmp_path):
 def test_all_problems_at_once(tmp_path):
     text = complaint(tmp_path, "WARMDRON_ITERS=3\nNONSENSE\n", TIE_EMBEDDINGS="perhaps", NUM_LAYERS="three",
                      MUON_BETA2="0.9", WEIGHT_DECAY="0.1", SEEED="1")
-    for part in ("did you mean WARMDOWN_ITERS", "line 2: expected NAME=value", "TIE_EMBEDDINGS='perhaps': expected 0, 1",
+    for part in ("did you mean WARMDOWN_ITERS", "line 2: expected NAME=value", "TIE_EMBEDDINGS='perhaps': expected",
                  "NUM_LAYERS='three': expected a whole number", "MUON_BETA2", "here it is MUON_WD", "did you mean SEED",
                  "7 problems; nothing was started"):
         assert part in text, text
@@ -90,8 +90,8 @@ def test_a_real_torchrun_environment(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text("import json, os, sys\njson.dump(dict(os.environ), open(sys.argv[1], 'w'))\n")
     out = tmp_path / "env.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(probe), str(out)]
-    subprocess.run(command, check=True, env=clean_env(), capture_output=True, timeout=120)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    subprocess.run([*launcher, str(probe), str(out)], check=True, env=clean_env(), capture_output=True, timeout=120)
     env = json.loads(out.read_text())
     assert "TORCHELASTIC_RUN_ID" in env and env["WORLD_SIZE"] == "1"
     assert tg.load_config(env) == tg.Config()
@@ -120,7 +120,7 @@ def test_bad_settings_exit_code_and_nothing_written(tmp_path, capsys):
 
 
 def test_missing_data_is_named(tmp_path, capsys):
-    env = dict(DATA_PATH="no/such/folder", OUT_DIR=str(tmp_path), DEVICE="cpu", TOKENIZER_PATH="byte260", VOCAB_SIZE="260")
+    env = dict(DATA_PATH="no/such/folder", OUT_DIR=str(tmp_path), TOKENIZER_PATH="byte260", VOCAB_SIZE="260")
     assert tg.main([], env) == 64
     assert "no/such/folder: not found" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["exit_code"] == 64

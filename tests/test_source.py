@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, clean_env
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
@@ -25,15 +24,14 @@ def test_python_310_syntax():
 def test_sections_are_in_order_and_use_only_those_above():
     assert [number for _, number in BANNERS] == list(range(1, 12))
     home = {}
-    for node in TREE.body:
+    for node in (node for node in TREE.body if section_of(node.lineno)):
         names = [node.name] if hasattr(node, "name") else \
             [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
         home.update(dict.fromkeys(names, section_of(node.lineno)))
     annotations = {id(n) for node in ast.walk(TREE) for a in
                    (getattr(node, "annotation", None), getattr(node, "returns", None)) if a for n in ast.walk(a)}
-    wrong = [(node.id, node.lineno) for node in ast.walk(TREE) if isinstance(node, ast.Name) and id(node) not in annotations
-             and home.get(node.id, 0) > section_of(node.lineno)]
-    assert wrong == [("parse_policy", 0)][:0], wrong
+    names = [node for node in ast.walk(TREE) if isinstance(node, ast.Name) and id(node) not in annotations]
+    assert not [(n.id, n.lineno) for n in names if home.get(n.id, 0) > section_of(n.lineno)]
 
 
 def test_functions_are_short_and_the_file_bounded():
@@ -41,7 +39,7 @@ def test_functions_are_short_and_the_file_bounded():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60]
     assert not long
     assert SOURCE.count("\n") <= 2400
-    assert max(map(len, SOURCE.splitlines())) <= 120
+    assert max(map(len, SOURCE.splitlines())) <= 110
 
 
 def test_environment_is_read_in_main_only():
@@ -79,19 +77,19 @@ print(took)
 
 def test_import_has_no_side_effects_and_is_quick(tmp_path):
     tmp_path.chmod(0o500)
-    done = subprocess.run([sys.executable, "-c", IMPORT_PROBE, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
-                          env=clean_env(CUDA_VISIBLE_DEVICES=""), timeout=120)
+    done = subprocess.run([sys.executable, "-c", IMPORT_PROBE, str(ROOT)], cwd=tmp_path, capture_output=True,
+                          text=True, env=clean_env(CUDA_VISIBLE_DEVICES=""), timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
     assert float(done.stdout) < 0.3
 
 
 def test_no_dependency_beyond_the_four():
-    roots = {alias.name.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
-    roots |= {node.module.split(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    assert roots - set(sys.stdlib_module_names) == {"numpy", "torch", "sentencepiece", "zstandard", "flash_attn_interface"}
+    imports = [node for node in ast.walk(TREE) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
+    foreign = {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names)
+    assert foreign == {"numpy", "torch", "sentencepiece", "zstandard", "flash_attn_interface"}
 
 
-@pytest.mark.parametrize("folder", [".", "data", "tests"])
-def test_lint(folder):
-    subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", folder], cwd=ROOT, check=True)
+def test_lint():
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)
