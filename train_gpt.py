@@ -161,6 +161,7 @@ class Config:
     max_artifact_bytes: int = _pack(16_000_000, "cap on code + model; over it the exit code is 2", low=0)
 
     eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0)
+    eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
     eval_stride: int = _score(64, "sliding windows advance by this; 0 = plain windows only", low=0)
     eval_batch_tokens: int = _score(0, "tokens a scoring batch; 0 = from free memory", low=0)
     max_eval_seconds: float = _score(600.0, "scoring seconds; a stage that cannot finish is skipped", low=0)
@@ -443,12 +444,11 @@ class Runtime:
 
         Measured on two cores: forward and backward of the 8192 x 1024 loss take a quarter of the time.
         """
-        if sys.platform.startswith("linux"):
-            mallopt = getattr(ctypes.CDLL(None), "mallopt", None)       # absent in musl
-            if mallopt:
-                m_mmap_threshold, m_trim_threshold = -3, -1
-                mallopt(m_mmap_threshold, 1 << 30)
-                mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt:                                                     # absent in musl
+            m_mmap_threshold, m_trim_threshold = -3, -1
+            mallopt(m_mmap_threshold, 1 << 30)
+            mallopt(m_trim_threshold, (1 << 31) - 1)
 
     def _pick_attention(self, wanted: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
@@ -497,9 +497,8 @@ class Runtime:
 
     def start_sum(self, values: Sequence[float | Tensor]) -> Callable[[], list[float]]:
         """Begins the sum over processes of a few numbers; only the call that it returns waits for it."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
-                             .detach() for v in values]) if self.device.type != "mps" else torch.tensor(
-            [float(v) for v in values], dtype=torch.float32)
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float32).detach()
+                             .to(self.device, non_blocking=True) for value in values])
         work = dist.all_reduce(total, async_op=True) if self.world > 1 else None
         if self.device.type == "cuda":
             if work:
@@ -548,8 +547,8 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(ImportError):
             import resource  # absent on Windows
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024)
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return 0
 
     def close(self) -> None:
@@ -562,8 +561,7 @@ class Runtime:
 # ============================================================================================================
 
 # Which budget a phase counts against: MAX_WALLCLOCK_SECONDS (train), MAX_EVAL_SECONDS (eval), or neither.
-PHASE_SIDES = {"train": "train", "calibrate": "train", "unpack": "eval", "plain": "eval", "sliding": "eval",
-               "eval_compile": "eval"}
+PHASE_SIDES = {"train": "train", "calibrate": "train", "unpack": "eval", "plain": "eval", "sliding": "eval"}
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -584,7 +582,8 @@ class Ledger:
         self.out_dir, self.writes = out_dir, rt.main
         self.seconds: dict[str, float] = {}
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
-        self.born, self._shown, self._inner = time.perf_counter(), 0.0, 0.0
+        self.born = self._shown = time.perf_counter()
+        self._inner = 0.0
         if self.writes:
             out_dir.mkdir(parents=True, exist_ok=True)
             for name in ("train.log", "metrics.jsonl"):
@@ -749,7 +748,7 @@ class ByteTable:
 
     def __init__(self, sizes: np.ndarray, marked: np.ndarray, boundary: np.ndarray, name: str,
                  processor: sentencepiece.SentencePieceProcessor | None = None):
-        self.sizes, self.marked, self.boundary = sizes, marked, boundary        # [V] int64, bool, bool
+        self.sizes, self.marked, self.boundary = sizes, marked, boundary        # [V] int16, bool, bool
         self.name, self.processor, self.vocab_size = name, processor, len(sizes)
 
     @classmethod
@@ -765,14 +764,14 @@ class ByteTable:
         pieces = [sp.id_to_piece(i) for i in range(count)]
         marked = np.array([p.startswith("\u2581") for p in pieces]) & ~boundary
         sizes = np.array([0 if boundary[i] else 1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode())
-                          for i, p in enumerate(pieces)], dtype=np.int64)
+                          for i, p in enumerate(pieces)], dtype=np.int16)
         return cls(sizes, marked, boundary, Path(path).name, sp)
 
     @classmethod
     def bytes260(cls) -> ByteTable:
         """The byte-level vocabulary: 0 pad, 1 document start, 2 document end, 3 unknown, b + 4 is byte b."""
         boundary = np.arange(260) < 4
-        return cls((~boundary).astype(np.int64), np.zeros(260, bool), boundary, "byte260")
+        return cls((~boundary).astype(np.int16), np.zeros(260, bool), boundary, "byte260")
 
     @classmethod
     def load(cls, cfg: Config) -> ByteTable:
@@ -784,9 +783,8 @@ class ByteTable:
         return table
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes charged to tokens[1:] -> int64 [len(tokens) - 1]."""
-        before, after = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
-        return self.sizes[after] + (self.marked[after] & ~self.boundary[before])
+        """Bytes charged to tokens[1:] -> int16 [len(tokens) - 1]."""
+        return self.sizes[tokens[1:]] + (self.marked[tokens[1:]] & ~self.boundary[tokens[:-1]])
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text) if self.processor else [byte + 4 for byte in text.encode()]
@@ -996,7 +994,8 @@ class GPT(nn.Module):
         self.encoders = cfg.num_layers // 2                           # the first half pushes, the second pops
         self.skip_weights = nn.Parameter(torch.empty(self.encoders, cfg.model_dim)) \
             if cfg.unet_skips and self.encoders else None
-        self.reset_parameters()
+        if not self.tok_emb.weight.is_meta:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1271,7 +1270,7 @@ class RowInt:
     def decode(self, parts: Mapping[str, bytes], shape: Sequence[int]) -> Tensor:
         codes = np.frombuffer(parts["codes"], np.int8).reshape(shape)
         scales = np.frombuffer(parts["scales"], "<f2").astype(np.float32)
-        return torch.from_numpy(codes.astype(np.float32) * scales[:, None])
+        return torch.from_numpy(codes.astype(np.float32)) * torch.from_numpy(scales)[:, None]
 
 
 class AsFloat:
@@ -1448,8 +1447,12 @@ def _expand(blob: bytes) -> tuple[dict[str, Any], Iterator[tuple[str, list[int],
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     """An artifact's settings and float weights, or InputError; runs nothing, allocates only what is there."""
     header, tensors = _expand(blob)
-    cfg = _read_config(header.get("config"))
-    return cfg, {name: QUANTIZERS[kind].decode(parts, shape) for name, shape, kind, parts in tensors}
+    cfg, weights = _read_config(header.get("config")), {}
+    for name, shape, kind, parts in tensors:
+        weights[name] = QUANTIZERS[kind].decode(parts, shape)
+        if not weights[name].isfinite().all():
+            raise InputError(f"artifact: {name} has values that are not finite")
+    return cfg, weights
 
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
@@ -1500,8 +1503,8 @@ class Windows:
 
     def units(self, batch: int, chunk: int = 0) -> Iterator[list[range]]:
         """Batches of windows of one shape, as lists per chunk of `chunk` targets (0 = one chunk)."""
-        edges = [k for k in range(1, self.count)
-                 if chunk and self.scored(k)[0] // chunk != self.scored(k - 1)[0] // chunk]
+        edges = [k for k in range(1, self.count if chunk else 1)
+                 if self.scored(k)[0] // chunk != self.scored(k - 1)[0] // chunk]
         for lo, hi in itertools.pairwise([0, *edges, self.count]):
             first = [range(0, 1)] if lo == 0 and self.stride < self.seq_len else []
             yield first + [range(k, min(k + batch, hi)) for k in range(lo + len(first), hi, batch)]
@@ -1601,14 +1604,18 @@ class Score:
                 "bytes": int(self.sizes.sum(dtype=np.int64)), "seconds": round(self.seconds, 3)}
 
 
-def batch_rows(cfg: Config, rt: Runtime, seq_len: int, stride: int) -> int:
-    """Windows a scoring batch: EVAL_BATCH_TOKENS, else a power of two of tokens for half the free memory."""
+def batch_rows(cfg: Config, rt: Runtime, windows: Windows) -> int:
+    """Windows a scoring batch: EVAL_BATCH_TOKENS, else a power of two of tokens for half the free memory.
+
+    Rank 0 decides: the units of work must be the same everywhere.
+    """
     tokens = cfg.eval_batch_tokens
     if not tokens:
-        per_token = 4 * (24 * cfg.model_dim + 4 * cfg.vocab_size * stride / seq_len)
+        per_token = 4 * (24 * cfg.model_dim + 4 * cfg.vocab_size * windows.stride / windows.seq_len)
         cap = 1 << 19 if rt.device.type == "cuda" else 1 << 14  # beyond it GPUs are full, CPU caches long ago
         tokens = min(cap, 1 << int(math.log2(max(rt.free_memory() / 2 / per_token, 1))))
-    return max(1, tokens // seq_len)
+    rows = min(max(1, tokens // windows.seq_len), windows.count)
+    return int(rt.sum_(torch.tensor([rows if rt.main else 0])))
 
 
 def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime, ledger: Ledger
@@ -1618,9 +1625,9 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
     Units of work are the same for any number of processes; one without work repeats the last and drops it.
     """
     windows = Windows(len(tokens) - 1, predictor.seq_len, predictor.stride)
-    rows = min(batch_rows(cfg, rt, predictor.seq_len, predictor.stride), windows.count)
+    rows = batch_rows(cfg, rt, windows)
     score = Score(predictor.name, windows, np.zeros(windows.targets, np.float32),
-                  table.count(tokens).astype(np.uint16), predictor.normalised, not cfg.val_tokens, 0.0,
+                  table.count(tokens), predictor.normalised, not cfg.val_tokens, 0.0,
                   np.zeros(windows.targets, np.uint8), [], np.zeros(2))
     with ledger.phase(predictor.name):
         start, rounds = time.perf_counter(), 0
@@ -1663,16 +1670,16 @@ def _fits(start: float, rounds: float, cfg: Config, rt: Runtime, ledger: Ledger)
     verdict = torch.tensor([float(rt.main and cfg.max_eval_seconds > 0 and needed > left)],
                            dtype=torch.float64)
     if rt.sum_(verdict).item():
-        ledger.log(
-            f"scoring stage skipped: it needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s")
+        ledger.log(f"scoring stage skipped: it needs about {needed:.0f} s, "
+                   f"MAX_EVAL_SECONDS leaves {left:.0f} s")
         return False
     return True
 
 
 def _show_progress(score: Score, share: float, seconds: float, ledger: Ledger) -> None:
     bpb = score.running[0] / math.log(2) / max(score.running[1], 1)
-    ledger.progress(
-        f"{score.name}: {100 * share:.0f}% running_bpb:{bpb:.4f} eta:{seconds / share - seconds:.0f}s")
+    left = seconds / share - seconds
+    ledger.progress(f"{score.name}: {100 * share:.0f}% running_bpb:{bpb:.4f} eta:{left:.0f}s")
 
 
 def _reduce(score: Score, rt: Runtime) -> None:
@@ -1926,30 +1933,28 @@ def load_torch(path: Path) -> Any:
 # ============================================================================================================
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
 class AccessWatch:
-    """Training shards opened and foreign hosts contacted while active (a Python audit hook, else idle)."""
+    """Training shards opened and other hosts contacted while it is active (a Python audit hook)."""
 
     def __init__(self) -> None:
-        self.forbidden: set[str] = set()
         self.seen: list[str] = []
         self.active = False
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple) -> None:
-        if not self.active or event not in ("open", "socket.connect", "subprocess.Popen"):
+        if not self.active:
             return
-        if event == "open" and isinstance(args[0], (str, os.PathLike)):
-            if os.path.realpath(args[0]) in self.forbidden or "fineweb_train" in str(args[0]):
-                self.seen.append(f"opened {args[0]}")
-        elif event == "socket.connect" and isinstance(args[1], tuple) and \
-                args[1][0] not in ("127.0.0.1", "::1"):
+        if event == "open" and "fineweb_train" in str(args[0]):
+            self.seen.append(f"opened {args[0]}")
+        elif event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
             self.seen.append(f"connected to {args[1][0]}")
-        elif event == "subprocess.Popen":
-            self.seen.append(f"started {args[0]}")
 
     @contextlib.contextmanager
-    def watching(self, forbidden: Sequence[Path]) -> Iterator[None]:
-        self.forbidden, self.active = {os.path.realpath(path) for path in forbidden}, True
+    def watching(self) -> Iterator[None]:
+        self.active = True
         try:
             yield
         finally:
@@ -2053,15 +2058,26 @@ TESTED_TORCH = "2.13"
 
 # Scoring stages in order: name -> whether the settings ask for it, and the predictor. The last is the result.
 PREDICTORS: dict[str, tuple[Callable[[Config], bool], Callable[[GPT, Runtime, Config], Any]]] = {
-    "plain": (lambda cfg: True,
+    "plain": (lambda cfg: cfg.eval_plain or not 0 < cfg.eval_stride < cfg.score_len,
               lambda model, rt, cfg: Sliding(model, rt, "plain", cfg.score_len, cfg.score_len)),
     "sliding": (lambda cfg: 0 < cfg.eval_stride < cfg.score_len,
                 lambda model, rt, cfg: Sliding(model, rt, "sliding", cfg.score_len, cfg.eval_stride)),
 }
 
 
-def build_model(cfg: Config, rt: Runtime) -> GPT:
-    model = GPT(cfg).to(rt.device)
+def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None = None) -> GPT:
+    """The model on its device, at its start or with given weights; InputError if they are not its own."""
+    if weights is None:
+        model = GPT(cfg).to(rt.device)
+    else:
+        with torch.device("meta"):                                      # shapes only: claims cost no memory
+            model = GPT(cfg)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"artifact: its tensors do not fit its settings ({reason})") from None
+        model = model.to(rt.device)
     model.compute_dtype = rt.dtype
     for block in model.blocks:
         block.attn.attend = rt.attend
@@ -2069,9 +2085,7 @@ def build_model(cfg: Config, rt: Runtime) -> GPT:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def tokenizer_hash(cfg: Config) -> str:
@@ -2167,13 +2181,9 @@ def pack_model(cfg: Config, rt: Runtime, ledger: Ledger, model: GPT) -> bytes:
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> GPT:
     with ledger.phase("unpack"):
         stored, weights = unpack(blob)
-        model = build_model(stored, rt)
-        try:
-            model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise InputError("artifact: its tensors do not fit its settings "
-                             f"({str(error).splitlines()[-1].strip()})") from None
-        made_with = read_header(blob)[0].get("notes", {}).get("tokenizer")
+        model = build_model(stored, rt, weights)
+        notes = read_header(blob)[0].get("notes")
+        made_with = notes.get("tokenizer", "") if isinstance(notes, dict) else ""
         if made_with and made_with != tokenizer_hash(cfg):
             raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another "
                              f"tokenizer (sha256 {made_with[:16]}, here {tokenizer_hash(cfg)[:16]})")
@@ -2191,7 +2201,7 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
         if not wanted(cfg):
             continue
         predictor = build(model, rt, cfg)
-        with access_watch().watching(shard_paths_or_none(cfg)):
+        with access_watch().watching():
             score = evaluate(predictor, tokens, table, cfg, rt, ledger)
         if score is None:
             ledger.result["stages"][name] = {"skipped": "MAX_EVAL_SECONDS"}
@@ -2213,14 +2223,6 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
         if cfg.sample_tokens:
             ledger.log(f"sample: {sample(model, table, cfg, rt)}")
     return code
-
-
-def shard_paths_or_none(cfg: Config) -> list[Path]:
-    """Training shards, if there are any: scoring must not open them, and need not have them."""
-    try:
-        return shard_paths(cfg, "train")
-    except InputError:
-        return []
 
 
 def result_card(cfg: Config, ledger: Ledger, code: int) -> None:
@@ -2303,14 +2305,25 @@ def read_artifact(cfg: Config) -> bytes:
 
 
 def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
-    """For MODE=eval and sample: the artifact's settings, with whatever was set here outside the model."""
-    stored, _ = _read_config(read_header(read_artifact(cfg))[0].get("config")), None
+    """For MODE=eval and sample: the artifact's settings, and whatever was set here outside the model."""
+    stored = _read_config(read_header(read_artifact(cfg))[0].get("config"))
     given, _ = read_settings(env)
-    wrong = [f"{name.upper()}={given[name]}: the artifact was made with {value}"
-             for name, value in stored.group("model").items() if name in given and given[name] != value]
-    _refuse(wrong)
-    own = {**cfg.group("run", "data", "train", "optim"), **stored.group("model", "pack", "score")}
-    return dataclasses.replace(cfg, **{**own, **{name: value for name, value in given.items()}})
+    _refuse([f"{name.upper()}={given[name]}: the artifact was made with {value}"
+             for name, value in stored.group("model").items() if name in given and given[name] != value])
+    own = {"out_dir": cfg.out_dir, "run_id": cfg.run_id}
+    return dataclasses.replace(cfg, **{**stored.group("model", "pack", "score"), **given, **own})
+
+
+def run_seeds(cfg: Config, rt: Runtime) -> int:
+    """One run a seed, then mean and standard deviation of the scores. Returns the highest exit code."""
+    runs = [guarded_run(dataclasses.replace(cfg, seed=seed, out_dir=f"{cfg.out_dir}/seed_{seed}"), rt)
+            for seed in cfg.seeds]
+    scores = [result["result"]["val_bpb"] for _, result in runs if "val_bpb" in result.get("result", {})]
+    if rt.main and scores:
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
+        print(f"seeds:{','.join(map(str, cfg.seeds))} val_bpb mean:{np.mean(scores):.6f} std:{spread:.6f} "
+              f"n:{len(scores)}")
+    return max(code for code, _ in runs)
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -2318,30 +2331,23 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return OK
+    rt = None
     try:
         _refuse([f"unknown argument {arg!r}: settings are environment variables (--help lists them)"
                  for arg in argv])
         cfg = load_config(env)
-        run_id = cfg.run_id or datetime.datetime.now().strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
+        rt = Runtime(cfg, env)
+        now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
+        run_id = rt.broadcast_bytes((cfg.run_id or now).encode()).decode()
         cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
         cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
-        rt = Runtime(cfg, env)
+        return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
     except InputError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    try:
-        if not cfg.seeds:
-            return guarded_run(cfg, rt)[0]
-        runs = [guarded_run(dataclasses.replace(
-            cfg, seed=seed, out_dir=str(Path(cfg.out_dir) / f"seed_{seed}")), rt) for seed in cfg.seeds]
-        scores = [result["result"].get("val_bpb", math.nan) for _, result in runs if "result" in result]
-        if rt.main and scores:
-            spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
-            print(f"seeds:{','.join(map(str, cfg.seeds))} val_bpb mean:{np.mean(scores):.6f} "
-                  f"std:{spread:.6f} n:{len(scores)}")
-        return max(code for code, _ in runs)
     finally:
-        rt.close()
+        if rt:
+            rt.close()
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_wrong_books_fail_the_audit(tamper, check, tokens, rt, ledger):
 def test_opening_training_data_fails_the_audit(tokens, rt, ledger, tmp_path):
     shard = tmp_path / "fineweb_train_000000.bin"
     tg.write_shard(shard, tokens)
-    with tg.access_watch().watching([shard]):
+    with tg.access_watch().watching():
         tg.read_shard(shard)
     predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
     try:
