@@ -578,7 +578,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 class Ledger:
     """Log, metrics.jsonl, result.json, seconds by phase. Only rank 0 writes; others keep the same books."""
 
-    def __init__(self, out_dir: Path, rt: Runtime):
+    def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes = out_dir, rt.main
         self.seconds: dict[str, float] = {}
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
@@ -586,7 +586,7 @@ class Ledger:
         self._inner = 0.0
         if self.writes:
             out_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("train.log", "metrics.jsonl"):
+            for name in () if resumed else ("train.log", "metrics.jsonl"):
                 (out_dir / name).write_text("")
 
     def log(self, line: str) -> None:
@@ -810,7 +810,8 @@ def synthetic_shards(folder: Path, seed: int = 0) -> None:
 
 
 # ============================================================================================================
-# 5. MODEL - one forward pass, `hidden`, for training, scoring and adaptation. Knows no device, rank or file.
+# 5. MODEL - one forward pass, `hidden`, for training, scoring and adaptation. Knows no device, rank or file;
+#    indexes no tensor with brackets, so that fake CUDA tensors can run through it on a machine without a GPU.
 # ============================================================================================================
 
 
@@ -820,21 +821,21 @@ def norm(x: Tensor) -> Tensor:
 
 
 def previous(x: Tensor) -> Tensor:
-    """The stream one position later: [B, T, ...] with zeros at position 0."""
-    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+    """The stream one position later: [B, T, D] with zeros at position 0."""
+    return F.pad(x, (0, 0, 1, -1))
 
 
 def rotary_table(time: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles -> two float32 [T, 1, dims / 2]."""
     frequencies = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
-    angles = torch.arange(time, device=device, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    angles = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequencies).unsqueeze(1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split pairs, on a head's first 2 * cos.size(-1) dimensions; the rest pass."""
     cos, sin, half = cos.to(x.dtype), sin.to(x.dtype), cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)                      # [B, T, H, D]
 
 
@@ -875,8 +876,8 @@ class BigramHash(nn.Module):
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Table row of every position: [B, T] -> [B, T]."""
-        pairs = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % (self.rows - 1)
-        return torch.cat((torch.full_like(ids[:, :1], self.rows - 1), pairs), dim=1)
+        pairs = torch.bitwise_xor(36313 * ids, 27191 * ids.roll(1, dims=1)) % (self.rows - 1)
+        return F.pad(pairs.narrow(1, 1, ids.size(1) - 1), (1, 0), value=self.rows - 1)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.embed(self.rows_of(ids), dtype)) * self.scale.to(dtype)            # [B, T, D]
@@ -893,7 +894,7 @@ class Smear(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x.dtype))
         if self.bos is not None:
-            gate = gate * (ids != self.bos)[..., None].to(x.dtype)
+            gate = gate * (ids != self.bos).unsqueeze(-1).to(x.dtype)
         return torch.lerp(x, previous(x), gate.expand_as(x))
 
 
@@ -930,10 +931,10 @@ class Attention(nn.Module):
         values = self.c_v(x) if value_embedding is None else self.c_v(x) + value_embedding
         q = self.c_q(x).view(batch, time, self.heads, -1)                                       # [B, T, H, D]
         k, v = (y.view(batch, time, self.kv_heads, -1) for y in (self.c_k(x), values))          # [B, T, K, D]
-        q = rotate(norm(q), *rotary) * self.q_gain.to(x.dtype)[:, None]
+        q = rotate(norm(q), *rotary) * self.q_gain.to(x.dtype).unsqueeze(-1)
         out = self.attend(q, rotate(norm(k), *rotary), v)                                       # [B, T, H, D]
         if self.xsa:
-            own = F.normalize(v, dim=-1)[:, :, :, None]                                      # [B, T, K, 1, D]
+            own = F.normalize(v, dim=-1).unsqueeze(3)                                      # [B, T, K, 1, D]
             grouped = out.reshape(batch, time, self.kv_heads, -1, out.size(-1))            # [B, T, K, H/K, D]
             out = grouped - (grouped * own).sum(-1, keepdim=True) * own
         return self.proj(out.reshape(batch, time, width))
@@ -967,8 +968,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor],
                 value_embedding: Tensor | None) -> Tensor:
         if self.resid_mix is not None:
-            mix = self.resid_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * x0
+            keep, blend = self.resid_mix.to(x.dtype).unbind()
+            x = keep * x + blend * x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(self.normed(x), rotary, value_embedding)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.normed(x))
 
@@ -1017,9 +1018,10 @@ class GPT(nn.Module):
         x0, skips = x, []
         rotary = rotary_table(ids.size(1), cfg.rope_dims or cfg.head_dim, cfg.rope_base, ids.device)
         values = self.ve_shared(ids, dtype) if self.ve_shared is not None else None
+        skip_weights = iter(self.skip_weights.to(dtype).unbind() if self.skip_weights is not None else ())
         for layer, block in enumerate(self.blocks):
             if layer >= self.encoders and skips:
-                x = x + self.skip_weights[layer - self.encoders].to(dtype) * skips.pop()
+                x = x + next(skip_weights) * skips.pop()
             own_values = values * self.ve_layer_scales[cfg.ve_layers.index(layer)].to(dtype) \
                 if layer in cfg.ve_layers else None
             x = block(x, x0, rotary, own_values)
@@ -1995,11 +1997,11 @@ def audit_order(events: Sequence[tuple[str, int, int]]) -> str | None:
 def audit_future(predictor: Any, batch: Batch, vocab: int) -> str | None:
     """Other tokens after a position must not change what is charged up to it (C1): two positions."""
     before = predictor.score(batch).float()
-    time = batch.ids.size(1)
-    for cut in (time - batch.targets.size(1) // 2 - 1, time - 1):
+    size = batch.targets.size(1)
+    for last in (size // 3, 2 * size // 3):
         ids, targets = batch.ids.clone(), batch.targets.clone()
+        cut = last + ids.size(1) - size                                 # the input that predicts it
         ids[:, cut + 1:] = (ids[:, cut + 1:] + 1) % vocab
-        last = cut - (time - targets.size(1))                           # the target that input `cut` predicts
         targets[:, last + 1:] = (targets[:, last + 1:] + 1) % vocab
         after = predictor.score(dataclasses.replace(batch, ids=ids, targets=targets)).float()
         worst = (after - before)[:, :last + 1].abs().max().item()
@@ -2010,11 +2012,12 @@ def audit_future(predictor: Any, batch: Batch, vocab: int) -> str | None:
 
 def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance: float) -> str | None:
     """At 256 positions the probabilities sum to one and the target's entry is what was charged (C2)."""
-    log_p = predictor.full(batch)[0, :256]                                                       # [S, V]
-    count = min(256, int(batch.valid[0]), len(log_p))
-    total = torch.logsumexp(log_p[:count], -1).abs().max().item()
-    entry = -log_p[:count].gather(1, batch.targets[0, :count, None].cpu()).squeeze(1).numpy()
-    gap = float(np.abs(entry - nats[batch.first[0]:batch.first[0] + count]).max())
+    real = np.argwhere(np.arange(batch.targets.size(1)) < batch.valid[:, None])
+    rows, at = real[np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)].T
+    log_p = predictor.full(batch)[rows, at]                                                      # [256, V]
+    total = torch.logsumexp(log_p, -1).abs().max().item()
+    entries = log_p.gather(1, batch.targets.cpu()[rows, at][:, None]).squeeze(1).numpy()
+    gap = float(np.abs(entries + nats[batch.first[rows] + at]).max())
     if total > tolerance or gap > tolerance:
         return f"log of the sum over the vocabulary is off by {total:.2g}, " \
                f"the charge from its entry by {gap:.2g} nats"
@@ -2024,12 +2027,12 @@ def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance
 def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime,
           stages: Mapping[str, float]) -> dict[str, str]:
     """Check -> PASS, or FAIL / WARN and the reason. Its time is bounded: a few batches, whatever the data."""
-    window = score.windows.count // 2
-    batch = make_batch(tokens, score.windows, range(window, window + 1), 1, rt)
+    middle, last = score.windows.count // 2, score.windows.count - 1
+    unit = range(middle, min(middle + -(-256 // score.windows.stride), last) + (middle == last))
+    batch = make_batch(tokens, score.windows, unit, len(unit), rt)
     tolerance = 1e-4 if rt.dtype == torch.float32 else 0.05        # bf16 products differ between batch shapes
     covered = int((score.coverage == 1).sum())
     recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / table.count(tokens).sum())
-    watch = access_watch()
     failures = {
         "coverage": None if covered == len(score.nats) == len(tokens) - 1 else
         f"{covered} of {len(tokens) - 1} targets charged exactly once",
@@ -2039,7 +2042,7 @@ def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cf
         "order": audit_order(score.events),
         "future": audit_future(predictor, batch, cfg.vocab_size),
         "distribution": audit_distribution(predictor, batch, score.nats, tolerance),
-        "access": "; ".join(watch.seen) or None,
+        "access": "; ".join(access_watch().seen) or None,
     }
     verdicts = {name: f"FAIL: {reason}" if reason else "PASS" for name, reason in failures.items()}
     gain = max(stages.values(), default=score.bpb) - score.bpb
@@ -2272,7 +2275,7 @@ def run_once(cfg: Config, rt: Runtime, ledger: Ledger) -> int:
 
 def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
     """run_once with its outcome on record, whatever happens."""
-    ledger = Ledger(Path(cfg.out_dir), rt)
+    ledger = Ledger(Path(cfg.out_dir), rt, resumed=bool(cfg.resume))
     if cfg.smoke:
         cfg = dataclasses.replace(cfg, data_path=str(Path(cfg.out_dir).resolve() / "smoke_data"))
         if rt.main:
