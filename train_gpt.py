@@ -1842,8 +1842,7 @@ class Trainer:
                 self.last = dataclasses.replace(self.last, save=False)
 
     def _post_report(self, loss: Tensor) -> None:
-        main = self.rt.main
-        values = [self.elapsed() if main else 0.0, loss, (~loss.isfinite()).double(),
+        values = [self.elapsed() if self.rt.main else 0.0, loss, (~loss.isfinite()).double(),
                   float(self.stop_requested), float(self.save_requested)]
         self.save_requested = False
         self.in_flight.append((self.step, self.rt.start_sum(values)))
