@@ -521,11 +521,9 @@ class Runtime:
         """Rank 0's bytes on every process: nodes need no shared disk."""
         if self.world == 1:
             return blob
-        size = self.sum_(torch.tensor([len(blob) if self.main else 0], dtype=torch.int64))
-        data = torch.zeros(int(size), dtype=torch.uint8)
-        if self.main:
-            data.copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-        return self.sum_(data).numpy().tobytes()
+        box = [blob]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
 
     def put(self, array: np.ndarray) -> Tensor:
         """A host array as a tensor on the device; the copy does not block the host."""
@@ -2143,8 +2141,9 @@ def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
     if cfg.resume:
         trainer.resume(Path(cfg.resume))
 
+    predictor = Sliding(model, rt, "validate", cfg.score_len, cfg.score_len)
+
     def validate(step: int) -> None:
-        predictor = Sliding(model, rt, "validate", cfg.score_len, cfg.score_len)
         score = evaluate(predictor, load_validation(cfg), table, cfg, rt, ledger)
         if score:
             ledger.log(f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} "
@@ -2282,17 +2281,17 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         rt.barrier()
     try:
         code = run_once(cfg, rt, ledger)
-    except torch.OutOfMemoryError as error:
-        ledger.log(f"out of memory: {error}\nMICRO_BATCH_TOKENS={cfg.micro_tokens} sets training memory, "
-                   f"EVAL_BATCH_TOKENS={cfg.eval_batch_tokens} scoring memory; halve the one that was at "
-                   "work. The score does not depend on them.")
-        ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     except InputError as error:
         ledger.log(f"error: {error}")
         ledger.result["status"], code = "bad_input", BAD_INPUT
-    except Exception:
-        ledger.save(status="crashed", exit_code=BUG)
-        raise
+    except Exception as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            ledger.save(status="crashed", exit_code=BUG)
+            raise
+        ledger.log(f"out of memory: {error}\nMICRO_BATCH_TOKENS={cfg.micro_tokens} sets training memory, "
+                   f"EVAL_BATCH_TOKENS={cfg.eval_batch_tokens} scoring memory (0 = automatic); lower the one "
+                   "that was at work. The score does not depend on them.")
+        ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     ledger.save(exit_code=code)
     result_card(cfg, ledger, code)
     return code, ledger.result

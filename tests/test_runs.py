@@ -146,6 +146,19 @@ def test_over_the_cap_keeps_the_artifact(tmp_path):
     assert code == 2 and (tmp_path / "model.ptz").exists() and "OVER THE CAP" in log and result["sizes"]["margin"] < 0
 
 
+def test_out_of_memory_names_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "pack_model", lambda *args: torch.empty(1 << 60))
+    code, result, log = run(tmp_path)
+    assert code == 3 and result["status"] == "out_of_memory" and "MICRO_BATCH_TOKENS=64" in log
+
+
+def test_a_bug_is_exit_code_one_and_on_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "pack_model", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text())["exit_code"] == 1
+
+
 def test_prefix_scores_are_not_called_val_bpb(tmp_path):
     code, result, log = run(tmp_path)
     assert code == 0 and "val_bpb:" not in log.replace("val_bpb:enabled", "") and "partial_bpb" in result["result"]
