@@ -1734,6 +1734,7 @@ class Trainer:
         self.step, self.origin, self.last = 0, 0.0, Report(0, 0.0, math.nan, False, False, False)
         self.in_flight: deque[tuple[int, Callable[[], list[float]]]] = deque()
         self.durations: deque[float] = deque(maxlen=32)
+        self.clocked = cfg.schedule == "clock" and cfg.max_wallclock_seconds > 0
         self.stop_requested = self.save_requested = False
 
     def elapsed(self) -> float:
@@ -1742,16 +1743,15 @@ class Trainer:
 
     def steps_left(self) -> float:
         """Steps until the end, from what all processes know."""
-        by_count = self.cfg.iterations - self.step
-        cap = self.cfg.max_wallclock_seconds
-        if self.cfg.schedule == "tokens" or not cap or not self.last.step:
-            return by_count if self.cfg.schedule == "tokens" or not cap else math.inf
-        pace = self.last.elapsed / self.last.step
-        return min(by_count, (cap - self.last.elapsed) / pace - (self.step - self.last.step))
+        by_count, last = self.cfg.iterations - self.step, self.last
+        if not self.clocked:
+            return by_count
+        pace = last.elapsed / max(last.step, 1) or 1e-9                 # nothing known yet: as if at full speed
+        return min(by_count, (self.cfg.max_wallclock_seconds - last.elapsed) / pace - (self.step - last.step))
 
     def out_of_time(self) -> bool:
         """Whether one more step could end after the cap: steps in flight at report, since then, the next."""
-        if self.cfg.schedule == "tokens" or not self.cfg.max_wallclock_seconds or not self.durations:
+        if not self.clocked or not self.durations:
             return False
         needed = 1.1 * max(self.durations) * (2 * self.rt.lag + 1)
         return self.last.elapsed + needed > self.cfg.max_wallclock_seconds
