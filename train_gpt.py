@@ -1746,7 +1746,7 @@ class Trainer:
         by_count, last = self.cfg.iterations - self.step, self.last
         if not self.clocked:
             return by_count
-        pace = last.elapsed / max(last.step, 1) or 1e-9                 # nothing known yet: as if at full speed
+        pace = last.elapsed / max(last.step, 1) or 1e-9              # nothing known yet: as if at full speed
         return min(by_count, (self.cfg.max_wallclock_seconds - last.elapsed) / pace - (self.step - last.step))
 
     def out_of_time(self) -> bool:

@@ -190,7 +190,8 @@ def test_clock_schedule_stops_by_itself(tmp_path):
 def test_clock_schedule_ends_just_below_the_cap(lag, tmp_path, monkeypatch):
     """On a clock of its own: steps of 80 to 100 ms, on a device that works `lag` steps behind the host."""
     cfg = tg.Config(schedule="clock", max_wallclock_seconds=30.0, iterations=10 ** 6, warmdown_iters=50,
-                    train_log_every=0, val_loss_every=0, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=8)
+                    train_log_every=0, val_loss_every=0, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1,
+                    vocab_size=8)
     rt = tg.Runtime(tg.Config(device="cpu"), {})
     now, busy_until, factors = [100.0], [], []
 
