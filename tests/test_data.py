@@ -160,6 +160,13 @@ def test_byte_table_equals_decoded_text(small_tokenizer):
     check_table(small_tokenizer, [*TEXTS, *list(pydoc_data.topics.topics.values())[:20]])
 
 
+def test_word_mark_counts_unless_a_control_token_is_before(small_tokenizer):
+    table = tg.ByteTable.from_sentencepiece(small_tokenizer)
+    word = next(i for i in range(400) if table.processor.id_to_piece(i) == "\u2581the")
+    byte, letter = table.processor.piece_to_id("<0xE2>"), table.processor.piece_to_id("a")
+    assert table.count(np.array([1, word, word, byte, word, 3, word, letter, 0])).tolist() == [3, 4, 1, 4, 0, 3, 1, 0]
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the official tokenizers are not here")
 def test_byte_table_of_the_official_tokenizer():
     check_table(SHARED / "data/tokenizers/fineweb_1024_bpe.model", TEXTS)
