@@ -303,6 +303,8 @@ def _cross_checks(cfg: Config, world: int) -> list[str]:
         (c.rope_dims % 2 or c.rope_dims > c.head_dim,
          f"ROPE_DIMS={c.rope_dims} must be even and at most the head size {c.head_dim}"),
         (c.xsa_last_n > c.num_layers, f"XSA_LAST_N={c.xsa_last_n} must be at most NUM_LAYERS={c.num_layers}"),
+        (int(c.mlp_mult * c.model_dim) < 1, f"MLP_MULT={c.mlp_mult} leaves no unit at width {c.model_dim}"),
+        (len(set(c.ve_layers)) < len(c.ve_layers), f"VE_LAYERS={c.ve_layers} names a layer twice"),
         (any(not 0 <= layer < c.num_layers for layer in c.ve_layers),
          f"VE_LAYERS={','.join(map(str, c.ve_layers))} must lie between 0 and NUM_LAYERS - 1 = "
          f"{c.num_layers - 1}"),

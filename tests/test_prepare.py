@@ -19,7 +19,7 @@ DOCUMENTS = [" ".join(text.split()) for text in pydoc_data.topics.topics.values(
 
 def tool(*args):
     return subprocess.run([sys.executable, str(ROOT / "data/prepare.py"), *map(str, args)], capture_output=True,
-                          text=True, env=clean_env(), timeout=120, check=False)
+                          text=True, env=clean_env(), timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,8 @@ def test_all_problems_at_once(tmp_path):
     (dict(MATRIX_LR="-1"), "0 or more"),
     (dict(ROPE_DIMS="200"), "at most the head size 64"),
     (dict(VE_LAYERS="9"), "NUM_LAYERS - 1 = 8"),
+    (dict(VE_LAYERS="3,3"), "names a layer twice"),
+    (dict(MLP_MULT="0.01", MODEL_DIM="64"), "leaves no unit"),
     (dict(TOKENIZER_PATH="x.json"), "expected a SentencePiece .model file or byte260"),
     (dict(QUANT_POLICY="mlp:9"), "2 to 8 bits"),
     (dict(NUM_HEADS="0"), "expected 1 or more"),
@@ -91,7 +93,7 @@ def test_a_real_torchrun_environment(tmp_path):
     probe.write_text("import json, os, sys\njson.dump(dict(os.environ), open(sys.argv[1], 'w'))\n")
     out = tmp_path / "env.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    subprocess.run([*launcher, str(probe), str(out)], check=True, env=clean_env(), capture_output=True, timeout=120)
+    subprocess.run([*launcher, str(probe), str(out)], check=True, env=clean_env(), capture_output=True, timeout=300)
     env = json.loads(out.read_text())
     assert "TORCHELASTIC_RUN_ID" in env and env["WORLD_SIZE"] == "1"
     assert tg.load_config(env) == tg.Config()
