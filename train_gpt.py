@@ -1701,7 +1701,8 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     for _ in range(cfg.sample_tokens or 200):
         chances = torch.softmax(predictor.next(np.array(tokens)) / cfg.sample_temperature, dim=-1)
         tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return table.decode([t for t in tokens if t != cfg.bos_id]).decode(errors="replace")
+    documents = [[*part] for is_start, part in itertools.groupby(tokens, cfg.bos_id.__eq__) if not is_start]
+    return "\n\n".join(table.decode(part).decode(errors="replace") for part in documents)
 
 
 # ============================================================================================================
