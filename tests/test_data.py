@@ -54,20 +54,21 @@ def test_missing_shard(tmp_path):
 
 def fuzz_shards(tmp_path, rng, count):
     """Random damage: either an InputError or exactly the tokens that the bytes spell."""
-    path = tmp_path / "f.bin"
-    tg.write_shard(path, rng.integers(0, 1024, 40))
-    good, refused = path.read_bytes(), 0
-    for _ in range(count):
+    tg.write_shard(tmp_path / "good.bin", rng.integers(0, 1024, 40))
+    good, refused = (tmp_path / "good.bin").read_bytes(), 0
+    for i in range(count):
         raw = bytearray(good)
         for _ in range(rng.integers(1, 4)):
             raw[rng.integers(0, 16) if rng.random() < 0.5 else rng.integers(0, len(raw))] = rng.integers(0, 256)
         if rng.random() < 0.3:
             raw = raw[:rng.integers(0, len(raw))] + bytes(rng.integers(0, 3))
+        path = tmp_path / f"{i}.bin"                                    # new names: replacing a file costs a disk flush
         path.write_bytes(raw)
         try:
             assert np.array_equal(tg.read_shard(path), np.frombuffer(bytes(raw[1024:]), "<u2"))
         except tg.InputError:
             refused += 1
+        path.unlink()
     assert refused > count / 4
 
 

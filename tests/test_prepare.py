@@ -61,18 +61,18 @@ def test_a_second_call_does_nothing(prepared, corpus):
     assert before == {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
 
 
-def test_another_corpus_under_the_same_name_is_refused(prepared, corpus):
-    done = tool("text", corpus, "--name", "mine", "--vocab-size", 400, "--root", prepared)
-    assert done.returncode == 64 and "holds other data" in done.stderr
+def test_another_corpus_under_the_same_name_is_refused(prepared, corpus, capsys):
+    command = ["text", str(corpus), "--name", "mine", "--vocab-size", "400", "--root", str(prepared)]
+    assert prepare.main(command) == 64 and "holds other data" in capsys.readouterr().err
 
 
-def test_a_cut_shard_is_noticed(prepared, corpus, tmp_path):
+def test_a_cut_shard_is_noticed(prepared, corpus, capsys):
     path = next((prepared / "datasets/mine").glob("fineweb_val*"))
     good = path.read_bytes()
     path.write_bytes(good[:-2])
     try:
-        done = tool(*TEXT, corpus, "--root", prepared)
-        assert done.returncode == 64 and "missing or cut" in done.stderr
+        assert prepare.main([*map(str, TEXT), str(corpus), "--root", str(prepared)]) == 64
+        assert "missing or cut" in capsys.readouterr().err
     finally:
         path.write_bytes(good)
 
@@ -115,12 +115,12 @@ def test_running_text_is_cut_at_line_ends(tmp_path):
 @pytest.mark.parametrize("name, text, message", [
     ("a.csv", "x", "expected a .txt or .jsonl"), ("a.jsonl", '{"no": 1}\n', "line 1: expected a JSON object"),
     ("a.txt", "tiny", "no tokenizer|pieces|too little"), ("none.txt", None, "no such file")])
-def test_bad_input_is_named(name, text, message, tmp_path):
+def test_bad_input_is_named(name, text, message, tmp_path, capsys):
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    done = tool("text", path, "--name", "x", "--root", tmp_path / "root", "--workers", 1)
-    assert done.returncode == 64 and re.search(message, done.stderr), done.stderr
+    assert prepare.main(["text", str(path), "--name", "x", "--root", str(tmp_path / "root"), "--workers", "1"]) == 64
+    assert re.search(message, capsys.readouterr().err)
     assert not list((tmp_path / "root").rglob("*.bin"))
 
 

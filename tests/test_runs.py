@@ -268,8 +268,9 @@ def test_runs_from_inside_a_record_folder(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    two = torchrun(tmp_path / "two", 2, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
-    _, one, _ = run(tmp_path / "one", VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", ITERATIONS="10")
+    settings = dict(VAL_TOKENS="0", SAVE_EVERY="5", VAL_LOSS_EVERY="5", ITERATIONS="10", EVAL_STRIDE="48")
+    two = torchrun(tmp_path / "two", 2, **settings)
+    _, one, _ = run(tmp_path / "one", **settings)
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == len(b) == 10 and np.abs(a / b - 1).max() < 1e-5
     assert abs(one["result"]["val_loss"] - two["result"]["val_loss"]) < 1e-3       # other rounding, other codes
