@@ -364,6 +364,13 @@ def load_config(env: Mapping[str, str]) -> Config:
     return Config(**values)
 
 
+def default_text(field: dataclasses.Field) -> str:
+    """A setting's default as one would type it."""
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default))
+    return str(int(field.default) if isinstance(field.default, bool) else field.default)
+
+
 def help_text() -> str:
     """One line a setting: name, default, meaning."""
     lines = [__doc__.strip(), "",
@@ -371,10 +378,8 @@ def help_text() -> str:
     for group, members in itertools.groupby(FIELDS.items(), key=lambda item: item[1].metadata["group"]):
         lines += ["", f"[{group}]"]
         for name, field in members:
-            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            default = int(default) if isinstance(default, bool) else default
             options = f" ({'|'.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            lines.append(f"{name}={default}".ljust(44) + f" {field.metadata['doc']}{options}")
+            lines.append(f"{name}={default_text(field)}".ljust(44) + f" {field.metadata['doc']}{options}")
     return "\n".join(lines)
 
 
@@ -2145,9 +2150,10 @@ def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
         trainer.resume(Path(cfg.resume))
 
     predictor = Sliding(model, rt, "validate", cfg.score_len, cfg.score_len)
+    validation = functools.cache(lambda: load_validation(cfg))         # read at the first validation, if any
 
     def validate(step: int) -> None:
-        score = evaluate(predictor, load_validation(cfg), table, cfg, rt, ledger)
+        score = evaluate(predictor, validation(), table, cfg, rt, ledger)
         if score:
             ledger.log(f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} "
                        f"{score.label}:{score.bpb:.4f} train_time:{trainer.elapsed() * 1000:.0f}ms")

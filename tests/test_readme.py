@@ -13,10 +13,9 @@ README = ROOT / "README.md"
 def settings_table() -> str:
     lines = ["", "| setting | default | meaning |", "|---|---|---|"]
     for name, field in tg.FIELDS.items():
-        value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        value = int(value) if isinstance(value, bool) else value
+        value = tg.default_text(field)
         options = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        lines.append(f"| `{name}` | {f'`{value}`' if value != '' else ''} | {field.metadata['doc']}{options} |")
+        lines.append(f"| `{name}` | {f'`{value}`' if value else ''} | {field.metadata['doc']}{options} |")
     return "\n".join(lines) + "\n\n"
 
 
