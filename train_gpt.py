@@ -30,8 +30,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -49,6 +51,7 @@ import zstandard
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).resolve()
+SETTINGS_INSIDE = globals().get("SETTINGS_INSIDE", "")      # the config.env inside a packed wrapper
 
 # ============================================================================================================
 # 1. SETTINGS - what can be chosen, and every complaint about a choice. Uses the standard library only.
@@ -191,26 +194,22 @@ class Config:
 Hyperparameters = Config
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 
-SMOKE_SETTINGS = {
-    "DATA_PATH": "smoke_data", "TOKENIZER_PATH": "byte260", "VOCAB_SIZE": "260", "NUM_LAYERS": "4",
-    "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "TRAIN_SEQ_LEN": "128",
-    "TRAIN_BATCH_TOKENS": "2048", "MICRO_BATCH_TOKENS": "1024", "ITERATIONS": "20", "WARMUP_STEPS": "2",
-    "WARMDOWN_ITERS": "10", "VAL_LOSS_EVERY": "10", "SCHEDULE": "tokens", "KEEP_FLOAT_MAX_NUMEL": "1024",
-    "EMA_DECAY": "0.8", "BIGRAM_VOCAB_SIZE": "256", "BIGRAM_DIM": "16", "SMEAR": "1", "SMEAR_BOS_MASK": "1",
-    "XSA_LAST_N": "2", "VE_LAYERS": "2,3", "VE_DIM": "16", "ROPE_DIMS": "8", "LN_SCALE": "1",
-    "LEAKY_SLOPE": "0.5", "SAMPLE_TOKENS": "60"}
+SMOKE_SETTINGS = dict(pair.split("=") for pair in (
+    "DATA_PATH=smoke_data TOKENIZER_PATH=byte260 VOCAB_SIZE=260 NUM_LAYERS=4 MODEL_DIM=64 NUM_HEADS=4 "
+    "NUM_KV_HEADS=2 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=1024 ITERATIONS=20 "
+    "WARMUP_STEPS=2 WARMDOWN_ITERS=10 VAL_LOSS_EVERY=10 SCHEDULE=tokens KEEP_FLOAT_MAX_NUMEL=1024 "
+    "EMA_DECAY=0.8 BIGRAM_VOCAB_SIZE=256 BIGRAM_DIM=16 SMEAR=1 SMEAR_BOS_MASK=1 XSA_LAST_N=2 VE_LAYERS=2,3 "
+    "VE_DIM=16 ROPE_DIMS=8 LN_SCALE=1 LEAKY_SLOPE=0.5 SAMPLE_TOKENS=60").split())
 OLD_NAMES = {
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "WEIGHT_DECAY": "MUON_WD",
     "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "EVAL_ONLY": "MODE=eval with ARTIFACT",
     "TTT_ONLY": "MODE=eval with ARTIFACT", "MAX_SUBMISSION_BYTES": "MAX_ARTIFACT_BYTES",
     "XSA_LAYERS": "XSA_LAST_N", "INT8_KEEP_FLOAT_MAX_NUMEL": "KEEP_FLOAT_MAX_NUMEL",
     "VE_ENABLED": "VE_LAYERS", "EMA_ENABLED": "EMA_DECAY", "SMEAR_ENABLED": "SMEAR"}
-FAMILIES = ("ADAM", "BIGRAM", "CROWN", "EMA", "EVAL", "GPTQ", "GRAD", "LN", "LOGIT", "MATRIX", "MIXER", "MLP",
-            "MUON", "NGRAM", "PRUNE", "QAT", "QK", "QUANT", "ROPE", "SCALAR", "SMEAR", "SWA", "TIED", "TTT",
-            "VAL", "VE", "WARMDOWN", "WARMUP", "XSA")
-FOREIGN = ("TORCH", "OMP_", "MKL_", "NCCL_", "CUDA_", "PYTHON", "PYTORCH", "SLURM_", "XDG_", "GITHUB_", "LD_",
-           "LC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "PATH", "GLOO_", "NVIDIA_",
-           "TRITON_", "HF_")
+FAMILIES = ("ADAM BIGRAM CROWN EMA EVAL GPTQ GRAD LN LOGIT MATRIX MIXER MLP MUON NGRAM PRUNE QAT QK QUANT "
+            "ROPE SCALAR SMEAR SWA TIED TTT VAL VE WARMDOWN WARMUP XSA").split()
+FOREIGN = tuple(("TORCH OMP_ MKL_ NCCL_ CUDA_ PYTHON PYTORCH SLURM_ XDG_ GITHUB_ LD_ LC_ RANK WORLD_SIZE "
+           "LOCAL_ GROUP_ ROLE_ MASTER_ PATH GLOO_ NVIDIA_ TRITON_ HF_").split())
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
@@ -246,30 +245,28 @@ def _unknown(name: str, exact: bool) -> str | None:
 
 def read_settings(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Everything set by SMOKE, file and environment as {field: value}, and the complaints."""
-    texts: dict[str, tuple[str, str]] = {}
+    texts = dict(SMOKE_SETTINGS) if env.get("SMOKE", "0").strip().lower() in ("1", "true") else {}
     problems: list[str] = []
-    if env.get("SMOKE", "0").strip().lower() in ("1", "true"):
-        texts.update({name: (text, "SMOKE") for name, text in SMOKE_SETTINGS.items()})
     path = Path(env["CONFIG"]) if env.get("CONFIG") else SCRIPT.with_name("config.env")
     if env.get("CONFIG") and not path.is_file():
         problems.append(f"CONFIG={env['CONFIG']!r}: no such file")
-    elif path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            name, equals, text = (part.strip() for part in line.partition("="))
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            if not equals or name not in FIELDS:
-                problems.append(f"{path.name} line {number}: "
-                                f"{_unknown(name, True) if equals else 'expected NAME=value'}")
-                continue
-            texts[name] = (text, path.name)
+    file_text = path.read_text(encoding="utf-8") if path.is_file() else SETTINGS_INSIDE
+    for number, line in enumerate(file_text.splitlines(), 1):
+        name, equals, text = (part.strip() for part in line.partition("="))
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if equals and name in FIELDS:
+            texts[name] = text
+        else:
+            reason = _unknown(name, True) if equals else "expected NAME=value"
+            problems.append(f"{path.name} line {number}: {reason}")
     for name, text in env.items():
         if name in FIELDS:
-            texts[name] = (text, "environment")
+            texts[name] = text
         elif name != "CONFIG" and re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and not name.startswith(FOREIGN):
             problems += filter(None, [_unknown(name, False)])
     values = {}
-    for name, (text, _) in texts.items():
+    for name, text in texts.items():
         try:
             values[name.lower()] = _parse(name, text, FIELDS[name].default)
         except ValueError as error:
@@ -364,11 +361,11 @@ def load_config(env: Mapping[str, str]) -> Config:
     return Config(**values)
 
 
-def default_text(field: dataclasses.Field) -> str:
-    """A setting's default as one would type it."""
-    if isinstance(field.default, tuple):
-        return ",".join(map(str, field.default))
-    return str(int(field.default) if isinstance(field.default, bool) else field.default)
+def as_typed(value: Any) -> str:
+    """A setting's value as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def help_text() -> str:
@@ -379,7 +376,7 @@ def help_text() -> str:
         lines += ["", f"[{group}]"]
         for name, field in members:
             options = f" ({'|'.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            lines.append(f"{name}={default_text(field)}".ljust(44) + f" {field.metadata['doc']}{options}")
+            lines.append(f"{name}={as_typed(field.default)}".ljust(44) + f" {field.metadata['doc']}{options}")
     return "\n".join(lines)
 
 
@@ -586,6 +583,7 @@ class Ledger:
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes = out_dir, rt.main
         self.seconds: dict[str, float] = {}
+        self.began: dict[str, float] = {}                               # first second of each phase
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
         self.born = self._shown = time.perf_counter()
         self._inner = 0.0
@@ -617,6 +615,7 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """Books the block's seconds under a name, without what inner phases booked."""
         outer, self._inner, start = self._inner, 0.0, time.perf_counter()
+        self.began.setdefault(name, round(start - self.born, 3))
         try:
             yield
         finally:
@@ -628,6 +627,12 @@ class Ledger:
         """Seconds booked so far against one budget: train or eval."""
         return sum(s for name, s in self.seconds.items() if PHASE_SIDES.get(name) == side)
 
+    def close(self) -> None:
+        """The whole result as the log's last line, so that the log alone says everything."""
+        if self.writes:
+            with open(self.out_dir / "train.log", "a", encoding="utf-8") as file:
+                file.write(f"result_json: {json.dumps(self.result)}\n")
+
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
         self.result.update(fields)
@@ -636,6 +641,7 @@ class Ledger:
         self.result["seconds"] = {**named, "other": round(wall - sum(self.seconds.values()), 3),
                                   "wall": round(wall, 3), "train_side": round(self.side("train"), 3),
                                   "eval_side": round(self.side("eval"), 3)}
+        self.result["phases_began"] = self.began
         if self.writes:
             atomic_write(self.out_dir / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
 
@@ -1606,8 +1612,9 @@ class Score:
             "partial_bpb" if self.normalised else "unnormalised_score"
 
     def record(self) -> dict[str, Any]:
-        return {"val_loss" if self.complete and self.normalised else "loss": self.loss, self.label: self.bpb,
-                "normalised": self.normalised, "complete": self.complete, "tokens": len(self.nats),
+        return {"metric": self.label, self.label: self.bpb,
+                "val_loss" if self.label == "val_bpb" else "loss": self.loss, "normalised": self.normalised,
+                "complete": self.complete, "tokens": len(self.nats),
                 "bytes": int(self.sizes.sum(dtype=np.int64)), "seconds": round(self.seconds, 3)}
 
 
@@ -1941,31 +1948,32 @@ def load_torch(path: Path) -> Any:
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+Verdict = tuple[str | None, dict[str, Any]]                             # what is wrong, or None; the figures
 
 
 class AccessWatch:
-    """Training shards opened and other hosts contacted while it is active (a Python audit hook)."""
+    """Files opened and other hosts contacted while it watches (a Python audit hook)."""
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.active = False
+        self.mark, self.seen = "", []
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple) -> None:
-        if not self.active:
+        if not self.mark:
             return
-        if event == "open" and "fineweb_train" in str(args[0]):
-            self.seen.append(f"opened {args[0]}")
+        if event == "open" and self.mark in str(args[0]):
+            self.seen.append(f"opened {Path(args[0]).name}")
         elif event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
             self.seen.append(f"connected to {args[1][0]}")
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        self.active = True
+    def watching(self, mark: str) -> Iterator[list[str]]:
+        """Yields the list of what is seen: files with `mark` in their path, hosts."""
+        self.mark, self.seen = mark, []
         try:
-            yield
+            yield self.seen
         finally:
-            self.active = False
+            self.mark = ""
 
 
 @functools.cache
@@ -1974,48 +1982,47 @@ def access_watch() -> AccessWatch:
     return AccessWatch()
 
 
-def audit_bytes(tokens: np.ndarray, table: ByteTable, bos: int, sample_tokens: int = 1 << 20) -> str | None:
-    """The byte table against the decoded text, by document, over the first tokens. None = they agree."""
-    tokens = tokens[:sample_tokens]
+def audit_bytes(tokens: np.ndarray, table: ByteTable, bos: int, sample_tokens: int = 1 << 20) -> Verdict:
+    """The byte table against the decoded text, by document, over the first tokens."""
+    tokens, documents = tokens[:sample_tokens], 0
     starts = np.flatnonzero(tokens == bos)
     counted = np.concatenate(([0], np.cumsum(table.count(tokens))))
     for lo, hi in itertools.pairwise([*starts, len(tokens)]):
-        text = len(table.decode(tokens[lo + 1:hi]))
+        text, documents = len(table.decode(tokens[lo + 1:hi])), documents + 1
         if hi < len(tokens) and counted[hi - 1] - counted[lo] != text:
-            return f"document at token {lo}: {counted[hi - 1] - counted[lo]} bytes counted, {text} decoded"
-    return None
+            return f"document at token {lo}: counted {counted[hi - 1] - counted[lo]}, decoded {text}", {}
+    return None, {"documents": documents}
 
 
-def audit_order(events: Sequence[tuple[str, int, int]]) -> str | None:
+def audit_order(events: Sequence[tuple[str, int, int]]) -> Verdict:
     """No token may be observed before it was charged (C3), and charges go left to right (C4)."""
     charged = 0
     for kind, lo, hi in events:
         if kind == "score":
             if lo != charged:
-                return f"scored from target {lo}, expected {charged}"
+                return f"scored from target {lo}, expected {charged}", {}
             charged = hi
         elif hi > charged:
-            return f"observed up to target {hi}, charged only up to {charged}"
-    return None
+            return f"observed up to target {hi}, charged only up to {charged}", {}
+    return None, {"events": len(events)}
 
 
-def audit_future(predictor: Any, batch: Batch, vocab: int) -> str | None:
+def audit_future(predictor: Any, batch: Batch, vocab: int) -> Verdict:
     """Other tokens after a position must not change what is charged up to it (C1): two positions."""
     before = predictor.score(batch).float()
-    size = batch.targets.size(1)
+    size, moved = batch.targets.size(1), 0.0
     for last in (size // 3, 2 * size // 3):
         ids, targets = batch.ids.clone(), batch.targets.clone()
         cut = last + ids.size(1) - size                                 # the input that predicts it
         ids[:, cut + 1:] = (ids[:, cut + 1:] + 1) % vocab
         targets[:, last + 1:] = (targets[:, last + 1:] + 1) % vocab
         after = predictor.score(dataclasses.replace(batch, ids=ids, targets=targets)).float()
-        worst = (after - before)[:, :last + 1].abs().max().item()
-        if worst > 1e-4:
-            return f"changing tokens after input {cut} moves earlier charges by {worst:.2g} nats"
-    return None
+        moved = max(moved, (after - before)[:, :last + 1].abs().max().item())
+    problem = f"changing later tokens moves charges by {moved:.2g} nats" if moved > 1e-4 else None
+    return problem, {"nats": moved}
 
 
-def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance: float) -> str | None:
+def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance: float) -> Verdict:
     """At 256 positions the probabilities sum to one and the target's entry is what was charged (C2)."""
     real = np.argwhere(np.arange(batch.targets.size(1)) < batch.valid[:, None])
     rows, at = real[np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)].T
@@ -2023,37 +2030,37 @@ def audit_distribution(predictor: Any, batch: Batch, nats: np.ndarray, tolerance
     total = torch.logsumexp(log_p, -1).abs().max().item()
     entries = log_p.gather(1, batch.targets.cpu()[rows, at][:, None]).squeeze(1).numpy()
     gap = float(np.abs(entries + nats[batch.first[rows] + at]).max())
-    if total > tolerance or gap > tolerance:
-        return f"log of the sum over the vocabulary is off by {total:.2g}, " \
-               f"the charge from its entry by {gap:.2g} nats"
-    return None
+    problem = f"log of the sum over the vocabulary is off by {total:.2g}, the charge from its entry by " \
+              f"{gap:.2g} nats" if total > tolerance or gap > tolerance else None
+    return problem, {"positions": len(rows), "log_sum": total, "entry_gap": gap}
 
 
 def audit(score: Score, predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime,
-          stages: Mapping[str, float]) -> dict[str, str]:
-    """Check -> PASS, or FAIL / WARN and the reason. Its time is bounded: a few batches, whatever the data."""
+          stages: Mapping[str, float], accessed: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Check -> verdict (PASS, or FAIL / WARN and the reason) and figures. Costs a few batches."""
     middle, last = score.windows.count // 2, score.windows.count - 1
     unit = range(middle, min(middle + -(-256 // score.windows.stride), last) + (middle == last))
     batch = make_batch(tokens, score.windows, unit, len(unit), rt)
     tolerance = 1e-4 if rt.dtype == torch.float32 else 0.05        # bf16 products differ between batch shapes
-    covered = int((score.coverage == 1).sum())
+    targets, once = len(tokens) - 1, int((score.coverage == 1).sum())
     recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / table.count(tokens).sum())
-    failures = {
-        "coverage": None if covered == len(score.nats) == len(tokens) - 1 else
-        f"{covered} of {len(tokens) - 1} targets charged exactly once",
+    checks = {
+        "coverage": (None if once == len(score.nats) == targets else
+                     f"{once} of {targets} targets charged exactly once", {"charged_once": once}),
         "bytes": audit_bytes(tokens, table, cfg.bos_id),
-        "byte_algebra": None if abs(recount - score.bpb) < 1e-9 else
-        f"recount gives {recount}, reported {score.bpb}",
+        "byte_algebra": (None if abs(recount - score.bpb) < 1e-9 else
+                         f"recount gives {recount}, reported {score.bpb}", {"recount": recount}),
         "order": audit_order(score.events),
         "future": audit_future(predictor, batch, cfg.vocab_size),
         "distribution": audit_distribution(predictor, batch, score.nats, tolerance),
-        "access": "; ".join(access_watch().seen) or None,
+        "access": ("; ".join(accessed) or None, {"seen": len(accessed)}),
     }
-    verdicts = {name: f"FAIL: {reason}" if reason else "PASS" for name, reason in failures.items()}
+    verdicts = {name: {"verdict": f"FAIL: {problem}" if problem else "PASS", **figures}
+                for name, (problem, figures) in checks.items()}
     gain = max(stages.values(), default=score.bpb) - score.bpb
     doubt = f"gains {gain:.4f} bpb over another stage" if gain > 0.03 else \
         "below 0.9 bpb" if score.bpb < 0.9 else ""
-    return {**verdicts, "plausibility": f"WARN: {doubt}" if doubt else "PASS"}
+    return {**verdicts, "plausibility": {"verdict": f"WARN: {doubt}" if doubt else "PASS", "gain": gain}}
 
 
 # ============================================================================================================
@@ -2105,33 +2112,52 @@ def code_size() -> int:
     return sum(path.stat().st_size for path in (SCRIPT, SCRIPT.with_name("config.env")) if path.is_file())
 
 
+def commit_of(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit of the repository around a folder, and whether tracked files differ; None without git."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    name = described.stdout.strip()
+    return (name.removesuffix("-dirty"), name.endswith("-dirty")) if name else (None, None)
+
+
 def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
-    """First lines of every log: versions, machine, overrides, hashes."""
-    changed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
-               if getattr(cfg, f.name) != f.default}
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    sentencepiece=sentencepiece.__version__, zstandard=zstandard.__version__)
+    """First lines of every log, first fields of every result: versions, machine, overrides, code."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                    numpy=np.__version__, sentencepiece=sentencepiece.__version__,
+                    zstandard=zstandard.__version__)
+    changed = {name: as_typed(getattr(cfg, field.name)) for name, field in FIELDS.items()
+               if getattr(cfg, field.name) != field.default}
+    recipe = json.dumps(cfg.group("data", "train", "model", "optim", "pack", "score"), sort_keys=True)
+    (commit, dirty), code = commit_of(SCRIPT.parent) if rt.main else (None, None), sha256(SCRIPT)
     ledger.log(" ".join(f"{name}:{version}" for name, version in versions.items()))
     if not torch.__version__.startswith(TESTED_TORCH):
         ledger.log(f"WARNING: tested with torch {TESTED_TORCH}, this is {torch.__version__}")
     for note in rt.notes:
         ledger.log(note)
-    ledger.log("overrides: " + (
-        " ".join(f"{name.upper()}={value}" for name, value in changed.items()) or "none"))
-    ledger.log(f"seed:{cfg.seed} code_sha256:{sha256(SCRIPT)}")
-    ledger.save(mode=cfg.mode, seed=cfg.seed, settings=dataclasses.asdict(cfg), overrides=changed,
-                versions=versions, machine=rt.device_name(), world_size=rt.world, code_sha256=sha256(SCRIPT),
-                resumed=bool(cfg.resume))
+    ledger.log("overrides: " + (shlex.join(f"{name}={text}" for name, text in changed.items()) or "none"))
+    ledger.log(f"seed:{cfg.seed} code_sha256:{code} commit:{commit}{' dirty' if dirty else ''}")
+    ledger.save(
+        mode=cfg.mode, seed=cfg.seed, settings=dataclasses.asdict(cfg), overrides=changed,
+        config_sha256=hashlib.sha256(recipe.encode()).hexdigest(), code_sha256=code, commit=commit,
+        dirty=dirty, versions=versions, world_size=rt.world,
+        machine=dict(device=rt.device_name(), system=platform.platform(), notes=rt.notes),
+        resumed=bool(cfg.resume))
 
 
 def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
     """Trains and packs. Returns how training ended and the artifact (empty if there is none)."""
     with ledger.phase("load"):
         table, stream = ByteTable.load(cfg), TokenStream(shard_paths(cfg, "train"), cfg.vocab_size)
-        ledger.log(f"val_bpb:enabled tokenizer_kind={'sentencepiece' if table.processor else 'bytes'} "
-                   f"tokenizer_path={cfg.tokenizer_path} sha256:{tokenizer_hash(cfg)}")
-        ledger.log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(stream.paths)} "
-                   f"tokens:{stream.total} first_sha256:{sha256(stream.paths[0])}")
+        data = dict(train_dataset=Path(cfg.data_path).name, train_shards=len(stream.paths),
+                    train_tokens=stream.total, first_train_sha256=sha256(stream.paths[0]),
+                    last_train_sha256=sha256(stream.paths[-1]))
+        ledger.log(f"train_loader:dataset:{data['train_dataset']} train_shards:{data['train_shards']} "
+                   f"tokens:{stream.total} first_sha256:{data['first_train_sha256']}")
+        ledger.save(data=data)
         wanted = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
         if cfg.schedule == "tokens" and wanted > stream.total:
             ledger.log(f"note: the run takes {wanted} tokens, the data begins again after {stream.total}")
@@ -2205,28 +2231,35 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
     model = load_artifact(cfg, blob, rt, ledger)
     with ledger.phase("unpack"):
         table, tokens = ByteTable.load(cfg), load_validation(cfg)
-    ledger.log(f"val_loader:shards pattern={cfg.data_path}/fineweb_val_*.bin tokens:{len(tokens)}")
+        data = dict(val_dataset=Path(cfg.data_path).name, val_tokens=len(tokens),
+                    val_sha256=[sha256(path) for path in shard_paths(cfg, "val")],
+                    tokenizer_sha256=tokenizer_hash(cfg))
+    ledger.save(data={**ledger.result.get("data", {}), **data})
+    ledger.log(f"val_bpb:enabled tokenizer_kind={'sentencepiece' if table.processor else 'bytes'} "
+               f"tokenizer_path={cfg.tokenizer_path} sha256:{data['tokenizer_sha256']}")
+    ledger.log(f"val_loader:shards pattern={cfg.data_path}/fineweb_val_*.bin tokens:{len(tokens)} "
+               f"first_sha256:{data['val_sha256'][0]}")
     codec, stages, code = cfg.compressor, {}, OK
     for name, (wanted, build) in PREDICTORS.items():
         if not wanted(cfg):
             continue
         predictor = build(model, rt, cfg)
-        with access_watch().watching():
+        with access_watch().watching("fineweb_train") as accessed:
             score = evaluate(predictor, tokens, table, cfg, rt, ledger)
         if score is None:
             ledger.result["stages"][name] = {"skipped": "MAX_EVAL_SECONDS"}
             code = OVER_TIME
             continue
         with ledger.phase("audit"):
-            checks = audit(score, predictor, tokens, table, cfg, rt, stages)
+            checks = audit(score, predictor, tokens, table, cfg, rt, stages, accessed)
         stages[name] = score.bpb
         ledger.log(f"final_{codec}_{name} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} "
                    f"eval_time:{score.seconds * 1000:.0f}ms")
         ledger.log(f"final_{codec}_{name}_exact val_loss:{score.loss:.8f} {score.label}:{score.bpb:.8f}")
-        for check, verdict in checks.items():
-            if verdict != "PASS":
-                ledger.log(f"audit {name} {check} {verdict}")
-        code = AUDIT_FAILED if any(v.startswith("FAIL") for v in checks.values()) else code
+        for check, found in checks.items():
+            if found["verdict"] != "PASS":
+                ledger.log(f"audit {name} {check} {found['verdict']}")
+        code = AUDIT_FAILED if any(c["verdict"].startswith("FAIL") for c in checks.values()) else code
         ledger.result["stages"][name] = {**score.record(), "audit": checks}
         ledger.save(result=dict(stage=name, **score.record()))
     with ledger.phase("sample"):
@@ -2240,10 +2273,10 @@ def result_card(cfg: Config, ledger: Ledger, code: int) -> None:
     result, bar = ledger.result, "-" * 72
     ledger.log(bar)
     for name, stage in result["stages"].items():
-        label = next((k for k in ("val_bpb", "partial_bpb", "unnormalised_score") if k in stage), None)
-        ledger.log(f"{name:12} " + (f"{label} {stage[label]:.6f}   {stage['tokens']} tokens, "
-                                    f"{stage['bytes']} bytes, {stage['seconds']:.1f} s"
-                                    if label else f"skipped: {stage['skipped']}"))
+        ledger.log(f"{name:12} " + (
+            f"skipped: {stage['skipped']}" if "skipped" in stage else
+            "{metric} {0:.6f}   {tokens} tokens, {bytes} bytes, {seconds:.1f} s".format(
+                stage[stage["metric"]], **stage)))
     if "sizes" in result:
         ledger.log("size         {total} bytes = code {code} + model {model}; cap {cap}, margin {margin}"
                    .format(**result["sizes"]))
@@ -2262,7 +2295,9 @@ def run_once(cfg: Config, rt: Runtime, ledger: Ledger) -> int:
     """One run in one mode; returns its exit code."""
     log_identity(cfg, rt, ledger)
     if cfg.mode == "train":
-        status, blob = train_model(cfg, rt, ledger)
+        with access_watch().watching("fineweb_val") as opened:
+            status, blob = train_model(cfg, rt, ledger)
+        ledger.save(opened_in_training=opened)
         if not blob:
             return DIVERGED if status == "diverged" else INTERRUPTED
     else:
@@ -2303,6 +2338,7 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     ledger.save(exit_code=code)
     result_card(cfg, ledger, code)
+    ledger.close()
     return code, ledger.result
 
 

@@ -151,10 +151,10 @@ def check_table(path, texts):
         sizes.append(len(table.processor.decode(ids).encode()))
     counted = table.count(np.array(stream))
     assert counted.sum() == sum(sizes)
-    assert tg.audit_bytes(np.array(stream), table, 1) is None
+    assert tg.audit_bytes(np.array(stream), table, 1)[0] is None
     wrong = tg.ByteTable(table.sizes + (np.arange(table.vocab_size) == stream[5]), table.marked, table.boundary, "x",
                          table.processor)
-    assert "bytes counted" in tg.audit_bytes(np.array(stream), wrong, 1)
+    assert ": counted " in tg.audit_bytes(np.array(stream), wrong, 1)[0]
 
 
 def test_byte_table_equals_decoded_text(small_tokenizer):

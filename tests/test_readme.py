@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 def settings_table() -> str:
     lines = ["", "| setting | default | meaning |", "|---|---|---|"]
     for name, field in tg.FIELDS.items():
-        value = tg.default_text(field)
+        value = tg.as_typed(field.default)
         options = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         lines.append(f"| `{name}` | {f'`{value}`' if value else ''} | {field.metadata['doc']}{options} |")
     return "\n".join(lines) + "\n\n"

@@ -45,16 +45,23 @@ def base(tmp_path_factory):
     return (out, *run(out, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", SAMPLE_TOKENS="8"))
 
 
+RESULT_FIELDS = set("""status mode seed settings overrides config_sha256 code_sha256 commit dirty versions machine
+    world_size resumed data steps train_seconds train_tokens train_loss train_flops peak_memory_bytes
+    opened_in_training sizes artifact_sha256 stages result seconds phases_began exit_code""".split())
+
+
 def test_end_to_end(base):
     out, code, result, log = base
     assert code == 0 and result["status"] == "finished" and result["exit_code"] == 0
+    assert json.loads(log.splitlines()[-1].removeprefix("result_json: ")) == result
+    assert set(result) == RESULT_FIELDS
     files = {"train.log", "metrics.jsonl", "result.json", "final_model.pt", "model.ptz", "checkpoint.pt", "smoke_data"}
     assert {p.name for p in out.iterdir()} == files
     assert result["sizes"]["model"] == (out / "model.ptz").stat().st_size
     assert result["sizes"]["code"] == (ROOT / "train_gpt.py").stat().st_size
     assert set(result["stages"]) == {"plain", "sliding"} and result["result"]["stage"] == "sliding"
     verdicts = [s["audit"] for s in result["stages"].values()]
-    assert all(verdict == "PASS" for v in verdicts for check, verdict in v.items() if check != "plausibility")
+    assert all(found["verdict"] == "PASS" for v in verdicts for check, found in v.items() if check != "plausibility")
     for pattern in (r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
                     r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", r"Code size: \d+ bytes",
                     r"Serialized model zstd: \d+ bytes", r"Total submission size zstd: \d+ bytes",

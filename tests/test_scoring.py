@@ -100,16 +100,16 @@ class Unigram:
         self.counts += torch.bincount(torch.from_numpy(tokens[1:].astype(np.int64)), minlength=260)
 
 
-def run_audit(predictor, tokens, rt, ledger, cfg=None, tamper=None):
+def run_audit(predictor, tokens, rt, ledger, cfg=None, tamper=None, accessed=()):
     cfg = cfg or tg.Config(**dict(TINY, eval_batch_tokens=50))
     score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
     if tamper:
         tamper(score)
-    return tg.audit(score, predictor, tokens, TABLE, cfg, rt, {})
+    return tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, accessed)
 
 
 def failed(checks):
-    return {name for name, verdict in checks.items() if verdict.startswith("FAIL")}
+    return {name for name, found in checks.items() if found["verdict"].startswith("FAIL")}
 
 
 def test_harness_is_score_first(tokens, rt, ledger):
@@ -178,13 +178,12 @@ def test_wrong_books_fail_the_audit(tamper, check, tokens, rt, ledger):
 def test_opening_training_data_fails_the_audit(tokens, rt, ledger, tmp_path):
     shard = tmp_path / "fineweb_train_000000.bin"
     tg.write_shard(shard, tokens)
-    with tg.access_watch().watching():
+    with tg.access_watch().watching("fineweb_train") as accessed:
         tg.read_shard(shard)
+    tg.read_shard(shard)                                                # unwatched
+    assert accessed == ["opened fineweb_train_000000.bin"] * 2          # header and tokens
     predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
-    try:
-        assert "access" in failed(run_audit(predictor, tokens, rt, ledger))
-    finally:
-        tg.access_watch().seen.clear()
+    assert failed(run_audit(predictor, tokens, rt, ledger, accessed=accessed)) == {"access"}
 
 
 def test_stage_that_does_not_fit_is_skipped(tokens, rt, ledger):
