@@ -2144,8 +2144,8 @@ def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
         mode=cfg.mode, seed=cfg.seed, settings=dataclasses.asdict(cfg), overrides=changed,
         config_sha256=hashlib.sha256(recipe.encode()).hexdigest(), code_sha256=code, commit=commit,
         dirty=dirty, versions=versions, world_size=rt.world,
-        machine=dict(device=rt.device_name(), system=platform.platform(), notes=rt.notes),
-        resumed=bool(cfg.resume))
+        resumed=bool(cfg.resume), machine=dict(type=rt.device.type, device=rt.device_name(),
+                                               system=platform.platform(), notes=rt.notes))
 
 
 def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
