@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from report import Finding, gather
 from runs import Folder, Run, sha256
+from source import wrap
 from submission import TYPED, summarize
 
 import train_gpt
@@ -120,8 +121,19 @@ def p1_sizes(case: Case) -> Finding:
         problems.append(("SKIPPED", f"{len(missing)} of {len(folder.runs)} artifacts are not in the folder: sizes are "
                                     f"the logs' (largest {max((r['total'] for r in rows.values()), default=0)})"))
     readable = len(folder.source[0].encode())
-    return gather("P1", problems, f"largest total {max((r['total'] for r in rows.values()), default=0)} bytes, "
-                  f"code {code} ({readable} readable)", runs=rows, code=code, readable=readable)
+    figures = {"code": code, "readable": readable, "packed": _packed_size(folder)}
+    return gather("P1", problems, f"largest total {max((r['total'] for r in rows.values()), default=0)} bytes, code "
+                  f"{code} ({readable} readable, {figures['packed']} packed)", runs=rows, **figures)
+
+
+def _packed_size(folder: Folder) -> int | None:
+    """Bytes of the script with its settings as a wrapper; None if it cannot be wrapped."""
+    if folder.source[1]:
+        return folder.code_bytes
+    try:
+        return len(wrap(folder.source[0], "".join(f"{name}={text}\n" for name, text in folder.config.items())).encode())
+    except (ValueError, UnicodeError):
+        return None
 
 
 def _cap_problems(run: Run, code: int, model: int, track: Track) -> list[tuple[str, str]]:

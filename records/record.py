@@ -4,7 +4,7 @@
     python records/record.py new NAME --track 10min_16mb --config my/config.env --seeds 42,1337,2024 --nproc 8
     python records/record.py new NAME --track 10min_16mb --collect logs/my_runs     # finished runs, no new ones
     python records/record.py check records/track_cpu_1mb/2026-11-23_NAME
-    python records/record.py compare OLD_FOLDER NEW_FOLDER
+    python records/record.py compare old/folder new/folder
     python records/record.py pack train_gpt.py --config my/config.env -o packed.py
 
 `new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and only then puts it
@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import lzma
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from base64 import b85encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from compare import compare, describe, load_sample  # noqa: E402
 from report import Finding, as_json, render, worst_verdict  # noqa: E402
 from rerun import RERUNS, clean_environment, import_check  # noqa: E402
 from runs import Folder, parse_config, sha256  # noqa: E402
-from source import unpack_source  # noqa: E402
+from source import unpack_source, wrap  # noqa: E402
 from static_checks import static_checks  # noqa: E402
 from submission import summarize  # noqa: E402
 
@@ -56,20 +54,6 @@ class RecordError(Exception):
 
 
 # --- pack -------------------------------------------------------------------------------------------------------------
-
-
-def wrap(source: str, config: str = "") -> str:
-    """A self-extracting script of the same behaviour: lzma and base85, settings readable at the top.
-
-    Raises RecordError unless unpacking gives the source back, byte for byte.
-    """
-    data = lzma.compress(source.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    settings = f"SETTINGS_INSIDE={config!r}\n" if config else ""
-    wrapper = (f"{settings}import base64,lzma\n"
-               f"exec(compile(lzma.decompress(base64.b85decode('{b85encode(data).decode()}')),__file__,'exec'))\n")
-    if unpack_source(wrapper)[0] != source:
-        raise RecordError("packing: the unpacked source is not the original, byte for byte")
-    return wrapper
 
 
 def short_config(text: str) -> str:

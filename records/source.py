@@ -187,6 +187,21 @@ def _unwrap(text: str) -> str | None:
         return None
 
 
+def wrap(source: str, config: str = "") -> str:
+    """A self-extracting script of the same behaviour: lzma and base85, settings readable at the top.
+
+    Raises ValueError unless unpacking gives the source back, byte for byte.
+    """
+    data = lzma.compress(source.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    settings = f"SETTINGS_INSIDE={config!r}\n" if config else ""
+    payload = base64.b85encode(data).decode()
+    wrapper = (f"{settings}import base64,lzma\n"
+               f"exec(compile(lzma.decompress(base64.b85decode('{payload}')),__file__,'exec'))\n")
+    if unpack_source(wrapper)[0] != source:
+        raise ValueError("packing: the unpacked source is not the original, byte for byte")
+    return wrapper
+
+
 # Settings
 
 
