@@ -82,12 +82,13 @@ def _test_line(name: str, test: dict[str, float] | None, n: int) -> str:
 def describe(found: dict[str, Any]) -> str:
     """The comparison as text."""
     fewest = min(found["n_old"], found["n_new"])
+    margin_bpb = MARGIN_NATS / math.log(2) / found["bytes_per_token_old"]
     lines = [f"old {found['old']}: mean {found['mean_old']:.6f} {found['unit']}, {found['bpb_old']:.6f} bpb, "
              f"n {found['n_old']}",
              f"new {found['new']}: mean {found['mean_new']:.6f} {found['unit']}, {found['bpb_new']:.6f} bpb, "
              f"n {found['n_new']}",
-             f"gain {found['gain']:.6f} {found['unit']}; margin {MARGIN_NATS} nats per token = {found['margin']:.6f} "
-             f"{found['unit']} at {found['bytes_per_token_old']:.4f} bytes per token (old)",
+             f"gain {found['gain']:.6f} {found['unit']}; margin {MARGIN_NATS} nats per token = {margin_bpb:.6f} "
+             f"bpb at {found['bytes_per_token_old']:.4f} bytes per token (old)",
              _test_line("Welch, new below old", found["welch"], fewest),
              _test_line("Welch, new below old by more than the margin", found["welch_margin"], fewest)]
     if found["pairs"]:

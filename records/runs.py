@@ -149,8 +149,10 @@ class Folder:
 
     @functools.cached_property
     def files(self) -> list[Path]:
+        """Everything but caches and logs/<run>/, which running the script from inside the folder leaves."""
         found = (p for p in sorted(self.path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
-        return [p for p in found if p.relative_to(self.path).parts[0] != "logs" or p.suffix in (".txt", ".log")]
+        places = ((p, p.relative_to(self.path).parts) for p in found)
+        return [p for p, parts in places if parts[0] != "logs" or len(parts) == 2]
 
     @functools.cached_property
     def script(self) -> Path | None:

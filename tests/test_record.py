@@ -236,6 +236,14 @@ def test_missing_and_unlisted_seeds(copy):
     assert finding.verdict == "FAIL" and "no log for seed 2" in finding.text
 
 
+def test_runs_made_inside_the_folder_are_not_part_of_it(copy):
+    (copy / "logs" / "run").mkdir(parents=True)
+    shutil.copy(copy / "train_seed1.log", copy / "logs" / "run" / "train.log")
+    assert len(runs.Folder(copy).runs) == 2 and found(copy, "P8")["P8"].verdict == "WARN"
+    shutil.copy(copy / "train_seed1.log", copy / "logs" / "train1.txt")                   # upstream's place for logs
+    assert "two logs have the same seed" in found(copy, "P8")["P8"].text
+
+
 def test_too_few_seeds_fail_on_the_record_track(copy):
     edit_json(copy / "submission.json", lambda j: j.update(track="10min_16mb"))
     assert found(copy, "P8")["P8"].verdict == found(copy, "P7")["P7"].verdict == "FAIL"
