@@ -18,7 +18,7 @@ import numpy as np
 from report import Finding, gather
 from runs import Folder, Run, sha256
 from source import wrap
-from submission import TYPED, summarize
+from submission import FIELDS, TYPED, summarize
 
 import train_gpt
 
@@ -178,7 +178,8 @@ def p2_json_from_logs(case: Case) -> Finding:
     else:
         try:
             typed = {name: folder.submission.get(name) for name in TYPED}
-            wrong = _agrees(folder.submission, summarize(folder, typed), "")
+            wrong = [f"submission.json has no {name}" for name in FIELDS if name not in folder.submission]
+            wrong += _agrees(folder.submission, summarize(folder, typed), "")
         except (ValueError, KeyError, TypeError) as error:
             wrong = [f"submission.json cannot be rebuilt ({type(error).__name__}: {error})"]
     return gather("P2", [("FAIL", text) for text in tampered + wrong],

@@ -146,7 +146,7 @@ def test_record_runs_and_rescores_from_inside_its_folder(made, tmp_path):
     (lambda j: j.update(bytes_total=j["bytes_total"] - 1), "bytes_total is"),
     (lambda j: j["seed_results"]["2"].update(steps=13), "seed_results.2.steps is 13, the logs give 12"),
     (lambda j: j["compliance"].update(three_seeds=True), "compliance.three_seeds is True"),
-    (lambda j: j.pop("audit"), "audit is None"),
+    (lambda j: j.pop("audit"), "audit is None"), (lambda j: j.pop("blurb"), "submission.json has no blurb"),
 ])
 def test_edited_json(copy, change, words):
     edit_json(copy / "submission.json", change)
