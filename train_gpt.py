@@ -209,7 +209,7 @@ OLD_NAMES = {
 FAMILIES = ("ADAM BIGRAM CROWN EMA EVAL GPTQ GRAD LN LOGIT MATRIX MIXER MLP MUON NGRAM PRUNE QAT QK QUANT "
             "ROPE SCALAR SMEAR SWA TIED TTT VAL VE WARMDOWN WARMUP XSA").split()
 FOREIGN = tuple(("TORCH OMP_ MKL_ NCCL_ CUDA_ PYTHON PYTORCH SLURM_ XDG_ GITHUB_ LD_ LC_ RANK WORLD_SIZE "
-           "LOCAL_ GROUP_ ROLE_ MASTER_ PATH GLOO_ NVIDIA_ TRITON_ HF_").split())
+                 "LOCAL_ GROUP_ ROLE_ MASTER_ PATH GLOO_ NVIDIA_ TRITON_ HF_").split())
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
@@ -363,7 +363,7 @@ def load_config(env: Mapping[str, str]) -> Config:
 
 def as_typed(value: Any) -> str:
     """A setting's value as one would type it."""
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):                            # a list: a tuple that went through JSON
         return ",".join(map(str, value))
     return str(int(value) if isinstance(value, bool) else value)
 
@@ -592,16 +592,18 @@ class Ledger:
             for name in () if resumed else ("train.log", "metrics.jsonl"):
                 (out_dir / name).write_text("")
 
+    def _append(self, name: str, line: str) -> None:
+        if self.writes:
+            with open(self.out_dir / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
     def log(self, line: str) -> None:
         if self.writes:
             print(line, flush=True)
-            with open(self.out_dir / "train.log", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        self._append("train.log", line)
 
     def metric(self, **values: Any) -> None:
-        if self.writes:
-            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        self._append("metrics.jsonl", json.dumps(values))
 
     def progress(self, line: str, last: bool = False) -> None:
         """One rewritten line on a terminal; elsewhere a line every ten seconds."""
@@ -629,9 +631,7 @@ class Ledger:
 
     def close(self) -> None:
         """The whole result as the log's last line, so that the log alone says everything."""
-        if self.writes:
-            with open(self.out_dir / "train.log", "a", encoding="utf-8") as file:
-                file.write(f"result_json: {json.dumps(self.result)}\n")
+        self._append("train.log", f"result_json: {json.dumps(self.result)}")
 
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
@@ -2152,11 +2152,11 @@ def train_model(cfg: Config, rt: Runtime, ledger: Ledger) -> tuple[str, bytes]:
     """Trains and packs. Returns how training ended and the artifact (empty if there is none)."""
     with ledger.phase("load"):
         table, stream = ByteTable.load(cfg), TokenStream(shard_paths(cfg, "train"), cfg.vocab_size)
+        first, last = (sha256(stream.paths[index]) if rt.main else "" for index in (0, -1))
         data = dict(train_dataset=Path(cfg.data_path).name, train_shards=len(stream.paths),
-                    train_tokens=stream.total, first_train_sha256=sha256(stream.paths[0]),
-                    last_train_sha256=sha256(stream.paths[-1]))
+                    train_tokens=stream.total, first_train_sha256=first, last_train_sha256=last)
         ledger.log(f"train_loader:dataset:{data['train_dataset']} train_shards:{data['train_shards']} "
-                   f"tokens:{stream.total} first_sha256:{data['first_train_sha256']}")
+                   f"tokens:{stream.total} first_sha256:{first}")
         ledger.save(data=data)
         wanted = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
         if cfg.schedule == "tokens" and wanted > stream.total:
@@ -2232,7 +2232,7 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
     with ledger.phase("unpack"):
         table, tokens = ByteTable.load(cfg), load_validation(cfg)
         data = dict(val_dataset=Path(cfg.data_path).name, val_tokens=len(tokens),
-                    val_sha256=[sha256(path) for path in shard_paths(cfg, "val")],
+                    val_sha256=[sha256(path) if rt.main else "" for path in shard_paths(cfg, "val")],
                     tokenizer_sha256=tokenizer_hash(cfg))
     ledger.save(data={**ledger.result.get("data", {}), **data})
     ledger.log(f"val_bpb:enabled tokenizer_kind={'sentencepiece' if table.processor else 'bytes'} "

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from report import Finding, gather
-from runs import Folder, Run, sha256
+from runs import Folder, Run, config_text
 from source import wrap
 from submission import FIELDS, TYPED, summarize
 
 import train_gpt
+from train_gpt import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +110,23 @@ def p1_sizes(case: Case) -> Finding:
         if artifact and logged is not None and model != logged:
             problems.append(("FAIL", f"{artifact.name} has {model} bytes, {run.name} says {logged:.0f}"))
         stated = (folder.submission or {}).get("artifact_sha256")
-        if artifact and run.result and sha256(artifact) != run.result.get("artifact_sha256"):
+        digest = artifact and sha256(artifact)
+        if digest and run.result and digest != run.result.get("artifact_sha256"):
             problems.append(("FAIL", f"{artifact.name} is not the artifact of {run.name} (sha256 differs)"))
-        elif artifact and isinstance(stated, dict) and stated.get(str(run.seed)) != sha256(artifact):
+        elif digest and isinstance(stated, dict) and stated.get(str(run.seed)) != digest:
             problems.append(("FAIL", f"{artifact.name} is not the artifact of submission.json (sha256 differs)"))
         problems += _cap_problems(run, code, int(model), track)
         logged_code = run.figures.get("code_bytes")
         if logged_code is not None and logged_code not in (code, folder.script.stat().st_size):
             problems.append(("FAIL", f"{run.name} logs a code size of {logged_code:.0f} bytes, the folder has {code}"))
+    largest = max((row["total"] for row in rows.values()), default=0)
     if missing and not problems:
         problems.append(("SKIPPED", f"{len(missing)} of {len(folder.runs)} artifacts are not in the folder: sizes are "
-                                    f"the logs' (largest {max((r['total'] for r in rows.values()), default=0)})"))
+                                    f"the logs' (largest {largest})"))
     readable = len(folder.source[0].encode())
     figures = {"code": code, "readable": readable, "packed": _packed_size(folder)}
-    return gather("P1", problems, f"largest total {max((r['total'] for r in rows.values()), default=0)} bytes, code "
-                  f"{code} ({readable} readable, {figures['packed']} packed)", runs=rows, **figures)
+    return gather("P1", problems, f"largest total {largest} bytes, code {code} ({readable} readable, "
+                  f"{figures['packed']} packed)", runs=rows, **figures)
 
 
 def _packed_size(folder: Folder) -> int | None:
@@ -131,8 +134,8 @@ def _packed_size(folder: Folder) -> int | None:
     if folder.source[1]:
         return folder.code_bytes
     try:
-        return len(wrap(folder.source[0], "".join(f"{name}={text}\n" for name, text in folder.config.items())).encode())
-    except (ValueError, UnicodeError):
+        return len(wrap(folder.source[0], config_text(folder.config)).encode())
+    except ValueError:
         return None
 
 
@@ -207,18 +210,17 @@ def _upstream_differences(case: Case) -> list[str]:
     told, runs = case.folder.submission, [run for run in case.folder.runs if run.final]
     if not runs:
         return ["no log ends with a score"]
-    wrong, score = [], told.get("val_bpb")
+    wrong, score, mean = [], told.get("val_bpb"), float(np.mean([run.final.bpb for run in runs]))
     stages = {stage for run in runs for stage in (f.stage for f in run.finals)}
     means = {stage: np.mean([f.bpb for run in runs for f in run.finals if f.stage == stage]) for stage in stages}
     if not isinstance(score, (int, float)):
         wrong.append(f"val_bpb is {score!r}, no number")
-    elif _agrees(score, float(np.mean([run.final.bpb for run in runs])), "val_bpb", exact=False):
-        other = [stage for stage, mean in means.items() if not _agrees(score, float(mean), "", exact=False)]
+    elif _agrees(score, mean, "val_bpb", exact=False):
+        other = [stage for stage, value in means.items() if not _agrees(score, float(value), "", exact=False)]
         single = [run.name for run in runs if any(not _agrees(score, f.bpb, "", exact=False) for f in run.finals)]
         hint = f"; it is the mean of {other[0]}" if other else f"; one log alone has it ({single[0]})" if single else \
             "; no log has it"
-        wrong.append(f"val_bpb is {score}, the logs' final scores have the mean "
-                     f"{np.mean([run.final.bpb for run in runs]):.8f}{hint}")
+        wrong.append(f"val_bpb is {score}, the logs' final scores have the mean {mean:.8f}{hint}")
     totals = [run.figures["total_bytes"] for run in runs if "total_bytes" in run.figures]
     if totals and isinstance(told.get("bytes_total"), (int, float)) and told["bytes_total"] != max(totals):
         wrong.append(f"bytes_total is {told['bytes_total']}, the largest logged total {max(totals):.0f}")
@@ -250,7 +252,7 @@ def p3_same_code(case: Case) -> Finding:
     for name, settings in told[1:]:
         first = told[0][1]
         different = sorted(key for key in {*first, *settings} if first.get(key) != settings.get(key)
-                           and key not in RUN_SETTINGS | {"SEED", "RUN_ID"})
+                           and key not in RUN_SETTINGS)
         if different:
             problems.append(("FAIL", f"{name} differs from {told[0][0]} in " + ", ".join(
                 f"{key} ({settings.get(key)}, not {first.get(key)})" for key in different)))
@@ -345,7 +347,7 @@ def p5_data(case: Case) -> Finding:
 
 def _shared_documents(case: Case, shards: int = 2) -> tuple[int | None, str]:
     """Validation documents that are whole documents of the first training shards; None if the data is not here."""
-    folder, bos = case.located("DATA_PATH"), 1
+    folder = case.located("DATA_PATH")
     paths = sorted(folder.glob("fineweb_train_*.bin"))[:shards] if folder else []
     if case.validation is None or not paths:
         return None, "overlap not tested (the data is not here)"

@@ -132,7 +132,7 @@ Settings that differ from the script's defaults ({'inside `train_gpt.py`' if fol
 ## What was measured
 
 * Machine: {told['hardware']}{rate}. torch {first['versions']['torch']}, Python {first['versions']['python']}.
-* Training {statistics.fmean(s['train_time_s'] for s in told['seed_results'].values()):.1f} s on average, \
+* Training {told['train_time_s_mean']:.1f} s on average, \
 {first['train_tokens']:,} tokens, {first['train_flops']:.3g} FLOPs.
 * Script sha256 `{told['code_sha256'][:16]}`, commit `{told['commit']}`; tokenizer `{told['tokenizer_sha256'][:16]}`, \
 validation shard `{told['val_sha256'][0][:16]}`, {data['train_shards']} training shards \

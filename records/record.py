@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ import pages  # noqa: E402
 from checks import CHECKS, RUN_SETTINGS, Case, guarded  # noqa: E402
 from compare import compare, describe, load_sample  # noqa: E402
 from report import Finding, as_json, render, worst_verdict  # noqa: E402
-from rerun import RERUNS, clean_environment, import_check  # noqa: E402
-from runs import Folder, parse_config, sha256  # noqa: E402
+from rerun import RERUNS, import_check, launcher  # noqa: E402
+from runs import Folder, config_text, parse_config  # noqa: E402
 from source import unpack_source, wrap  # noqa: E402
 from static_checks import static_checks  # noqa: E402
 from submission import summarize  # noqa: E402
 
 import train_gpt  # noqa: E402
+from train_gpt import sha256  # noqa: E402
 
 OK, FAILED, BAD_INPUT = 0, 1, 64
 LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
@@ -58,7 +60,7 @@ class RecordError(Exception):
 
 def short_config(text: str) -> str:
     """A config.env without comments and blank lines."""
-    return "".join(f"{name}={value}\n" for name, value in parse_config(text).items())
+    return config_text(parse_config(text))
 
 
 def command_pack(args: argparse.Namespace) -> int:
@@ -99,9 +101,8 @@ def check_folder(path: Path, data: Path | None = None, may_run: bool = True) -> 
     static = static_checks(folder.source[0], requirements=folder.requirements, siblings=siblings,
                            run_settings=run_settings(folder), config=folder.config)
     imported = import_check(case)
-    for finding in static:
-        worse = imported and finding.id == "S8" and finding.verdict == "PASS"
-        findings.append(imported if worse else finding)
+    findings += [imported if imported and (finding.id, finding.verdict) == ("S8", "PASS") else finding
+                 for finding in static]
     return findings + [guarded(name, check, case) for name, check in RERUNS.items()]
 
 
@@ -129,11 +130,10 @@ def command_compare(args: argparse.Namespace) -> int:
 # --- new: the runs ----------------------------------------------------------------------------------------------------
 
 
-def machine_lock(wait: bool) -> filelock.BaseFileLock:
-    """The lock that keeps two timed runs off one machine; the system frees it when its holder dies."""
-    lock = filelock.FileLock(LOCK)
+def machine_lock(wait: bool) -> AbstractContextManager:
+    """The lock, already held, that keeps two timed runs off one machine; the system frees it when its holder dies."""
     try:
-        return lock.acquire(timeout=-1 if wait else 0).lock
+        return filelock.FileLock(LOCK).acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         raise RecordError(f"{LOCK.name}: another timed run is using this machine; wait for it, or --wait") from None
 
@@ -179,12 +179,8 @@ def run_seed(work: Path, seed: int, nproc: int) -> None:
     """One seed in a process of its own, its output passed on. RecordError if it fails."""
     out = work / f"seed_{seed}"
     set_aside(out)
-    launcher = [sys.executable] if nproc == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    env = {**clean_environment(), **{name: value for name, value in os.environ.items()
-                                     if name not in train_gpt.FIELDS and name != "CONFIG"}}
-    done = subprocess.run([*launcher, "train_gpt.py"], cwd=work, check=False,
-                          env={**env, "SEED": str(seed), "OUT_DIR": f"seed_{seed}"})
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "SEED": str(seed), "OUT_DIR": out.name}
+    done = subprocess.run([*launcher(nproc), "train_gpt.py"], cwd=work, check=False, env=env)
     if done.returncode or not is_finished(out, sha256(work / "train_gpt.py"), seed):
         raise RecordError(f"seed {seed} ended with exit code {done.returncode}; see {out / 'train.log'}. "
                           "Nothing was recorded; the finished seeds are kept, the same command goes on")
@@ -233,12 +229,12 @@ def collected_config(out: Path, given: Path | None) -> str:
     if given or beside.is_file():
         return read_text(given or beside)
     overrides = read_result(out).get("overrides", {})
-    return "".join(f"{name}={text}\n" for name, text in overrides.items() if name not in RUN_SETTINGS - {"DEVICE"})
+    return config_text({name: text for name, text in overrides.items() if name not in RUN_SETTINGS - {"DEVICE"}})
 
 
 def all_runs(outs: Sequence[Path], places: Sequence[Path]) -> list[dict[str, Any]]:
     """Every run of this script with these settings that left a log, included in the record or not."""
-    first, found = read_result(outs[0]), []
+    first, found, included = read_result(outs[0]), [], {out.resolve() for out in outs}
     logs = sorted({p.parent.resolve() for place in places if place.is_dir() for p in place.rglob("result.json")})
     for out in logs:
         result = read_result(out)
@@ -247,7 +243,7 @@ def all_runs(outs: Sequence[Path], places: Sequence[Path]) -> list[dict[str, Any
             found.append({"seed": result.get("seed"), "status": result.get("status"),
                           "exit_code": result.get("exit_code"), "run": out.name,
                           "val_bpb": result.get("result", {}).get("val_bpb"),
-                          "included": out in [o.resolve() for o in outs]})
+                          "included": out in included})
     return sorted(found, key=lambda row: (not row["included"], row["seed"], row["run"]))
 
 
@@ -279,6 +275,8 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
 
 
 def command_new(args: argparse.Namespace) -> int:
+    if not (args.seeds or args.collect):
+        raise RecordError("new: --seeds or --collect is needed")
     args.track = args.track.removeprefix("track_")
     final = args.records / f"track_{args.track}" / f"{args.date}_{args.name}"
     if final.exists():
@@ -330,8 +328,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with this project's exit code for bad input."""
 
     def error(self, message: str) -> None:
-        self.print_usage(sys.stderr)
-        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+        raise RecordError(f"{self.format_usage()}{self.prog}: {message}")
 
 
 def parser() -> Parser:
@@ -375,11 +372,8 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
-    if args.command == "new" and not (args.seeds or args.collect):
-        print("new: --seeds or --collect is needed", file=sys.stderr)
-        return BAD_INPUT
     try:
+        args = parser().parse_args(argv)
         return args.call(args)
     except (RecordError, train_gpt.InputError) as error:
         print(error, file=sys.stderr)

@@ -38,6 +38,12 @@ def clean_environment(**settings: str) -> dict[str, str]:
             "PYTHONDONTWRITEBYTECODE": "1", **settings}
 
 
+def launcher(world: int) -> list[str]:
+    """The command that a script's name is put behind: this Python, or torchrun with several processes."""
+    return [sys.executable] if world == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+
+
 def execute(command: list[str], cwd: Path, env: Mapping[str, str], limit: float) -> subprocess.CompletedProcess:
     """Runs to the end or to the time limit; raises NotHere when it takes longer."""
     try:
@@ -128,8 +134,7 @@ def rescore(case: Case, run: Run, world: int = 1) -> tuple[dict, str]:
         script, report = str(root / "run" / "train_gpt.py"), root / "refused"
         env = clean_environment(**env, MODE="eval", ARTIFACT=str(root / "run" / "model.ptz"), SAMPLE_TOKENS="0",
                                 DEVICE=(run.settings or {}).get("DEVICE", "auto"))
-        command = [sys.executable, str(HOOKED), str(report), "fineweb_train", script] if world == 1 else \
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script]
+        command = [*launcher(world), *([str(HOOKED), str(report), "fineweb_train"] if world == 1 else []), script]
         limit = 300 + 6 * run.result["seconds"]["wall"]
         done = execute(command, root / "here", env, limit)
         refused = report.read_text() if report.is_file() else ""

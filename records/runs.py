@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from source import unpack_source
+
+from train_gpt import as_typed
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 RESULT_MARK = "result_json: "
@@ -86,13 +88,6 @@ class Run:
         return {name.upper(): text for name, text in pairs} or None
 
 
-def as_typed(value: Any) -> str:
-    """A setting's JSON value as one would type it."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(int(value) if isinstance(value, bool) else value)
-
-
 def read_run(path: Path) -> Run:
     """A log of any shape; what it does not say is absent. Never raises on odd content."""
     text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
@@ -126,14 +121,15 @@ def _result_of(text: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) else None
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def parse_config(text: str) -> dict[str, str]:
     """NAME -> text of a config.env's lines."""
     pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.lstrip().startswith("#"))
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def config_text(settings: Mapping[str, str]) -> str:
+    """The lines of a config.env with these settings."""
+    return "".join(f"{name}={text}\n" for name, text in settings.items())
 
 
 @dataclasses.dataclass

@@ -197,7 +197,7 @@ def wrap(source: str, config: str = "") -> str:
     payload = base64.b85encode(data).decode()
     wrapper = (f"{settings}import base64,lzma\n"
                f"exec(compile(lzma.decompress(base64.b85decode('{payload}')),__file__,'exec'))\n")
-    if unpack_source(wrapper)[0] != source:
+    if _unwrap(wrapper) != source:
         raise ValueError("packing: the unpacked source is not the original, byte for byte")
     return wrapper
 

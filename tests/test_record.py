@@ -341,21 +341,7 @@ def test_collecting_finished_runs(place, made):
 ])
 def test_unusable_input(place, arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with contextlib_exit() as exit_code:
-        exit_code.append(new(place, "x", "--track", "t", *arguments))
-    assert exit_code[-1] == 64 and words in capsys.readouterr().err
-
-
-class contextlib_exit(list):
-    """Collects the exit code, returned or raised."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is SystemExit:
-            self.append(error.code)
-            return True
+    assert new(place, "x", "--track", "t", *arguments) == 64 and words in capsys.readouterr().err
 
 
 def test_settings_of_the_environment_are_refused(place, monkeypatch, capsys):
@@ -374,6 +360,15 @@ def test_the_lock_keeps_two_runs_apart(place, capsys):
                                "--work", str(place / "w2")],
                               env=clean_env(), capture_output=True, text=True, check=False)
     assert code.returncode == 64 and "another timed run" in code.stderr
+
+
+def test_the_lock_is_free_afterwards():
+    held = [record.machine_lock(wait=False)]
+    with held[0]:
+        with pytest.raises(record.RecordError, match="another timed run"):
+            record.machine_lock(wait=False)
+    with record.machine_lock(wait=False):                               # though the first is still referred to
+        pass
 
 
 def test_interrupted_collection_goes_on(place, capfd):
@@ -564,6 +559,7 @@ def test_pack_gives_back_every_byte(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{len(source.encode())} bytes" in text and f"{out.stat().st_size} bytes" in text
     assert out.stat().st_size < len(source) / 2
+    assert record.unpack_source(record.wrap(out.read_text())) == (source, 2)              # a wrapper packs too
 
 
 def test_packed_script_runs_with_its_own_settings(tmp_path, place, made):
