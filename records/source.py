@@ -324,21 +324,30 @@ class Script:
         return any(isinstance(up, ast.ClassDef) and ("Module" in names_in(ast.Tuple(up.bases)) or any(
             isinstance(part, FUNCTIONS) and part.name == "forward" for part in up.body)) for up in self.above(node))
 
-    def live(self, node: ast.AST, seen: set[str] | None = None) -> bool:
+    def live(self, node: ast.AST, verdicts: dict[str, bool] | None = None) -> bool:
         """Whether a node can run: its functions are mentioned by code that can, and no setting switches it off."""
-        seen, child = set() if seen is None else seen, node
+        verdicts, child = {} if verdicts is None else verdicts, node
         for up in self.above(node):
-            if isinstance(up, ast.If) and child in up.body and self._off(up.test):
+            if isinstance(up, ast.If) and child in up.body and self._off(up.test) or self._chosen_off(up, child):
                 return False
             child = up
         definitions = [up for up in (node, *self.above(node)) if isinstance(up, (*FUNCTIONS, ast.ClassDef))]
-        for name in {up.name for up in definitions if up.name != "main" and not up.name.startswith("__")} - seen:
-            seen.add(name)
-            outside = [at for at in self.mentions.get(name, []) if not any(
-                up in definitions and up.name == name for up in self.above(at))]
-            if not any(self.live(at, seen) for at in outside):
+        for name in {up.name for up in definitions if up.name != "main" and not up.name.startswith("__")}:
+            if name not in verdicts:
+                verdicts[name] = True                                   # while it is asked for: calls may be circular
+                outside = [at for at in self.mentions.get(name, []) if not any(
+                    up in definitions and up.name == name for up in self.above(at))]
+                verdicts[name] = any(self.live(at, verdicts) for at in outside)
+            if not verdicts[name]:
                 return False
         return True
+
+    def _chosen_off(self, up: ast.AST, child: ast.AST) -> bool:
+        """A part that settings do not choose: `part if setting else other`, a row (lambda: setting, lambda: part)."""
+        if isinstance(up, ast.IfExp):
+            return child is up.body and self._off(up.test)
+        return isinstance(up, ast.Tuple) and child in up.elts[1:] and isinstance(up.elts[0], ast.Lambda) and \
+            self._off(up.elts[0].body)
 
     def _off(self, test: ast.expr) -> bool:
         """Whether the logged settings make a condition false; unknown conditions count as true."""

@@ -137,7 +137,8 @@ def _is_quiet(function: ast.AST) -> bool:
 def check_target_hash(script: Script) -> Finding:
     """S2: no table is read at a place that is hashed from the token to be predicted."""
     targets = Flow(script, lambda node: _is_target(script, node), objects=False)
-    hashes = {id(node) for node in script.nodes if _is_hash(node) and _holds_target(script, targets, node)}
+    hashes = {id(node) for node in script.nodes
+              if _is_hash(node) and script.live(node) and _holds_target(script, targets, node)}
     keys = Flow(script, lambda node: id(node) in hashes, objects=False)
     problems = [("WARN", f"{_line(node)}: {_where(script, node)} reads a table at a hash that contains the target "
                          "token; the probability of a token must not depend on which token comes")

@@ -508,6 +508,28 @@ def test_our_script_is_clean():
     assert {finding.id: finding.verdict for finding in found} == dict.fromkeys(sc.CHECKS, "PASS"), found
 
 
+def test_what_our_script_can_do_is_named_when_the_run_does_it():
+    """The hashed caches and test-time training: silent by default, two warnings when the settings switch them on."""
+    on = {"NGRAM": "gated", "MIXER_HEAD": "1", "TTT_EPOCHS": "1"}
+    found = sc.static_checks(OURS, requirements=PINNED, siblings=["config.env"], config=on,
+                             run_settings={**source.declared_settings(ast.parse(OURS)), **on})
+    texts = {finding.id: finding.text for finding in found if finding.verdict == "WARN"}
+    assert set(texts) == {"S1", "S2"} and "Adapting.adapt" in texts["S1"]
+
+
+def test_parts_that_settings_do_not_choose_are_not_live():
+    text = """
+def peek(x, targets): return x[targets ^ 31]
+def used(x): return x
+TABLE = {"a": (lambda cfg: cfg.peeking, lambda x, t: peek(x, t))}
+part = peek if cfg.peeking else used
+"""
+    for value, live in (("0", False), ("1", True)):
+        script = source.Script(text, [], [], {"PEEKING": value}, {})
+        node = next(n for n in ast.walk(script.tree) if isinstance(n, ast.BinOp))
+        assert script.live(node) is live
+
+
 def test_odd_input_never_raises():
     rng = random.Random(0)
     lines = OURS.splitlines()[:400] + program(SCORE_FIRST, HARNESS).splitlines()
