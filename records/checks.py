@@ -547,8 +547,9 @@ def own_audit(case: Case) -> Finding:
         for stage, found in result.get("stages", {}).items():
             if "audit" not in found:
                 problems.append(("WARN", f"{run.name}: stage {stage} was skipped or not audited"))
-            problems += [(verdict["verdict"].split(":")[0], f"{run.name} {stage} {check}: {verdict['verdict']}")
-                         for check, verdict in found.get("audit", {}).items() if verdict["verdict"] != "PASS"]
+            verdicts = {check: verdict["verdict"] for check, verdict in found.get("audit", {}).items()}
+            problems += [("FAIL" if text.startswith("FAIL") else "WARN", f"{run.name} {stage} {check}: {text}")
+                         for check, text in verdicts.items() if text != "PASS"]
     return gather("AUDIT", problems, f"all audits of {len(case.ours)} runs passed")
 
 

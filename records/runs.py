@@ -33,8 +33,9 @@ LINES = {
     "calibration_s": rf"^GPTQ:\s*collected\b.*\bin\s+({NUMBER})\s*s",
     "total_eval_ms": rf"^total_eval_time:\s*({NUMBER})\s*(?:ms)?",
 }
+FAULTS = ("unnormalised_score", "adapted_before_scoring")               # labels of what is no score
 FINAL = re.compile(rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
-                   rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|unnormalised_score)[:=]\s*({NUMBER})"
+                   rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|{'|'.join(FAULTS)})[:=]\s*({NUMBER})"
                    rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?", re.M)
 STEP = re.compile(rf"^step:(\d+)/\d+ (train_loss|val_loss):({NUMBER})(?: val_bpb:({NUMBER}))?", re.M)
 
@@ -45,7 +46,7 @@ class Final:
 
     stage: str
     val_loss: float
-    metric: str                                                         # val_bpb, partial_bpb, unnormalised_score
+    metric: str                                                         # val_bpb, partial_bpb or one of FAULTS
     bpb: float
     exact: bool
 
@@ -75,8 +76,9 @@ class Run:
 
     @property
     def final(self) -> Final | None:
-        """The score that counts: the last one printed."""
-        return self.finals[-1] if self.finals else None
+        """The score that counts: the last one printed that its own label does not disown, else the last."""
+        return next((final for final in reversed(self.finals) if final.metric not in FAULTS),
+                    self.finals[-1] if self.finals else None)
 
     @property
     def settings(self) -> dict[str, str] | None:
