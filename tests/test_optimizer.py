@@ -73,11 +73,11 @@ def test_schedules():
 def test_average_against_closed_form():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(2.0)
-    averager = tg.Averager(model, 0.75)
+    averager = tg.Averager(model, tg.Config(ema_decay=0.75))
     values = [3.0, 5.0, 1.0]
-    for value in values:
+    for step, value in enumerate(values, 1):
         model.weight.data.fill_(value)
-        averager.update()
+        averager.update(step, step / len(values))
     averager.apply()
     expected = 0.75 ** 3 * 2 + sum(0.25 * 0.75 ** (2 - i) * v for i, v in enumerate(values))
     assert math.isclose(model.weight.item(), expected, rel_tol=1e-6)

@@ -23,7 +23,8 @@ def test_row_quantizer_error_bounds(bits, rng):
     w = torch.from_numpy(rng.standard_normal((40, 64)) * np.exp(rng.standard_normal((40, 1)) * 3)).float()
     w[3] = 0
     quantizer, top = tg.RowInt(bits), 2 ** (bits - 1) - 1
-    whole, clipped = (quantizer.decode(quantizer.encode(w, None, steps), w.shape) for steps in (1, 16))
+    whole, clipped = (quantizer.decode(quantizer.encode(w, tg.Config(quant_clip_steps=steps)), w.shape)
+                      for steps in (1, 16))
     scale = w.abs().amax(1, keepdim=True) / top
     assert ((whole - w).abs() <= 0.505 * scale + 2.0 ** -24 * top).all()                 # float16 scales round
     before, after = ((x - w).square().sum(1) for x in (whole, clipped))
@@ -38,7 +39,7 @@ def test_clip_search_is_the_best_of_what_it_tries(rng):
         scale = np.float16(w.abs().max().item() * (1 - 0.6 * step / 16) / 7)
         q = np.clip(np.round(w.numpy() / np.float32(scale)), -7, 7) * np.float32(scale)
         errors.append(((q - w.numpy()) ** 2).sum())
-    got = tg.RowInt(4).decode(tg.RowInt(4).encode(w, None, 16), w.shape)
+    got = tg.RowInt(4).decode(tg.RowInt(4).encode(w, tg.Config()), w.shape)
     assert abs((got - w).square().sum().item() - min(errors)) < 1e-4 * min(errors)
 
 
@@ -71,7 +72,7 @@ def test_round_trip_is_exact(codec):
             assert torch.equal(weights[name], w.half().float())
         else:
             top = 2 ** (int(kinds[name][3:]) - 1) - 1
-            again = tg.QUANTIZERS[kinds[name]].encode(w, None, cfg.quant_clip_steps)
+            again = tg.QUANTIZERS[kinds[name]].encode(w, cfg)
             codes = np.frombuffer(again["codes"], np.int8)
             assert np.abs(codes).max() <= top
             expected = codes.reshape(w.shape) * np.frombuffer(again["scales"], "<f2").astype(np.float32)[:, None]

@@ -267,9 +267,9 @@ def test_damaged_artifact(copy):
 def test_scoring_that_needs_training_shards(copy):
     path = copy / "train_gpt.py"
     path.write_text(path.read_text().replace(
-        "    model = load_artifact(cfg, blob, rt, ledger)\n",
-        "    model = load_artifact(cfg, blob, rt, ledger)\n"
-        "    open(cfg.data_path + '/fineweb_train_000000.bin').close()\n", 1))
+        "        model = load_artifact(cfg, blob, rt)\n",
+        "        model = load_artifact(cfg, blob, rt)\n"
+        "        open(cfg.data_path + '/fineweb_train_000000.bin').close()\n", 1))
     finding = found(copy, "R6")["R6"]
     assert finding.verdict == "FAIL" and "scoring opened fineweb_train_000000.bin" in finding.text
 
@@ -502,6 +502,19 @@ def test_upstream_json_that_no_log_supports(tmp_path):
     edit_json(folder / "submission.json", lambda j: j.update(val_bpb=1.1, bytes_total=15_000_000))
     text = found(folder, "P2")["P2"].text
     assert "val_bpb is 1.1" in text and "no log has it" in text and "bytes_total is 15000000" in text
+
+
+def test_a_disowned_score_is_not_the_runs(tmp_path):
+    """The last stage may be a labelled one: the run's score is the last that counts."""
+    log = tmp_path / "train_seed1.log"
+    lines = ["final_zstd_sliding_exact val_loss:2.00000000 val_bpb:1.20000000",
+             "final_zstd_ttt_exact val_loss:1.90000000 adapted_before_scoring:1.10000000",
+             "final_zstd_ngram val_loss:0.5000 unnormalised_score:0.3000 eval_time:10ms vocabulary_mass:600.00",
+             "final_zstd_ngram_exact val_loss:0.50000000 unnormalised_score:0.30000000"]
+    log.write_text("\n".join(lines) + "\n")
+    run = runs.read_run(log)
+    assert [final.metric for final in run.finals] == ["val_bpb", "adapted_before_scoring", "unnormalised_score"]
+    assert run.final.stage == "final_zstd_sliding" and run.final.bpb == 1.2 and run.eval_ms["final_zstd_ngram"] == 10
 
 
 def test_command_line_check(made, tmp_path, capsys):

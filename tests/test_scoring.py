@@ -84,20 +84,20 @@ def test_byte_sum_is_the_text(rng):
 class Unigram:
     """A legal adaptive predictor: counts of committed tokens, add-one smoothed."""
 
-    normalised, chunk, seq_len, stride, name = True, 30, 10, 5, "unigram"
+    fault, counts, chunk, seq_len, stride, name = "", None, 30, 10, 5, "unigram"
 
     def __init__(self):
-        self.counts, self.observed = torch.ones(260, dtype=torch.float64), []
+        self.seen, self.observed = torch.ones(260, dtype=torch.float64), []
 
     def full(self, batch, counts=None):
-        return (self.counts / self.counts.sum()).log().expand(*batch.targets.shape, 260)
+        return (self.seen / self.seen.sum()).log().expand(*batch.targets.shape, 260)
 
     def score(self, batch, counts=None):
         return -self.full(batch).gather(2, batch.targets[..., None]).squeeze(2)
 
-    def observe(self, tokens):
+    def observe(self, tokens, progress):
         self.observed.append(tokens)
-        self.counts += torch.bincount(torch.from_numpy(tokens[1:].astype(np.int64)), minlength=260)
+        self.seen += torch.bincount(torch.from_numpy(tokens[1:].astype(np.int64)), minlength=260)
 
 
 def run_audit(predictor, tokens, rt, ledger, cfg=None, tamper=None, accessed=()):
@@ -198,4 +198,4 @@ def test_only_a_true_complete_score_is_called_val_bpb(tokens, rt, ledger):
     score = tg.evaluate(predictor, tokens, TABLE, tg.Config(**FULL), rt, ledger)
     assert score.label == "val_bpb" and "val_bpb" in score.record()
     assert "val_bpb" not in dataclasses.replace(score, complete=False).record()
-    assert "val_bpb" not in dataclasses.replace(score, normalised=False).record()
+    assert "val_bpb" not in dataclasses.replace(score, fault="unnormalised_score").record()
