@@ -181,7 +181,7 @@ class Config:
     eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0)
     eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
     eval_stride: int = _score(64, "sliding windows advance by this; 0 = plain windows only", low=0)
-    eval_batch_tokens: int = _score(0, "tokens a scoring batch; 0 = from free memory", low=0)
+    eval_batch_tokens: int = _score(0, "tokens a scoring batch; 0 = as the device likes", low=0)
     max_eval_seconds: float = _score(600.0, "scoring seconds; a stage that cannot finish is skipped", low=0)
     ttt_epochs: int = _score(0, "passes of test-time training over what was scored; 0 = none", low=0)
     ttt_before_scoring: bool = _score(False, "adapt to all tokens, then score them (PR 489): no valid score")
@@ -194,7 +194,7 @@ class Config:
     ttt_batch_seqs: int = _score(32, "sequences of each part in a step", low=1)
     ttt_parts: int = _score(1, "equal parts of the data that a step draws from (the seeds' GPUs)", low=1)
     ttt_temperature: float = _score(1.0, "temperature of certain predictions (ttt, ngram); 1 = off", low=0)
-    ngram: str = _score("", "hashed cache, no valid score", choices=("", "fixed", "backoff", "gated"))
+    ngram: str = _score("", "hashed n-gram cache (no score)", choices=("", "fixed", "backoff", "gated"))
     ngram_order: int = _score(7, "highest order", low=2, high=16)
     ngram_min_order: int = _score(2, "lowest order", low=2, high=16)
     ngram_alpha: float = _score(0.4, "weight of NGRAM=fixed", low=0, high=1)
@@ -202,7 +202,7 @@ class Config:
     ngram_ent_range: float = _score(0.55, "what uncertainty adds to it", low=0)
     ngram_min_count: int = _score(2, "an order counts from so many sightings of its context", low=1)
     ngram_buckets: int = _score(4_194_304, "counters of a table, a power of two", low=2, high=2 ** 30)
-    ngram_primes: tuple[int, ...] = _score((36313, 27191, 51647, 81929, 131071, 65537, 104729), "of its hash")
+    ngram_primes: tuple[int, ...] = _score((36313, 27191, 51647, 81929, 131071, 65537, 104729), "of the hash")
     ngram_stride: int = _score(0, "its windows advance by this; 0 = EVAL_STRIDE", low=0)
     ngram_chunk_tokens: int = _score(0, "targets between two updates; 0 = after every window", low=0)
     @property
@@ -1867,8 +1867,8 @@ class Trainer:
             self.oracle.add(self.rt.put(piece.astype(np.int64)))
         self.rt.sum_(self.oracle.tables)
         self.rt.sync()
-        self.filling = self.elapsed() - self.last.elapsed
-        self.last = self.last._replace(elapsed=self.elapsed())                     # no part of the first step
+        now = self.rt.sum_(torch.tensor([self.elapsed() if self.rt.main else 0.0])).item()   # rank 0's
+        self.filling, self.last = now - self.last.elapsed, self.last._replace(elapsed=now)
         self.ledger.log(f"prefilled {self.stream.total} tokens in {self.filling * 1000:.0f} ms (counted)")
     def warm_up(self) -> None:
         """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before."""

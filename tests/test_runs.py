@@ -287,6 +287,25 @@ def test_two_processes_equal_one(tmp_path):
     assert abs(again["result"]["val_loss"] - alone["result"]["val_loss"]) < 1e-6
 
 
+def test_adaptation_oracle_and_caches_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Mixer head, late QAT, penalty, GPTQ calibration, averaging; score-first adaptation under a gated cache."""
+    settings = dict(MIXER_HEAD="1", NGRAM="gated", NGRAM_BUCKETS="4096", NGRAM_CHUNK_TOKENS="128", TTT_EPOCHS="1",
+                    TTT_CHUNK_TOKENS="128", TTT_PARTS="2", TTT_BATCH_SEQS="1", TTT_TEMPERATURE="0.9", QTTT="1",
+                    TTT_FREEZE_BLOCKS="1", BYTE_WEIGHTED_TTT="1", LATE_QAT_THRESHOLD="0.9", CROWN_Q_LAMBDA="1",
+                    SWA_EVERY="2", GPTQ_N_SAMPLES="4", PRUNE_PCT="0.1", EVAL_BATCH_TOKENS="256")
+    two = torchrun(tmp_path / "two", 2, **settings)
+    _, one, log = run(tmp_path / "one", **settings)
+    assert np.abs(losses(tmp_path / "one") / losses(tmp_path / "two") - 1).max() < 1e-4
+    assert "late_qat:enabled" in log and "prefilled" in log and one["exit_code"] == two["exit_code"] == 0
+    assert one["seconds"]["calibrate"] > 0 and one["result"]["stage"] == "ttt"
+    assert one["stages"]["ngram"]["metric"] == "unnormalised_score" and one["stages"]["ngram"]["mass"] > 1.5
+    env = dict(MODE="eval", ARTIFACT=str(tmp_path / "two/model.ptz"), DATA_PATH=str(tmp_path / "two/smoke_data"))
+    _, alone, _ = run(tmp_path / "eval1", **env)
+    again = torchrun(tmp_path / "eval2", 2, **env)
+    for name in ("sliding", "ttt", "ngram"):
+        assert abs(again["stages"][name]["loss"] - alone["stages"][name]["loss"]) < 1e-5, name
+
+
 def test_training_opens_no_validation_file_before_the_artifact_is_written(tmp_path, monkeypatch):
     seen, real = [], tg.read_shard
 
