@@ -68,8 +68,7 @@ def demand(holds: Any, complaint: str) -> None:
     if not holds:
         raise InputError(complaint)
 
-def _setting(group: str, default: Any, doc: str, low: float | None = None, high: float | None = None,
-             choices: tuple[str, ...] = ()) -> Any:
+def _setting(group: str, default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = ()) -> Any:
     return dataclasses.field(default=default, metadata=dict(
         group=group, doc=doc, low=low, high=high, choices=choices))
 
@@ -632,8 +631,7 @@ def find_path(text: str) -> Path:
     for base in (Path.cwd(), SCRIPT.parent, *SCRIPT.parent.parents):
         if (base / text).exists():
             return base / text
-    raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} upwards "
-                     "(DATA_PATH and TOKENIZER_PATH name the data; data/README.md says how to make it)")
+    raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} up (see data/README.md)")
 
 def shard_paths(cfg: Config, split: str) -> list[Path]:
     folder, pattern = find_path(cfg.data_path), f"fineweb_{split}_*.bin"
@@ -2361,8 +2359,10 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
     stored, (given, _) = _read_config(read_header(read_artifact(cfg))[0].get("config")), read_settings(env)
     _refuse([f"{name.upper()}={given[name]}: the artifact was made with {value}"
              for name, value in stored.group("model").items() if name in given and given[name] != value])
-    return dataclasses.replace(cfg, **{**stored.group("model", "pack", "score"), **given,
-                                       "out_dir": cfg.out_dir, "run_id": cfg.run_id})
+    merged = dataclasses.replace(cfg, **{**stored.group("model", "pack", "score"), **given,
+                                         "out_dir": cfg.out_dir, "run_id": cfg.run_id})
+    _refuse(check_config(merged))
+    return merged
 
 def run_seeds(cfg: Config, rt: Runtime) -> int:
     """One run a seed, then mean and standard deviation of the scores. Returns the highest exit code."""

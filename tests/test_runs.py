@@ -238,7 +238,8 @@ def test_damaged_artifact_and_wrong_tokenizer(base, tmp_path):
     (tmp_path / "cut.ptz").write_bytes(raw[:-7])
     common = dict(MODE="eval", DEVICE="cpu", TOKENIZER_PATH="byte260", DATA_PATH=str(base[0] / "smoke_data"))
     for env, code in ((dict(ARTIFACT=str(tmp_path / "cut.ptz")), 64), (dict(ARTIFACT=str(tmp_path / "none.ptz")), 64),
-                      (dict(ARTIFACT=str(base[0] / "model.ptz"), NUM_LAYERS="5"), 64)):
+                      (dict(ARTIFACT=str(base[0] / "model.ptz"), NUM_LAYERS="5"), 64),
+                      (dict(ARTIFACT=str(base[0] / "model.ptz"), EVAL_STRIDE="512"), 64)):    # its windows are 64
         assert tg.main([], {**common, "OUT_DIR": str(tmp_path / "out"), **env}) == code
     stored, weights = tg.unpack(raw)
     (tmp_path / "foreign.ptz").write_bytes(tg.pack(weights, stored, notes={"tokenizer": "0" * 64}))
