@@ -328,8 +328,7 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         (c.ngram_buckets & (c.ngram_buckets - 1), f"{shown('ngram_buckets')} must be a power of two"),
         (not c.ngram_primes or not all(0 < prime < 2 ** 32 for prime in c.ngram_primes),
          f"{shown('ngram_primes')}: expected numbers from 1 to 2^32 - 1"),
-        (c.ngram == "gated" and not c.mixer_head, "NGRAM=gated needs MIXER_HEAD=1"),
-    ]
+        (c.ngram == "gated" and not c.mixer_head, "NGRAM=gated needs MIXER_HEAD=1")]
     problems = [text for wrong, text in checks if wrong] + \
         [f"{shown(a)} must be a multiple of {shown(b)}"
          for a, b in broken(MULTIPLES, lambda a, b: b and a % b == 0)] + \
@@ -1054,8 +1053,7 @@ GROUP_RULES: dict[str, tuple[str, str, str, Callable[[str, Tensor, Config], bool
                lambda name, p, cfg: name.endswith(("tok_emb.weight", ".embed.weight"))),
     "scalars": ("adam", "scalar_lr", "adam_wd",
                 lambda name, p, cfg: p.ndim < 2 or name.endswith((*CONTROL_NAMES, "alpha_head.weight"))),
-    "matrices": ("muon", "matrix_lr", "muon_wd", lambda name, p, cfg: p.ndim == 2),
-}
+    "matrices": ("muon", "matrix_lr", "muon_wd", lambda name, p, cfg: p.ndim == 2)}
 
 def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Group name -> (name, parameter) pairs; raises if a parameter fits no group."""
@@ -1233,8 +1231,7 @@ CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]
     "zlib": (lambda data: zlib.compress(data, 9),
              lambda data, size: _expand_stream(zlib.decompressobj(), data, size)),
     "lzma": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-             lambda data, size: _expand_stream(lzma.LZMADecompressor(memlimit=1 << 28), data, size)),
-}
+             lambda data, size: _expand_stream(lzma.LZMADecompressor(memlimit=1 << 28), data, size))}
 
 def tensor_role(name: str) -> str:
     """embed, table, attn, mlp or other: what QUANT_POLICY speaks of."""
@@ -1575,9 +1572,9 @@ class Adapting(Sliding):
             self.optimizer = torch.optim.SGD(self.params, momentum=0.9)
     def observe(self, tokens: np.ndarray, progress: float) -> None:
         if self.chunk and progress < 1:                                 # nothing comes after the last
-            self.adapt(tokens, self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress)))
-    def adapt(self, tokens: np.ndarray, rate: float) -> None:
-        """Trains on rows as long as a window, in order, TTT_EPOCHS times; a rest is left out."""
+            deque(self.adapt(tokens, self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))), maxlen=0)
+    def adapt(self, tokens: np.ndarray, rate: float) -> Iterator[float]:
+        """Trains on rows as long as a window, in order, TTT_EPOCHS times (no rest); yields the share done."""
         cfg, size, length = self.cfg, self.cfg.ttt_batch_seqs, self.seq_len
         rows = (len(tokens) - 1) // length
         edges = [rows * i // cfg.ttt_parts for i in range(cfg.ttt_parts + 1)]
@@ -1587,13 +1584,15 @@ class Adapting(Sliding):
             count = span // length - (span % length == 0 and (span // length - 1) % size == 0)
             parts = [(i * span, count) for i in range(cfg.ttt_parts)]
         self.optimizer.param_groups[0]["lr"] = rate
-        for at in [*range(0, max(count for _, count in parts), size)] * cfg.ttt_epochs:
+        steps = [*range(0, max(count for _, count in parts), size)] * cfg.ttt_epochs
+        for number, at in enumerate(steps, 1):
             self.grads.zero_()
             units = [(first + at * length, min(size, count - at)) for first, count in parts if count > at]
             for unit in units[self.rt.rank::self.rt.world]:
                 (self._loss(tokens, *unit) / len(units)).backward()
             clip_gradients(self.rt.sum_(self.grads), 0.0 if cfg.ttt_before_scoring else 1.0)
             self.optimizer.step()
+            yield number / len(steps)
     def _loss(self, tokens: np.ndarray, first: int, rows: int) -> Tensor:
         """Mean nats of so many rows from a token on; BYTE_WEIGHTED_TTT: weighted by the targets' bytes."""
         span = tokens[first:first + rows * self.seq_len + 1].astype(np.int64)
@@ -1688,7 +1687,10 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
             score.counts = predictor.counts(tokens, windows, cfg)
         if predictor.fault == "adapted_before_scoring":
             score.events.append(("observe", 0, windows.targets))
-            predictor.adapt(tokens, cfg.ttt_lr)
+            for number, share in enumerate(predictor.adapt(tokens, cfg.ttt_lr)):
+                ledger.progress(f"{score.name}: adapting {100 * share:.0f}%")
+                if number == 2 and not _fits(start, start, share, cfg, rt, ledger):
+                    return None
         chunks, begun = list(windows.units(rows, predictor.chunk)), time.perf_counter()
         total = sum(-(-len(units) // rt.world) for units in chunks)
         for number, units in enumerate(chunks):
@@ -1760,8 +1762,7 @@ PREDICTORS: dict[str, tuple[Callable[[Config], Any], Callable[[GPT, Runtime, Con
     "ttt": (lambda cfg: cfg.ttt_epochs,
             lambda model, rt, cfg, table: last_predictor(model, rt, cfg, table, cfg.stride)),
     "ngram": (lambda cfg: cfg.ngram, lambda model, rt, cfg, table: Hashed(
-        last_predictor(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg)),
-}
+        last_predictor(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg))}
 
 # ============================================================================================================
 # 9. TRAINING - warm-up, the loop, the stop rule, checkpoint and resume. Validation comes in as a callback.
@@ -1795,8 +1796,7 @@ def collect_hessians(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) 
     count = rounds * rt.world * cfg.train_seq_len
     return {name: (rt.sum_(total) / count).cpu() for name, total in sums.items()}
 
-# What every process knows of a finished step; the same everywhere, so decisions need no agreement.
-# elapsed: rank 0's training seconds; loss: mean over the whole batch.
+# What all processes know of a finished step (rank 0's seconds, the mean loss): decisions need no agreement.
 Report = namedtuple("Report", "step elapsed loss diverged stop save", defaults=(0, 0, math.nan, *[False] * 3))
 
 class Trainer:

@@ -193,6 +193,15 @@ def test_stage_that_does_not_fit_is_skipped(tokens, rt, ledger):
     assert "skipped" in (ledger.out_dir / "train.log").read_text()
 
 
+def test_adaptation_that_does_not_fit_is_stopped_after_three_steps(tokens, rt, ledger):
+    cfg = tg.Config(**dict(FULL, eval_batch_tokens=32, max_eval_seconds=1e-6, ttt_before_scoring=True, ttt_epochs=50,
+                           ttt_batch_seqs=1))
+    model = randomized(cfg)
+    predictor, steps = tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE), []
+    predictor.optimizer.step = lambda: steps.append(1)
+    assert tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger) is None and len(steps) == 3
+
+
 def test_only_a_true_complete_score_is_called_val_bpb(tokens, rt, ledger):
     predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
     score = tg.evaluate(predictor, tokens, TABLE, tg.Config(**FULL), rt, ledger)
