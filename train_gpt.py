@@ -993,7 +993,7 @@ def training_flops(cfg: Config, model: GPT) -> float:
     return 6.0 * (matrices + head) + 6.0 * cfg.num_layers * cfg.train_seq_len * cfg.model_dim
 
 # ============================================================================================================
-# 6. OPTIMIZER - Muon, which parameter goes where, schedules, weight averaging. Uses sections 1-2.
+# 6. OPTIMIZER - Muon, which parameter goes where, schedules, averaging. Uses sections 1-2 and names of 5.
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Nearly each matrix's orthogonal factor: [G, R, C] -> same shape, singular values about 0.7 to 1.2."""
@@ -1142,7 +1142,7 @@ class Averager:
             torch._foreach_lerp_(self.live, means[-1], 0.5)
 
 # ============================================================================================================
-# 7. PACKING - a state dict to one self-describing file and back. Uses section 1 and tensor names, no model.
+# 7. PACKING - a state dict to one self-describing file and back. Uses section 1, steps and names of 5, no model.
 
 MAGIC, FORMAT_VERSION = b"PGOLF\r\n\x1a", 1
 PREFIX = struct.Struct("<8sHIQ32s")                        # magic, version, header and payload bytes, SHA-256
