@@ -1142,7 +1142,7 @@ class Averager:
             torch._foreach_lerp_(self.live, means[-1], 0.5)
 
 # ============================================================================================================
-# 7. PACKING - a state dict to one self-describing file and back. Uses section 1, steps and names of 5, no model.
+# 7. PACKING - a state dict to one self-describing file and back. Uses section 1, steps and names of 5.
 
 MAGIC, FORMAT_VERSION = b"PGOLF\r\n\x1a", 1
 PREFIX = struct.Struct("<8sHIQ32s")                        # magic, version, header and payload bytes, SHA-256
