@@ -1522,7 +1522,6 @@ class Sliding:
     fault: what its score is called if it is no true one; chunk: targets between two calls of observe;
     counts: the n-gram counts that it asks of the harness.
     """
-
     fault, chunk, counts = "", 0, None
     snapshot = observe = restore = staticmethod(lambda *_: None)        # nothing to learn: it is fixed
     def __init__(self, model: GPT, rt: Runtime, name: str, seq_len: int, stride: int, temperature: float = 1):
@@ -1572,17 +1571,19 @@ class Adapting(Sliding):
             self.optimizer = torch.optim.SGD(self.params, momentum=0.9)
     def observe(self, tokens: np.ndarray, progress: float) -> None:
         if self.chunk and progress < 1:                                 # nothing comes after the last
-            deque(self.adapt(tokens, self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))), maxlen=0)
+            for _ in self.adapt(tokens, self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))):
+                pass
     def adapt(self, tokens: np.ndarray, rate: float) -> Iterator[float]:
         """Trains on rows as long as a window, in order, TTT_EPOCHS times (no rest); yields the share done."""
         cfg, size, length = self.cfg, self.cfg.ttt_batch_seqs, self.seq_len
         rows = (len(tokens) - 1) // length
-        edges = [rows * i // cfg.ttt_parts for i in range(cfg.ttt_parts + 1)]
-        parts = [(lo * length, hi - lo) for lo, hi in itertools.pairwise(edges)]         # first token, rows
         if cfg.ttt_before_scoring:                  # PR 489 cuts at tokens, and drops a last row of its own
             span = rows * length // cfg.ttt_parts
             count = span // length - (span % length == 0 and (span // length - 1) % size == 0)
-            parts = [(i * span, count) for i in range(cfg.ttt_parts)]
+            parts = [(i * span, count) for i in range(cfg.ttt_parts)]                    # first token, rows
+        else:
+            edges = [rows * i // cfg.ttt_parts for i in range(cfg.ttt_parts + 1)]
+            parts = [(lo * length, hi - lo) for lo, hi in itertools.pairwise(edges)]
         self.optimizer.param_groups[0]["lr"] = rate
         steps = [*range(0, max(count for _, count in parts), size)] * cfg.ttt_epochs
         for number, at in enumerate(steps, 1):
@@ -1614,7 +1615,6 @@ class Hashed:
     An order's "probability" is the ratio of two counters, the second found with the target in its key: over
     the vocabulary the ratios add up to far more than one. Kept to reproduce what was published; no score.
     """
-
     name, counts = "ngram", HashedCounts
     def __init__(self, base: Sliding, cfg: Config):
         self.base, self.cfg, self.adapt = base, cfg, getattr(base, "adapt", None)
@@ -1747,10 +1747,11 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     documents = [[*part] for is_start, part in itertools.groupby(tokens, cfg.bos_id.__eq__) if not is_start]
     return "\n\n".join(table.decode(part).decode(errors="replace") for part in documents)
 
-def last_predictor(model: GPT, rt: Runtime, cfg: Config, table: ByteTable, stride: int) -> Sliding:
-    """What the last stages are made of: adapting, if that is on, and tempered."""
-    return Adapting(model, rt, cfg, table, stride) if cfg.ttt_epochs else \
-        Sliding(model, rt, "sliding", cfg.score_len, stride, cfg.ttt_temperature)
+def hashed_cache(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Hashed:
+    """The cache over the adapting network, if that is on, else over the fixed one; both tempered."""
+    stride = cfg.ngram_stride or cfg.stride
+    return Hashed(Adapting(model, rt, cfg, table, stride) if cfg.ttt_epochs else
+                  Sliding(model, rt, "sliding", cfg.score_len, stride, cfg.ttt_temperature), cfg)
 
 # Scoring stages in order: name -> whether the settings ask for it, and its predictor from model, runtime,
 # settings and byte table. The last true score is the result.
@@ -1760,9 +1761,8 @@ PREDICTORS: dict[str, tuple[Callable[[Config], Any], Callable[[GPT, Runtime, Con
     "sliding": (lambda cfg: cfg.stride < cfg.score_len,
                 lambda model, rt, cfg, table: Sliding(model, rt, "sliding", cfg.score_len, cfg.stride)),
     "ttt": (lambda cfg: cfg.ttt_epochs,
-            lambda model, rt, cfg, table: last_predictor(model, rt, cfg, table, cfg.stride)),
-    "ngram": (lambda cfg: cfg.ngram, lambda model, rt, cfg, table: Hashed(
-        last_predictor(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg))}
+            lambda model, rt, cfg, table: Adapting(model, rt, cfg, table, cfg.stride)),
+    "ngram": (lambda cfg: cfg.ngram, hashed_cache)}
 
 # ============================================================================================================
 # 9. TRAINING - warm-up, the loop, the stop rule, checkpoint and resume. Validation comes in as a callback.

@@ -14,7 +14,7 @@ from typing import Any
 
 from source import unpack_source
 
-from train_gpt import as_typed
+from train_gpt import FAULTS, as_typed
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 RESULT_MARK = "result_json: "
@@ -33,7 +33,6 @@ LINES = {
     "calibration_s": rf"^GPTQ:\s*collected\b.*\bin\s+({NUMBER})\s*s",
     "total_eval_ms": rf"^total_eval_time:\s*({NUMBER})\s*(?:ms)?",
 }
-FAULTS = ("unnormalised_score", "adapted_before_scoring")               # labels of what is no score
 FINAL = re.compile(rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
                    rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|{'|'.join(FAULTS)})[:=]\s*({NUMBER})"
                    rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?", re.M)
