@@ -81,19 +81,16 @@ def test_byte_sum_is_the_text(rng):
     assert TABLE.count(tokens).sum() == len(text.encode())
 
 
-class Unigram:
+class Unigram(tg.Sliding):
     """A legal adaptive predictor: counts of committed tokens, add-one smoothed."""
 
-    fault, counts, chunk, seq_len, stride, name = "", None, 30, 10, 5, "unigram"
+    chunk, seq_len, stride, name, probe = 30, 10, 5, "unigram", (10, 5)
 
     def __init__(self):
         self.seen, self.observed = torch.ones(260, dtype=torch.float64), []
 
-    def full(self, batch, counts=None):
-        return (self.seen / self.seen.sum()).log().expand(*batch.targets.shape, 260)
-
-    def score(self, batch, counts=None):
-        return -self.full(batch).gather(2, batch.targets[..., None]).squeeze(2)
+    def outputs(self, batch):
+        return (self.seen / self.seen.sum()).log().float().expand(*batch.targets.shape, 260), batch.targets
 
     def observe(self, tokens, progress):
         self.observed.append(tokens)
@@ -141,8 +138,8 @@ class Peeking(tg.Sliding):
 class Unnormalised(tg.Sliding):
     """Charges the better of two guesses, so its probabilities add up to more than one."""
 
-    def full(self, batch, counts=None):
-        return super().full(batch).clamp(min=-3.0)
+    def full(self, *args):
+        return super().full(*args).clamp(min=-3.0)
 
     def score(self, batch, counts=None):
         return super().score(batch).clamp(max=3.0)

@@ -1,0 +1,345 @@
+"""A real compressor out of any true score: what a predictor claims in bits, an arithmetic coder writes in bits.
+
+    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... python records/codec.py compress speech.txt       # -> speech.txt.pgolf
+    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... python records/codec.py decompress speech.txt.pgolf -o copy.txt
+    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=... python records/codec.py verify      # the proof
+
+Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose the predictor (the last
+true stage that a run with these settings would score). The artifact is not part of the compressed file; its hash is.
+
+`verify` compresses documents of the validation set, decompresses them in a fresh process, compares the text byte for byte
+and the size with the bits that the harness of train_gpt.py charges for the same tokens. Encoder and decoder run the same
+loop, `walk`, token after token: one thread, the same shapes, integer frequencies. They agree on machines that compute
+alike, not across CPU models or versions of torch; the header says what made a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30                       # bits of the coder's interval; sum of frequencies
+
+
+# --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) -----------------------------------------
+
+def frequencies(log_p: torch.Tensor) -> np.ndarray:
+    """Cumulative whole frequencies of a distribution, [V + 1]; every token has at least 1."""
+    counts = np.floor(np.exp(log_p.numpy().astype(np.float64)) * SCALE).astype(np.int64) + 1
+    return np.concatenate(([0], np.cumsum(counts)))
+
+
+class Encoder:
+    """Symbols with their intervals -> bits."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.pending, self.bits = 0, (1 << PRECISION) - 1, 0, bytearray()
+
+    def _emit(self, bit: int) -> None:
+        self.bits += bytes([bit]) + bytes([1 - bit]) * self.pending
+        self.pending = 0
+
+    def encode(self, cumulative: np.ndarray, symbol: int) -> None:
+        below, upto, total = int(cumulative[symbol]), int(cumulative[symbol + 1]), int(cumulative[-1])
+        width, half, quarter = self.high - self.low + 1, 1 << PRECISION - 1, 1 << PRECISION - 2
+        self.low, self.high = self.low + width * below // total, self.low + width * upto // total - 1
+        while True:
+            if self.high < half or self.low >= half:                     # the first bit is settled
+                self._emit(int(self.low >= half))
+            elif self.low >= quarter and self.high < 3 * quarter:        # only that the second is its opposite
+                self.pending += 1
+                self.low, self.high = self.low - quarter, self.high - quarter
+            else:
+                return
+            self.low, self.high = 2 * self.low % (2 * half), 2 * self.high % (2 * half) + 1
+
+    def finish(self) -> bytes:
+        self.pending += 1                                                # two bits name a point inside the interval
+        self._emit(int(self.low >= 1 << PRECISION - 2))
+        return np.packbits(np.frombuffer(bytes(self.bits), np.uint8)).tobytes()
+
+
+class Decoder:
+    """Bits -> symbols, given the same intervals."""
+
+    def __init__(self, data: bytes):
+        self.bits = iter(np.unpackbits(np.frombuffer(data, np.uint8)).tolist())
+        self.low, self.high, self.value = 0, (1 << PRECISION) - 1, 0
+        for _ in range(PRECISION):
+            self.value = 2 * self.value + next(self.bits, 0)
+
+    def decode(self, cumulative: np.ndarray) -> int:
+        total, width = int(cumulative[-1]), self.high - self.low + 1
+        point = ((self.value - self.low + 1) * total - 1) // width
+        symbol = int(np.searchsorted(cumulative, point, side="right")) - 1
+        below, upto = int(cumulative[symbol]), int(cumulative[symbol + 1])
+        half, quarter = 1 << PRECISION - 1, 1 << PRECISION - 2
+        self.low, self.high = self.low + width * below // total, self.low + width * upto // total - 1
+        while True:
+            if self.high < half or self.low >= half:
+                pass
+            elif self.low >= quarter and self.high < 3 * quarter:
+                self.low, self.high, self.value = self.low - quarter, self.high - quarter, self.value - quarter
+            else:
+                return symbol
+            self.low, self.high = 2 * self.low % (2 * half), 2 * self.high % (2 * half) + 1
+            self.value = (2 * self.value + next(self.bits, 0)) % (2 * half)
+
+
+# --- text and tokens ------------------------------------------------------------------------------------------------------
+
+def kept_as_is(table: tg.ByteTable, character: str) -> bool:
+    """Whether the tokenizer neither changes a character nor spells it in byte pieces."""
+    sp, text = table.processor, f"a{character}a"
+    return sp.decode(sp.encode(text)) == text and not any(sp.is_byte(t) or sp.is_unknown(t) for t in sp.encode(text))
+
+
+def tokens_of(text: str, table: tg.ByteTable) -> list[int]:
+    """Tokens from which `text_of` gives exactly this text: what the tokenizer would change goes in as byte pieces."""
+    if not table.processor:
+        return table.encode(text)
+    pieces, tokens, at = [table.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], [], 0
+    lost = "".join(c for c in sorted(set(text)) if c == " " or not kept_as_is(table, c))
+    word = f"[^ {re.escape(lost)}]+"
+    for words in re.finditer(f"{word}(?: {word})*", text):
+        tokens += [pieces[byte] for byte in text[at:words.start()].encode()] + table.processor.encode(words[0])
+        at = words.end()
+    tokens += [pieces[byte] for byte in text[at:].encode()]
+    return tokens if text_of(tokens, table) == text.encode() else [pieces[byte] for byte in text.encode()]
+
+
+def text_of(tokens: list[int], table: tg.ByteTable) -> bytes:
+    """The bytes of tokens; a word mark counts nothing at the start and after a byte piece."""
+    if not table.processor:
+        return table.decode(tokens)
+    sp, parts, bare = table.processor, [], True
+    for token in map(int, tokens):
+        piece, byte = sp.id_to_piece(token), sp.is_byte(token)
+        if byte:
+            parts.append(bytes([int(piece[3:5], 16)]))
+        elif not sp.is_control(token):
+            parts.append((piece.removeprefix("\u2581") if bare else piece).replace("\u2581", " ").encode())
+        bare = byte or sp.is_control(token)
+    return b"".join(parts)
+
+
+def documents_of(tokens: np.ndarray, table: tg.ByteTable, bos: int) -> bytes:
+    """Text of tokens that begin with a document start; documents end in a newline, but for the last."""
+    parts = np.split(tokens, np.flatnonzero(tokens == bos))[1:]
+    return b"\n".join(text_of(part[1:], table) for part in parts)
+
+
+# --- one token at a time --------------------------------------------------------------------------------------------------
+
+def walk(predictor: Any, count: int, first: int, cfg: tg.Config) -> Generator[torch.Tensor, int, None]:
+    """The harness with the tokens still to come: yields log p over V, is sent the token, `count` times.
+
+    The predictor learns as it does in tg.evaluate: from the same batches, at the end of the same chunks.
+    """
+    tokens = np.zeros(count + 1, np.uint16)
+    tokens[0] = first
+    steps = _documents(predictor, tokens, cfg) if predictor.shares == "rows" else _chunks(predictor, tokens, cfg)
+    for known in steps:
+        tokens[known] = yield predictor.next(tokens[:known])
+
+
+def _learn(predictor: Any, tokens: np.ndarray, batch: tg.Batch, plan: Any, cfg: tg.Config) -> None:
+    predictor.score(batch, predictor.counts and predictor.counts(tokens, plan, cfg))
+    predictor.charged(batch)
+
+
+def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
+    """How many tokens are known, before each next one; learns when a chunk of windows is complete."""
+    plan, rt = predictor.plan(tokens), predictor.rt
+    rows = max(1, tg.scoring_tokens(cfg, rt) // predictor.seq_len)
+    chunks = list(plan.units(rows, predictor.chunk))
+    for number, units in enumerate(chunks):
+        lo, hi = plan.span(units)
+        yield from range(lo + 1, hi + 1)
+        for unit in units if predictor.chunk else ():
+            _learn(predictor, tokens[:hi + 1], plan.batch(tokens, unit, rows, rt, predictor.reach), plan, cfg)
+        predictor.observe(tokens[lo:hi + 1], number / (len(chunks) - 1) if len(chunks) > 1 else 1.0)
+
+
+def _documents(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
+    """The same for chunks of documents: a document ends where the next one starts."""
+    for known in range(1, len(tokens)):
+        yield known
+        seen = tokens[:known + 1]
+        plan, (members, chunk) = predictor.plan(seen), predictor.unit_of(seen)
+        ended = tokens[known] == cfg.bos_id or known == len(tokens) - 1
+        if ended or (known - plan.starts[members[0]]) % plan.chunk == 0:
+            _learn(predictor, seen, plan.batch(seen, (members, chunk), 1, predictor.rt), plan, cfg)
+        if ended and (members[0] + 1) % plan.slots == 0:
+            predictor.observe(seen, 0.0)
+
+
+def encode(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> bytes:
+    """All tokens but the first."""
+    coder, steps = Encoder(), walk(predictor, len(tokens) - 1, int(tokens[0]), cfg)
+    log_p = next(steps)
+    for number, token in enumerate(tokens[1:].tolist(), 2):
+        coder.encode(frequencies(log_p), token)
+        log_p = steps.send(token) if number < len(tokens) else None
+    return coder.finish()
+
+
+def decode(predictor: Any, data: bytes, count: int, first: int, cfg: tg.Config) -> np.ndarray:
+    coder, steps, tokens = Decoder(data), walk(predictor, count, first, cfg), [first]
+    log_p = next(steps)
+    for left in reversed(range(count)):
+        tokens.append(coder.decode(frequencies(log_p)))
+        log_p = steps.send(tokens[-1]) if left else None
+    return np.array(tokens)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+class Codec:
+    """Artifact, tokenizer and predictor that the settings name."""
+
+    def __init__(self, env: dict[str, str]):
+        torch.set_num_threads(1)                                         # sums must not depend on the machine's load
+        cfg = tg.load_config({"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"})
+        self.cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
+        self.rt, self.table = tg.Runtime(self.cfg, {}), tg.ByteTable.load(self.cfg)
+        self.blob = tg.read_artifact(self.cfg)
+
+    def predictor(self) -> Any:
+        """A fresh one: the last true stage of a run with these settings."""
+        stages = [build for wanted, build in tg.PREDICTORS.values() if wanted(self.cfg)]
+        for build in reversed(stages):
+            predictor = build(tg.load_artifact(self.cfg, self.blob, self.rt), self.rt, self.cfg, self.table)
+            if not predictor.fault:
+                return predictor
+        raise tg.InputError("these settings score nothing that is a true score: no code can be made of it")
+
+    def identity(self) -> dict[str, Any]:
+        return dict(artifact_sha256=hashlib.sha256(self.blob).hexdigest(), tokenizer=tg.tokenizer_hash(self.cfg),
+                    settings=json.loads(json.dumps(self.cfg.group("score"))), torch=torch.__version__)
+
+    def compress(self, tokens: np.ndarray) -> bytes:
+        header = json.dumps({**self.identity(), "targets": len(tokens) - 1, "first": int(tokens[0])}).encode()
+        data = encode(self.predictor(), tokens, self.cfg)
+        return MAGIC + struct.pack("<I", len(header)) + header + hashlib.sha256(data).digest() + data
+
+    def decompress(self, blob: bytes) -> np.ndarray:
+        tg.demand(blob[:len(MAGIC)] == MAGIC, f"not a compressed text: begins with {blob[:len(MAGIC)]!r}")
+        try:
+            size, = struct.unpack_from("<I", blob, len(MAGIC))
+            at = len(MAGIC) + 4 + size
+            header, digest, data = json.loads(blob[len(MAGIC) + 4:at]), blob[at:at + 32], blob[at + 32:]
+        except (ValueError, struct.error) as error:
+            raise tg.InputError(f"compressed text: unreadable header ({error})") from None
+        tg.demand(hashlib.sha256(data).digest() == digest, "compressed text: wrong checksum, it is damaged")
+        for name, here in self.identity().items():
+            tg.demand(header.get(name) == here, f"compressed with another {name}: {header.get(name)!s:.300}, here {here!s:.300}")
+        return decode(self.predictor(), data, header["targets"], header["first"], self.cfg)
+
+    def claimed_bits(self, tokens: np.ndarray) -> float:
+        """What the harness charges for the same tokens."""
+        with tempfile.TemporaryDirectory() as folder:
+            ledger = tg.Ledger(Path(folder), self.rt)
+            ledger.writes = False
+            cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
+            score = tg.evaluate(self.predictor(), tokens, self.table, cfg, self.rt, ledger)
+        return float(score.nats.sum(dtype=np.float64) / math.log(2))
+
+    def payload_bits(self, blob: bytes) -> int:
+        size, = struct.unpack_from("<I", blob, len(MAGIC))
+        return 8 * (len(blob) - len(MAGIC) - 4 - size - 32)
+
+
+def others(text: bytes) -> str:
+    return f"zstd -22 {len(zstandard.ZstdCompressor(level=22).compress(text))}, xz -9e " \
+           f"{len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}, bzip2 -9 {len(bz2.compress(text, 9))} bytes"
+
+
+def compress_file(codec: Codec, source: Path, target: Path) -> None:
+    text, begun = source.read_bytes(), time.perf_counter()
+    try:
+        tokens = np.array([codec.cfg.bos_id, *tokens_of(text.decode(), codec.table)])
+    except UnicodeDecodeError as error:
+        raise tg.InputError(f"{source}: not UTF-8 text ({error})") from None
+    tg.demand(len(tokens) > 1, f"{source}: empty")
+    blob = codec.compress(tokens)
+    tg.atomic_write(target, blob)
+    bits = codec.payload_bits(blob)
+    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code ({bits / len(text):.4f} "
+          f"bits per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\nfor comparison: {others(text)}")
+
+
+def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> bool:
+    """Compresses sampled validation documents, decompresses them in a fresh process; whether all is as claimed."""
+    stream, bos = tg.load_validation(codec.cfg), codec.cfg.bos_id
+    every = [part for part in np.split(stream, np.flatnonzero(stream == bos)) if len(part) > 1 and part[0] == bos]
+    tg.demand(every, f"{codec.cfg.data_path}: no document starts with BOS_ID={bos} in the validation tokens")
+    chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, documents).astype(int))]
+    tokens = np.concatenate(chosen)[:limit + 1]
+    text, blob = documents_of(tokens, codec.table, bos), codec.compress(tokens)
+    coded, claimed = codec.payload_bits(blob), codec.claimed_bits(tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        packed, plain = Path(folder) / "text.pgolf", Path(folder) / "text"
+        packed.write_bytes(blob)
+        subprocess.run([sys.executable, __file__, "decompress", str(packed), "-o", str(plain)], env=env, check=True,
+                       stdout=subprocess.DEVNULL)
+        same = plain.read_bytes() == text
+    fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
+    print(f"{name}: {len(chosen)} documents, {len(tokens) - 1} tokens, {len(text)} bytes\nclaimed {claimed:.1f} bits, coded "
+          f"{coded} bits ({100 * (coded / claimed - 1):+.3f} %): {'ok' if fits else 'TOO LONG'}\ndecoded in a fresh process: "
+          f"{'identical' if same else 'DIFFERENT'}\nfor comparison: {others(text)}, this one {coded // 8} bytes")
+    return fits and same
+
+
+def main(arguments: list[str], env: dict[str, str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("compress", "decompress"):
+        command = commands.add_parser(name)
+        command.add_argument("file", type=Path)
+        command.add_argument("-o", "--output", type=Path)
+    command = commands.add_parser("verify")
+    command.add_argument("--documents", type=int, default=4)
+    command.add_argument("--tokens", type=int, default=2000, help="at most so many")
+    options = parser.parse_args(arguments)
+    try:
+        codec = Codec(env)
+        if options.command == "verify":
+            return 0 if verify(codec, env, options.documents, options.tokens) else 1
+        if options.command == "compress":
+            compress_file(codec, options.file, options.output or options.file.with_name(options.file.name + ".pgolf"))
+            return 0
+        target = options.output or options.file.with_suffix("")
+        tg.demand(options.output or options.file.suffix == ".pgolf", f"{options.file}: no .pgolf to take off; name -o")
+        tokens = codec.decompress(options.file.read_bytes())
+        tg.atomic_write(target, documents_of(tokens, codec.table, codec.cfg.bos_id))
+        return 0
+    except (tg.InputError, OSError) as error:
+        print(error, file=sys.stderr)
+        return tg.BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))
