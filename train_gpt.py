@@ -68,6 +68,15 @@ def demand(holds: Any, complaint: str) -> None:
     if not holds:
         raise InputError(complaint)
 
+@contextlib.contextmanager
+def refusing(complaint: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds become an InputError: the complaint, and the reason in one line."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{complaint} ({' '.join(reason.split()):.300})") from None
+
 def _setting(group: str, default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = ()) -> Any:
     return dataclasses.field(default=default, metadata=dict(
         group=group, doc=doc, low=low, high=high, choices=choices))
@@ -204,24 +213,12 @@ class Config:
     ngram_primes: tuple[int, ...] = _score((36313, 27191, 51647, 81929, 131071, 65537, 104729), "of the hash")
     ngram_stride: int = _score(0, "its windows advance by this; 0 = EVAL_STRIDE", low=0)
     ngram_chunk_tokens: int = _score(0, "targets between two updates; 0 = after every window", low=0)
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-    @property
-    def micro_tokens(self) -> int:
-        return self.micro_batch_tokens or self.train_batch_tokens // 8
-    @property
-    def micro_batches(self) -> int:
-        return self.train_batch_tokens // self.micro_tokens
-    @property
-    def score_len(self) -> int:
-        return self.eval_seq_len or self.train_seq_len
-    @property
-    def stride(self) -> int:
-        return self.eval_stride or self.score_len
-    @property
-    def ngram_orders(self) -> range:
-        return range(self.ngram_min_order, self.ngram_order + 1)
+    head_dim = property(lambda c: c.model_dim // c.num_heads)
+    micro_tokens = property(lambda c: c.micro_batch_tokens or c.train_batch_tokens // 8)
+    micro_batches = property(lambda c: c.train_batch_tokens // c.micro_tokens)
+    score_len = property(lambda c: c.eval_seq_len or c.train_seq_len)
+    stride = property(lambda c: c.eval_stride or c.score_len)
+    ngram_orders = property(lambda c: range(c.ngram_min_order, c.ngram_order + 1))
     def group(self, *groups: str) -> dict[str, Any]:
         """Name -> value of the settings in these groups (run, data, train, model, optim, pack, score)."""
         return {f.name: getattr(self, f.name) for f in FIELDS.values() if f.metadata["group"] in groups}
@@ -297,6 +294,7 @@ def check_config(cfg: Config, world: int = 1) -> list[str]:
             problems.append(f"{name}={value}: expected {low} or more" + (f", {high} at most" if high else ""))
     return problems or _cross_checks(cfg, world)
 
+ROLES = ("embed", "table", "attn", "mlp", "other")
 # Left side : right side of relations that must hold between settings.
 MULTIPLES = ("model_dim:num_heads num_heads:num_kv_heads train_batch_tokens:micro_tokens "
              "micro_tokens:train_seq_len")
@@ -309,9 +307,8 @@ def _cross_checks(c: Config, world: int) -> list[str]:
     def shown(name: str) -> str:
         plain = dict(micro_tokens="MICRO_BATCH_TOKENS=", head_dim="the head size ", score_len="EVAL_SEQ_LEN=")
         return plain.get(name, f"{name.upper()}=") + as_typed(getattr(c, name))
-    def broken(relation: str, holds: Callable[[Any, Any], bool]) -> list[list[str]]:
-        pairs = [pair.split(":") for pair in relation.split()]
-        return [pair for pair in pairs if not holds(*(getattr(c, name) for name in pair))]
+    def each(relation: str) -> Iterator[tuple[str, str, Any, Any]]:
+        return ((a, b, getattr(c, a), getattr(c, b)) for a, b in re.findall(r"(\w+):(\w+)", relation))
     checks = [
         (c.head_dim % 2, f"MODEL_DIM / NUM_HEADS = {c.head_dim} must be even (rotary pairs)"),
         (c.rope_dims % 2, f"ROPE_DIMS={c.rope_dims} must be even"),
@@ -328,34 +325,23 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         (c.ngram_buckets & (c.ngram_buckets - 1), f"{shown('ngram_buckets')} must be a power of two"),
         (not c.ngram_primes or not all(0 < prime < 2 ** 32 for prime in c.ngram_primes),
          f"{shown('ngram_primes')}: expected numbers from 1 to 2^32 - 1"),
-        (c.ngram == "gated" and not c.mixer_head, "NGRAM=gated needs MIXER_HEAD=1")]
-    problems = [text for wrong, text in checks if wrong] + \
-        [f"{shown(a)} must be a multiple of {shown(b)}"
-         for a, b in broken(MULTIPLES, lambda a, b: b and a % b == 0)] + \
-        [f"{shown(a)} must be at most {shown(b)}" for a, b in broken(AT_MOST, lambda a, b: a <= b)] + \
-        [f"{shown(a)} needs {b.upper()}=1" for a, b in broken(NEEDS, lambda a, b: b or not a)]
-    try:
-        parse_policy(c)
-    except ValueError as error:
-        problems.append(str(error))
+        (c.ngram == "gated" and not c.mixer_head, "NGRAM=gated needs MIXER_HEAD=1"),
+        *((not y or x % y, f"{shown(a)} must be a multiple of {shown(b)}") for a, b, x, y in each(MULTIPLES)),
+        *((x > y, f"{shown(a)} must be at most {shown(b)}") for a, b, x, y in each(AT_MOST)),
+        *((x and not y, f"{shown(a)} needs {b.upper()}=1") for a, b, x, y in each(NEEDS)),
+        (not re.fullmatch(rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*", c.quant_policy),
+         f"QUANT_POLICY={c.quant_policy!r}: expected role:bits with roles {', '.join(ROLES)}, 2 to 8 bits")]
+    problems = [text for wrong, text in checks if wrong]
     if not problems and c.mode == "train" and c.micro_batches % world:
         sizes = ", ".join(str(w) for w in range(1, c.micro_batches + 1) if c.micro_batches % w == 0)
         problems.append(f"WORLD_SIZE={world} must divide the {c.micro_batches} micro-batches of a step "
                         f"(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are {sizes}")
     return problems
 
-ROLES = ("embed", "table", "attn", "mlp", "other")
-
 def parse_policy(cfg: Config) -> dict[str, int]:
     """Bits by tensor role: QUANT_BITS, then the exceptions of QUANT_POLICY."""
-    bits = dict.fromkeys(ROLES, cfg.quant_bits)
-    for part in filter(None, cfg.quant_policy.split(",")):
-        role, _, text = part.strip().partition(":")
-        if role not in ROLES or text not in tuple("2345678"):
-            raise ValueError(f"QUANT_POLICY={cfg.quant_policy!r}: expected role:bits with roles "
-                             f"{', '.join(ROLES)} and 2 to 8 bits")
-        bits[role] = int(text)
-    return bits
+    return {**dict.fromkeys(ROLES, cfg.quant_bits),
+            **{role: int(bits) for role, bits in re.findall(r"(\w+):(\d)", cfg.quant_policy)}}
 
 def _refuse(problems: list[str]) -> None:
     if problems:
@@ -403,14 +389,16 @@ def _fa3_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
     return attend
 
 class Runtime:
-    """Where the program runs: device, processes, number format, kernels. One process is just world 1.
-
-    lag: how many steps later the host reads what a step reported, so that a GPU never waits for it.
-    """
+    """Where the program runs: device, processes, number format, kernels. One process is just world 1."""
     def __init__(self, cfg: Config, env: Mapping[str, str]):
         self.rank, self.world = int(env.get("RANK") or 0), int(env.get("WORLD_SIZE") or 1)
-        self.device = self._pick_device(cfg.device, int(env.get("LOCAL_RANK") or 0))
-        self.cuda = self.device.type == "cuda"
+        have = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+        if cfg.device not in ("auto", *have):
+            raise ConfigError(f"DEVICE={cfg.device}: torch finds none here; available: {', '.join(have)}")
+        kind = have[0] if cfg.device == "auto" else cfg.device
+        self.cuda = kind == "cuda"
+        self.device = torch.device(kind, int(env.get("LOCAL_RANK") or 0)) if self.cuda else torch.device(kind)
+        # lag: the host reads a step's report so many steps later, and the GPU never waits for it.
         gpu, cpu = (torch.bfloat16, 2, 1 << 19), (torch.float32, 0, 1 << 14)    # larger batches: not faster
         self.dtype, self.lag, self.score_tokens = gpu if self.cuda else cpu
         self.notes = [f"device:{self.device_name()} compute:{str(self.dtype)[6:]} world_size:{self.world}"]
@@ -420,7 +408,10 @@ class Runtime:
         elif self.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False         # a debugging aid, and slow
-            self._keep_freed_memory()
+            # glibc returns large blocks at once, new tensors page-fault again: keep them (loss 4x faster).
+            libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+            for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # mmap threshold, trim threshold
+                getattr(libc, "mallopt", lambda *_: None)(option, value)        # absent in musl
         self.attend = self._pick_attention(cfg.attn)
         self.compiles = cfg.compile == "1" or cfg.compile == "auto" and self.cuda
         self._owns_group = self.world > 1 and not dist.is_initialized()
@@ -428,20 +419,6 @@ class Runtime:
             dist.init_process_group("nccl" if self.cuda else "gloo", rank=self.rank, world_size=self.world,
                                     timeout=datetime.timedelta(minutes=10),
                                     device_id=self.device if self.cuda else None)
-    @staticmethod
-    def _pick_device(wanted: str, local_rank: int) -> torch.device:
-        have = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-        if wanted not in ("auto", *have):
-            raise ConfigError(f"DEVICE={wanted}: torch finds none here; available: {', '.join(have)}")
-        kind = have[0] if wanted == "auto" else wanted
-        return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    @staticmethod
-    def _keep_freed_memory() -> None:
-        """glibc returns large blocks at once, new tensors page-fault again: keep them (loss 4x faster)."""
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):      # mmap threshold, trim threshold
-            if mallopt:                                                 # absent in musl
-                mallopt(option, value)
     def _pick_attention(self, wanted: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
         if wanted != "sdpa" and self.cuda:
@@ -511,9 +488,8 @@ class Runtime:
         if self.cuda:
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(ImportError):
-            import resource  # absent on Windows
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            from resource import RUSAGE_SELF, getrusage  # absent on Windows
+            return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return 0
     def close(self) -> None:
         if self._owns_group:
