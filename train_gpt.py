@@ -38,7 +38,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +75,8 @@ def refusing(complaint: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise InputError(f"{complaint} ({' '.join(reason.split()):.300})") from None
+        reason = " ".join(reason.removeprefix("InputError: ").split())
+        raise InputError(f"{complaint} ({reason:.300})") from None
 
 def _setting(group: str, default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = ()) -> Any:
     return dataclasses.field(default=default, metadata=dict(
@@ -516,8 +517,7 @@ class Ledger:
     """Log, metrics.jsonl, result.json, seconds by phase. Only rank 0 writes; others keep the same books."""
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes, self._inner = out_dir, rt.main, 0.0
-        self.seconds: dict[str, float] = {}
-        self.began: dict[str, float] = {}                               # first second of each phase
+        self.seconds, self.began = Counter(), {}              # of each phase: seconds spent, its first second
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
         self.born = self._shown = time.perf_counter()
         if self.writes:
@@ -550,7 +550,7 @@ class Ledger:
             yield
         finally:
             whole = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
+            self.seconds[name] += whole - self._inner
             self._inner = outer + whole
     def side(self, side: str) -> float:
         """Seconds booked so far against one budget: train or eval."""
@@ -571,18 +571,13 @@ class Ledger:
 # ============================================================================================================
 # 4. DATA - shards, the token stream, batches, and how many bytes a token stands for. Uses sections 1-3.
 
+# A shard (upstream's format): 256 little-endian int32 (magic, version, token count, zeros), uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a .bin shard as a read-only uint16 memory map. InputError names the file and what is wrong.
-
-    Format (upstream's): 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
-    """
-    try:
-        with open(path, "rb") as file:
-            header, size = file.read(SHARD_HEADER_BYTES), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    """Tokens of a .bin shard as a uint16 read-only memory map; InputError names the file and the fault."""
+    with refusing(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+        header, size = file.read(SHARD_HEADER_BYTES), os.fstat(file.fileno()).st_size
     demand(size >= SHARD_HEADER_BYTES, f"{path}: {size} bytes, shorter than the header of a shard")
     magic, version, count = struct.unpack("<3i", header[:12])
     needed = SHARD_HEADER_BYTES + 2 * count
@@ -603,7 +598,7 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 def find_path(text: str) -> Path:
     """A relative path as seen from the working folder, else from the script's folder or any above it."""
-    for base in (Path.cwd(), SCRIPT.parent, *SCRIPT.parent.parents):
+    for base in (Path.cwd(), *SCRIPT.parents):
         if (base / text).exists():
             return base / text
     raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} up (see data/README.md)")
@@ -626,20 +621,15 @@ class TokenStream:
         parts = []
         while count > 0:
             at = start % self.total
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            shard = self.shards[index]
-            offset = at - int(self.ends[index]) + len(shard)
-            part = shard[offset:offset + count].astype(np.int64)
+            index = np.searchsorted(self.ends, at, side="right")
+            part = self.shards[index][at - self.ends[index]:][:count].astype(np.int64)     # a negative index
             top, limit = part.max(), self.vocab_size
             demand(top < limit, f"{self.paths[index]}: token {top}, but VOCAB_SIZE={limit}")
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
     def batch(self, unit: int, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-        """Micro-batch number `unit` of the run, counted over all steps and processes -> ids, targets [R, T].
-
-        Units are disjoint spans of micro_tokens + 1 tokens for any number of processes (upstream's order).
-        """
+        """Micro-batch `unit`, counted over steps and processes, its own span -> ids, targets [R, T]."""
         span = self.take(unit * (cfg.micro_tokens + 1), cfg.micro_tokens + 1)
         return span[:-1].reshape(-1, cfg.train_seq_len), span[1:].reshape(-1, cfg.train_seq_len)
 
@@ -665,10 +655,8 @@ class ByteTable:
     @classmethod
     def from_sentencepiece(cls, path: str | Path) -> ByteTable:
         demand(Path(path).is_file(), f"{path}: no such tokenizer file")
-        try:
+        with refusing(f"{path}: not a SentencePiece model", RuntimeError, OSError):
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
         ids = range(sp.vocab_size())
         boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
         pieces = [sp.id_to_piece(i) for i in ids]
@@ -983,11 +971,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
-
-    Equal shapes are stacked; with a runtime of several processes each orthogonalises its share of every
-    stack. The result does not depend on their number, and every process holds the whole momentum state.
-    """
+    """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024); equal shapes stacked."""
     def __init__(self, params: Any, lr: float, momentum: float, backend_steps: int = 5,
                  weight_decay: float = 0.0, runtime: Runtime | None = None):
         super().__init__(params, dict(lr=lr, momentum=momentum, backend_steps=backend_steps,
@@ -995,6 +979,7 @@ class Muon(torch.optim.Optimizer):
         self.runtime = runtime
         self.orthogonalize = runtime.compile(newton_schulz) if runtime else newton_schulz
     def _orthogonal(self, stack: Tensor, steps: int) -> Tensor:
+        """Each process does its share of the stack; the result does not depend on their number."""
         rt, count = self.runtime, stack.size(0)
         if rt is None:
             return self.orthogonalize(stack, steps)
@@ -1051,10 +1036,9 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
         if members:
             groups[optimizer].append(dict(params=[p for _, p in members], weight_decay=getattr(cfg, decay),
                                           lr=getattr(cfg, lr), base_lr=getattr(cfg, lr)))
-    muon = [Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt)] \
-        if groups["muon"] else []
-    return [*muon, torch.optim.AdamW(groups["adam"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                                     fused=rt.device.type != "mps")]
+    return [Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt),
+            torch.optim.AdamW(groups["adam"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                              fused=rt.device.type != "mps")]
 
 def flat_gradients(params: Sequence[nn.Parameter]) -> Tensor:
     """One buffer behind all gradients: one reduction, one norm."""
@@ -1089,15 +1073,12 @@ def apply_schedule(optimizers: Sequence[Any], cfg: Config, step: int, steps_left
     return values["lr"]
 
 class Averager:
-    """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), or half of each.
-
-    An EMA with EMA_START=0 begins at the initial weights (PR 859), else at the first step past it (PR 740).
-    """
+    """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), half of each."""
     def __init__(self, model: nn.Module, cfg: Config):
         self.cfg, self.live, self.count = cfg, list(model.parameters()), 0           # count: steps in the SWA
         self.means: dict[str, list[Tensor]] = {}
         if cfg.ema_decay and not cfg.ema_start:
-            self._begun("ema")
+            self._begun("ema")              # with the initial weights (PR 859), else at EMA_START (PR 740)
     def _begun(self, name: str) -> list[Tensor]:
         return self.means.get(name) or self.means.setdefault(name, [p.detach().clone() for p in self.live])
     @torch.no_grad()
@@ -1224,23 +1205,22 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
 
 def pack(state_dict: Mapping[str, Tensor], cfg: Config, hessians: Mapping[str, Tensor] | None = None,
          code_bytes: int = 0, notes: Mapping[str, Any] | None = None) -> bytes:
-    """Weights and the settings that rebuild and score them as one file's bytes.
+    """Weights and the settings that rebuild and score them as one file's bytes; InputError if not finite.
 
     hessians: name -> [C, C], mean of x x^T at a matrix's input (GPTQ). code_bytes, notes: recorded (JSON).
-    Raises InputError for weights that are not finite.
     """
-    table, parts = [], {stream: [] for stream in STREAMS}
+    table, parts = [], {stream: bytearray() for stream in STREAMS}
     for name, w in state_dict.items():
         w, hessian = w.detach().to("cpu", torch.float32).contiguous(), (hessians or {}).get(name)
         demand(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
         kind = quantizer_of(name, w, cfg)
         table.append([name, list(w.shape), kind])
         for stream, data in QUANTIZERS[kind].encode(w, cfg, hessian).items():
-            parts[stream].append(data)
+            parts[stream] += data
     header = dict(config=cfg.group("model", "pack", "score") | {"eval_seq_len": cfg.score_len}, tensors=table,
                   codec=cfg.compressor, code_bytes=code_bytes, notes=dict(notes or {}))
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    payload = CODECS[cfg.compressor][0](b"".join(itertools.chain.from_iterable(parts[s] for s in STREAMS)))
+    payload = CODECS[cfg.compressor][0](b"".join(parts.values()))
     digest = hashlib.sha256(header + payload).digest()
     return PREFIX.pack(MAGIC, FORMAT_VERSION, len(header), len(payload), digest) + header + payload
 
@@ -1253,11 +1233,9 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     wanted, header_end = PREFIX.size + header_bytes + payload_bytes, PREFIX.size + header_bytes
     demand(len(blob) == wanted, f"artifact: {len(blob)} bytes, not {wanted} (cut short or extended)")
     demand(hashlib.sha256(blob[PREFIX.size:]).digest() == digest, "artifact: wrong checksum, it is damaged")
-    try:
-        stream = zlib.decompressobj()
+    stream = zlib.decompressobj()
+    with refusing("artifact: unreadable header", zlib.error, ValueError, RecursionError):
         header = json.loads(stream.decompress(blob[PREFIX.size:header_end], 4 << 20))
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise InputError(f"artifact: unreadable header ({error})") from None
     demand(stream.eof and isinstance(header, dict), "artifact: unreadable header (no JSON object)")
     return header, blob[header_end:]
 
@@ -1275,38 +1253,27 @@ def _read_config(stored: Any) -> Config:
     demand(not problems, f"artifact: {'; '.join(problems)}")
     return Config(**values)
 
-def _stream_sizes(table: Any) -> dict[str, int]:
-    """Bytes of each stream that the tensor table asks for."""
-    sizes = dict.fromkeys(STREAMS, 0)
-    try:
-        for name, shape, kind in table:
-            if not isinstance(name, str) or not all(type(n) is int and 0 < n < 2 ** 31 for n in shape) or \
-                    kind.startswith("int") and len(shape) != 2:
-                raise ValueError(f"{name} {shape} {kind}")
-            for stream, size in QUANTIZERS[kind].sizes(shape).items():
-                sizes[stream] += size
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise InputError(f"artifact: bad tensor table ({error})") from None
-    return sizes
-
 def _expand(blob: bytes) -> tuple[dict[str, Any], list[tuple[str, list[int], str, dict[str, bytes]]]]:
     """The header, and (name, shape, quantizer, parts) of every tensor; absurd claims allocate nothing."""
-    header, payload = read_header(blob)
-    sizes, codec = _stream_sizes(header.get("tensors")), header.get("codec")
-    total, limit = sum(sizes.values()), (64 << 20) + 256 * len(payload)
+    (header, payload), sizes = read_header(blob), dict.fromkeys(STREAMS, 0)     # bytes of each stream
+    with refusing("artifact: bad tensor table", ValueError, TypeError, KeyError, AttributeError, IndexError):
+        for name, shape, kind in header["tensors"]:
+            demand(isinstance(name, str) and all(type(n) is int and 0 < n < 2 ** 31 for n in shape) and
+                   (len(shape) == 2 or not kind.startswith("int")), f"{name} {shape} {kind}")
+            for stream, size in QUANTIZERS[kind].sizes(shape).items():
+                sizes[stream] += size
+    total, limit, codec = sum(sizes.values()), (64 << 20) + 256 * len(payload), header.get("codec")
     demand(total <= limit, f"artifact: claims {total} bytes of weights in {len(payload)} bytes of payload")
     demand(codec in CODECS, f"artifact: codec {codec!r}; this program has {', '.join(CODECS)}")
-    try:
+    with refusing(f"artifact: the {codec} payload cannot be expanded", zstandard.ZstdError, zlib.error,
+                  lzma.LZMAError, InputError):
         raw = CODECS[codec][1](payload, total)
-    except (zstandard.ZstdError, zlib.error, lzma.LZMAError, InputError) as error:
-        raise InputError(f"artifact: the {codec} payload cannot be expanded ({error})") from None
     demand(len(raw) == total, f"artifact: the payload expands to {len(raw)} bytes, the tensors need {total}")
-    tensors, at = [], dict(zip(STREAMS, itertools.accumulate([0, *sizes.values()])))
-    for name, shape, kind in header["tensors"]:
-        parts = QUANTIZERS[kind].sizes(shape)
-        tensors.append((name, shape, kind, {s: raw[at[s]:at[s] + size] for s, size in parts.items()}))
-        at.update({stream: at[stream] + size for stream, size in parts.items()})
-    return header, tensors
+    file = io.BytesIO(raw)
+    streams = {stream: io.BytesIO(file.read(size)) for stream, size in sizes.items()}
+    return header, [(name, shape, kind, {stream: streams[stream].read(size) for stream, size
+                                         in QUANTIZERS[kind].sizes(shape).items()})
+                    for name, shape, kind in header["tensors"]]
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     """An artifact's settings and float weights, or InputError; runs nothing, allocates only what is there."""
@@ -1763,14 +1730,12 @@ def collect_hessians(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) 
         x = args[0].flatten(0, -2).float()
         sums[names[module]] = sums.get(names[module], 0) + x.T @ x
     hooks = [module.register_forward_pre_hook(add) for module in names]
-    rounds = -(-cfg.gptq_n_samples // rt.world)                         # all processes do as many
-    for at in range(rounds):
-        start = (at * rt.world + rt.rank) * cfg.train_seq_len
-        model.hidden(rt.put(stream.take(start, cfg.train_seq_len)[None]))
+    samples = -(-cfg.gptq_n_samples // rt.world) * rt.world             # all processes take as many
+    for at in range(rt.rank, samples, rt.world):
+        model.hidden(rt.put(stream.take(at * cfg.train_seq_len, cfg.train_seq_len)[None]))
     for hook in hooks:
         hook.remove()
-    count = rounds * rt.world * cfg.train_seq_len
-    return {name: (rt.sum_(total) / count).cpu() for name, total in sums.items()}
+    return {name: (rt.sum_(total) / (samples * cfg.train_seq_len)).cpu() for name, total in sums.items()}
 
 # What all processes know of a finished step (rank 0's seconds, the mean loss): decisions need no agreement.
 Report = namedtuple("Report", "step elapsed loss diverged stop save", defaults=(0, 0, math.nan, *[False] * 3))
@@ -1848,12 +1813,10 @@ class Trainer:
         """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before."""
         cfg, rng = self.cfg, np.random.default_rng(0)
         weights = [p.detach().clone() for p in self.model.parameters()]
-        def noise(unit: int) -> tuple[np.ndarray, np.ndarray]:
-            ids = rng.integers(0, cfg.vocab_size, (cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len))
-            return ids, ids
+        shape = cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len
         for index in range(cfg.warmup_steps):                           # the last with the other graph
             self.fake_quantization(cfg.late_qat_threshold > 0 and index == cfg.warmup_steps - 1)
-            self.train_step(noise)
+            self.train_step(lambda unit: (rng.integers(0, cfg.vocab_size, shape),) * 2)
         self.fake_quantization(False)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
@@ -1943,21 +1906,19 @@ class Trainer:
         path = self.ledger.out_dir / "checkpoint.pt"
         if self.rt.main:
             save_torch(path, dict(
-                settings=self.cfg.group("model", "train", "optim"), step=self.step, elapsed=self.elapsed(),
-                model=self.model.state_dict(),
-                averages=self.averager and (self.averager.means, self.averager.count),
-                optimizers=[optimizer.state_dict() for optimizer in self.optimizers]))
+                settings=self.cfg.group("model", "train", "optim"), model=self.model.state_dict(),
+                averages=self.averager and (self.averager.means, self.averager.count), step=self.step,
+                optimizers=[optimizer.state_dict() for optimizer in self.optimizers], elapsed=self.elapsed()))
         self.ledger.log(f"checkpoint: {path} at step {self.step}")
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint. Raises InputError if it is not one or belongs to another model."""
-        settings, of_model = self.cfg.group("model", "train", "optim"), self.cfg.group("model").keys()
-        what = "cannot be read"
-        try:
-            state, what = torch.load(path, map_location="cpu", weights_only=True), "unusable"
-            differing = {name.upper() for name, value in settings.items() if state["settings"][name] != value}
-            wrong = sorted(name for name in differing if name.lower() in of_model)
-            if wrong:
-                raise ValueError(f"made with other values of {', '.join(wrong)}")
+        with refusing(f"RESUME={path}: cannot be read", Exception):     # torch raises half a dozen types
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        with refusing(f"RESUME={path}: unusable", Exception):
+            differing = sorted(name.upper() for name, now in self.cfg.group("model", "train", "optim").items()
+                               if state["settings"][name] != now)
+            wrong = [name for name in differing if FIELDS[name].metadata["group"] == "model"]
+            demand(not wrong, f"made with other values of {', '.join(wrong)}")
             self.model.load_state_dict(state["model"])
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
@@ -1965,11 +1926,8 @@ class Trainer:
                 means, self.averager.count = state["averages"]
                 self.averager.means = {n: [w.to(self.rt.device) for w in mean] for n, mean in means.items()}
             self.step, self.last = state["step"], Report(state["step"], state["elapsed"])
-        except Exception as error:  # torch raises half a dozen types for damaged files
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(f"RESUME={path}: {what} ({reason})") from None
         self.ledger.log(f"resumed:{path} step:{self.step} train_time:{self.last.elapsed * 1000:.0f}ms "
-                        f"changed settings: {', '.join(sorted(differing)) or 'none'}")
+                        f"changed settings: {', '.join(differing) or 'none'}")
 
 def save_torch(path: Path, state: Any) -> None:
     buffer = io.BytesIO()
@@ -2093,11 +2051,8 @@ def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None =
     with torch.device("cpu" if weights is None else "meta"):            # shapes only: claims cost no memory
         model = GPT(cfg)
     if weights is not None:
-        try:
+        with refusing("artifact: its tensors do not fit its settings", RuntimeError):
             model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"artifact: its tensors do not fit its settings ({reason})") from None
     model, model.compute_dtype = model.to(rt.device), rt.dtype
     for block in model.blocks:
         block.attn.attend = rt.attend
@@ -2115,10 +2070,9 @@ def code_size() -> int:
 
 def commit_of(folder: Path) -> tuple[str | None, bool | None]:
     """The commit of the repository around a folder, and whether tracked files differ; None without git."""
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        name = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        name = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
         return (name.removesuffix("-dirty"), name.endswith("-dirty")) if name else (None, None)
     return None, None
 
@@ -2130,9 +2084,8 @@ def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
                if getattr(cfg, field.name) != field.default}
     recipe = json.dumps(cfg.group("data", "train", "model", "optim", "pack", "score"), sort_keys=True)
     (commit, dirty), code = commit_of(SCRIPT.parent) if rt.main else (None, None), sha256(SCRIPT)
-    ledger.log(" ".join(f"{name}:{version}" for name, version in versions.items()))
     tested = [] if torch.__version__.startswith("2.13") else ["WARNING: tested with torch 2.13 only"]
-    ledger.log("\n".join([*tested, *rt.notes]))
+    ledger.log("\n".join([" ".join(f"{n}:{v}" for n, v in versions.items()), *tested, *rt.notes]))
     ledger.log("overrides: " + (shlex.join(f"{name}={text}" for name, text in changed.items()) or "none"))
     ledger.log(f"seed:{cfg.seed} code_sha256:{code} commit:{commit}{' dirty' if dirty else ''}")
     ledger.save(
@@ -2325,10 +2278,8 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
 
 def read_artifact(cfg: Config) -> bytes:
     path = Path(cfg.artifact or Path(cfg.out_dir) / "model.ptz")
-    try:
+    with refusing(f"ARTIFACT={str(path)!r}: cannot be read", OSError):
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"ARTIFACT={str(path)!r}: cannot be read ({error.strerror})") from None
 
 def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
     """For MODE=eval and sample: the artifact's settings, and whatever was set here outside the model."""
@@ -2355,22 +2306,18 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return OK
-    rt = None
     try:
         _refuse([f"unknown argument {arg!r}: settings are environment variables (--help)" for arg in argv])
         cfg = load_config(env)
-        rt = Runtime(cfg, env)
-        run_id = cfg.run_id or time.strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
-        run_id = rt.broadcast_bytes(run_id.encode()).decode()
-        cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
-        cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
-        return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
+        with contextlib.closing(Runtime(cfg, env)) as rt:
+            run_id = cfg.run_id or time.strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
+            run_id = rt.broadcast_bytes(run_id.encode()).decode()
+            cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
+            cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
+            return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
     except InputError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    finally:
-        if rt:
-            rt.close()
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))
