@@ -252,10 +252,10 @@ PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
 def _unknown(name: str, exact: bool) -> str:
     """What is wrong with a name that is no setting. exact: from a file, where every name must be known."""
     near = difflib.get_close_matches(name, FIELDS, 1, 0.85)
-    return f"unknown setting {name}: here it is {OLD_NAMES[name]}" if name in OLD_NAMES else \
-        f"unknown setting {name} (did you mean {near[0]}?)" if near else \
-        f"unknown setting {name} (python train_gpt.py --help lists all)" \
-        if exact or name.split("_")[0] in FAMILIES else ""
+    hint = f": here it is {OLD_NAMES[name]}" if name in OLD_NAMES else \
+        f" (did you mean {near[0]}?)" if near else " (python train_gpt.py --help lists all)"
+    meant = exact or name in OLD_NAMES or near or name.split("_")[0] in FAMILIES
+    return f"unknown setting {name}{hint}" if meant else ""
 
 def read_settings(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Everything set by SMOKE, file and environment as {field: value}, and the complaints."""
@@ -304,7 +304,6 @@ AT_MOST = ("xsa_last_n:num_layers rope_dims:head_dim eval_stride:score_len ngram
 NEEDS = "smear_bos_mask:smear smear_before_norm:smear ttt_before_scoring:ttt_epochs"
 
 def _cross_checks(c: Config, world: int) -> list[str]:
-    """Complaints about settings that do not go together."""
     def shown(name: str) -> str:
         plain = dict(micro_tokens="MICRO_BATCH_TOKENS=", head_dim="the head size ", score_len="EVAL_SEQ_LEN=")
         return plain.get(name, f"{name.upper()}=") + as_typed(getattr(c, name))
@@ -338,11 +337,6 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         problems.append(f"WORLD_SIZE={world} must divide the {c.micro_batches} micro-batches of a step "
                         f"(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are {sizes}")
     return problems
-
-def parse_policy(cfg: Config) -> dict[str, int]:
-    """Bits by tensor role: QUANT_BITS, then the exceptions of QUANT_POLICY."""
-    return {**dict.fromkeys(ROLES, cfg.quant_bits),
-            **{role: int(bits) for role, bits in re.findall(r"(\w+):(\d)", cfg.quant_policy)}}
 
 def _refuse(problems: list[str]) -> None:
     if problems:
@@ -499,9 +493,8 @@ class Runtime:
 # ============================================================================================================
 # 3. LEDGER - the log, the metrics, the result and where every second went. Uses sections 1-2.
 
-# Which budget a phase counts against: MAX_WALLCLOCK_SECONDS (train), MAX_EVAL_SECONDS (eval), or neither.
-PHASE_SIDES = {"train": "train", "calibrate": "train",
-               **dict.fromkeys(("unpack", "plain", "sliding", "ttt", "ngram"), "eval")}
+# The phases that count against MAX_WALLCLOCK_SECONDS (train) and MAX_EVAL_SECONDS (eval).
+SIDES = {"train": ("train", "calibrate"), "eval": ("unpack", "plain", "sliding", "ttt", "ngram")}
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Writes the whole file or nothing: a temporary name in the same folder, then a rename."""
@@ -528,8 +521,8 @@ class Ledger:
         if self.writes:
             with open(self.out_dir / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-    def log(self, line: str) -> None:
-        if self.writes:
+    def log(self, line: str, show: bool = True) -> None:
+        if self.writes and show:
             print(line, flush=True)
         self._append("train.log", line)
     def metric(self, **values: Any) -> None:
@@ -554,10 +547,7 @@ class Ledger:
             self._inner = outer + whole
     def side(self, side: str) -> float:
         """Seconds booked so far against one budget: train or eval."""
-        return sum(s for name, s in self.seconds.items() if PHASE_SIDES.get(name) == side)
-    def close(self) -> None:
-        """The whole result as the log's last line, so that the log alone says everything."""
-        self._append("train.log", f"result_json: {json.dumps(self.result)}")
+        return sum(self.seconds[name] for name in SIDES[side])
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
         wall = time.perf_counter() - self.born
@@ -1093,10 +1083,8 @@ class Averager:
     @torch.no_grad()
     def apply(self) -> None:
         """The model's weights become the average, if there is one yet."""
-        means = list(self.means.values())
-        if means:
-            torch._foreach_copy_(self.live, means[0])
-            torch._foreach_lerp_(self.live, means[-1], 0.5)
+        for share, mean in zip((1.0, 0.5), self.means.values()):
+            torch._foreach_lerp_(self.live, mean, share)
 
 # ============================================================================================================
 # 7. PACKING - a state dict to one self-describing file and back. Uses section 1, steps and names of 5.
@@ -1140,14 +1128,13 @@ class RowInt:
         """w [R, C]; hessian [C, C]: its diagonal weighs the clip search, then GPTQ; None: plain rounding."""
         if cfg.prune_pct:
             w = w * (w.abs() >= float(np.quantile(w.abs().numpy(), cfg.prune_pct)))
-        best = torch.full((w.size(0), 1), math.inf)
+        best, weights = torch.full((w.size(0), 1), math.inf), 1 if hessian is None else hessian.diagonal()
         codes, scales = torch.zeros_like(w), torch.zeros(w.size(0), 1)
         for step in range(cfg.quant_clip_steps):
             scale = row_steps(w, self.top, False) * (1 - 0.6 * step / cfg.quant_clip_steps)
             scale = scale.clamp(1 / self.top if cfg.quant_scale_floor else 2.0 ** -24, 65504.0).half().float()
             tried = (w / scale).round().clamp(-self.top, self.top)
-            error = (tried * scale - w).square()
-            error = (error if hessian is None else error * hessian.diagonal()).sum(1, keepdim=True)
+            error = ((tried * scale - w).square() * weights).sum(1, keepdim=True)
             better = error < best
             best, scales, codes = (torch.where(better, new, old) for new, old in (
                 (error, best), (scale, scales), (tried, codes)))
@@ -1201,7 +1188,8 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
         return "f32"
     if w.numel() <= cfg.keep_float_max_numel:
         return "f16" if w.abs().max() < 65504 else "f32"
-    return f"int{parse_policy(cfg)[tensor_role(name)]}"
+    exceptions = dict(re.findall(r"(\w+):(\d)", cfg.quant_policy))
+    return f"int{exceptions.get(tensor_role(name), cfg.quant_bits)}"
 
 def pack(state_dict: Mapping[str, Tensor], cfg: Config, hessians: Mapping[str, Tensor] | None = None,
          code_bytes: int = 0, notes: Mapping[str, Any] | None = None) -> bytes:
@@ -1749,9 +1737,8 @@ class Trainer:
         self.averager = Averager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.oracle = Oracle(cfg, rt.device) if cfg.mixer_head else None
         self.quantized = quantized_matrices(model, cfg)
-        self.step, self.origin, self.last = 0, 0.0, Report()
-        self.filling, self.durations = 0.0, deque(maxlen=32)    # seconds: filling the oracle, the last steps
-        self.in_flight: deque[tuple[int, Callable[[], list[float]]]] = deque()
+        self.step, self.origin, self.filling, self.last = 0, 0.0, 0.0, Report()  # filling the oracle: seconds
+        self.in_flight, self.durations = deque(), deque(maxlen=32)               # steps, results; seconds
         self.time_limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
         self.clocked = cfg.schedule == "clock" and cfg.max_wallclock_seconds > 0
         self.stop_requested = self.save_requested = self.faking = False
@@ -1849,10 +1836,8 @@ class Trainer:
                 status = "wallclock_cap"
                 self.ledger.log(f"stopping_early: wallclock_cap train_time:{self.elapsed() * 1000:.0f}ms "
                                 f"step:{self.step}/{cfg.iterations}")
-            if status:
-                self._read_reports(0)
-                if self.last.diverged:                                  # in its last steps
-                    return "diverged"
+            if status and self._diverged(0):                            # in its last steps
+                return "diverged"
             if cfg.val_loss_every and (status or self.step % cfg.val_loss_every == 0):
                 with self._paused("validate"):
                     validate(self.step)
@@ -1867,8 +1852,7 @@ class Trainer:
                       float(self.stop_requested), float(self.save_requested)]
             self.save_requested = False
             self.in_flight.append((self.step, self.rt.start_sum(values)))
-            self._read_reports(self.rt.lag)
-            if self.last.diverged:
+            if self._diverged(self.rt.lag):
                 return "diverged"
             if self.last.stop or self.last.save or cfg.save_every and self.step % cfg.save_every == 0:
                 with self._paused("checkpoint"):
@@ -1876,8 +1860,8 @@ class Trainer:
                 if self.last.stop:
                     return "interrupted"
                 self.last = self.last._replace(save=False)
-    def _read_reports(self, lag: int) -> None:
-        """Takes in what steps up to `lag` ago reported, and logs it."""
+    def _diverged(self, lag: int) -> bool:
+        """Takes in what steps up to `lag` ago reported, and logs it: was a loss not finite?"""
         while self.in_flight and self.in_flight[0][0] <= self.step - lag:
             step, result = self.in_flight.popleft()
             elapsed, loss, bad, stop, save = result()
@@ -1889,6 +1873,7 @@ class Trainer:
                 self.ledger.log(f"step:{step}/{self.cfg.iterations} train_loss:{loss:.4f} "
                                 f"train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms")
             self.ledger.metric(step=step, train_loss=loss, train_seconds=round(elapsed, 4))
+        return self.last.diverged
     @contextlib.contextmanager
     def _paused(self, phase: str) -> Iterator[None]:
         """Stops the training clock for something that touches no training data."""
@@ -2273,7 +2258,7 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     ledger.save(exit_code=code)
     result_card(cfg, ledger, code)
-    ledger.close()
+    ledger.log(f"result_json: {json.dumps(ledger.result)}", show=False)    # so the log alone says everything
     return code, ledger.result
 
 def read_artifact(cfg: Config) -> bytes:
@@ -2310,7 +2295,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         _refuse([f"unknown argument {arg!r}: settings are environment variables (--help)" for arg in argv])
         cfg = load_config(env)
         with contextlib.closing(Runtime(cfg, env)) as rt:
-            run_id = cfg.run_id or time.strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
+            run_id = cfg.run_id or time.strftime(f"%Y%m%d_%H%M%S_{os.getpid()}")
             run_id = rt.broadcast_bytes(run_id.encode()).decode()
             cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
             cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
