@@ -296,9 +296,8 @@ def check_config(cfg: Config, world: int = 1) -> list[str]:
     return problems or _cross_checks(cfg, world)
 
 ROLES = ("embed", "table", "attn", "mlp", "other")
-# Left side : right side of relations that must hold between settings.
-MULTIPLES = ("model_dim:num_heads num_heads:num_kv_heads train_batch_tokens:micro_tokens "
-             "micro_tokens:train_seq_len")
+# Relations that must hold between settings, a:b or a:b:c with b:c as well.
+MULTIPLES = "model_dim:num_heads:num_kv_heads train_batch_tokens:micro_tokens:train_seq_len"
 AT_MOST = ("xsa_last_n:num_layers rope_dims:head_dim eval_stride:score_len ngram_stride:score_len "
            "ngram_min_order:ngram_order ttt_freeze_blocks:num_layers")
 NEEDS = "smear_bos_mask:smear smear_before_norm:smear ttt_before_scoring:ttt_epochs"
@@ -308,7 +307,7 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         plain = dict(micro_tokens="MICRO_BATCH_TOKENS=", head_dim="the head size ", score_len="EVAL_SEQ_LEN=")
         return plain.get(name, f"{name.upper()}=") + as_typed(getattr(c, name))
     def each(relation: str) -> Iterator[tuple[str, str, Any, Any]]:
-        return ((a, b, getattr(c, a), getattr(c, b)) for a, b in re.findall(r"(\w+):(\w+)", relation))
+        return ((a, b, getattr(c, a), getattr(c, b)) for a, b in re.findall(r"(\w+):(?=(\w+))", relation))
     checks = [
         (c.head_dim % 2, f"MODEL_DIM / NUM_HEADS = {c.head_dim} must be even (rotary pairs)"),
         (c.rope_dims % 2, f"ROPE_DIMS={c.rope_dims} must be even"),
@@ -511,7 +510,7 @@ class Ledger:
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes, self._inner = out_dir, rt.main, 0.0
         self.seconds, self.began = Counter(), {}              # of each phase: seconds spent, its first second
-        self.result: dict[str, Any] = {"status": "started", "stages": {}}
+        self.result: dict[str, Any] = {"status": "started", "stages": {}, "phases_began": self.began}
         self.born = self._shown = time.perf_counter()
         if self.writes:
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -553,8 +552,7 @@ class Ledger:
         wall = time.perf_counter() - self.born
         seconds = {**self.seconds, "other": wall - sum(self.seconds.values()), "wall": wall,
                    "train_side": self.side("train"), "eval_side": self.side("eval")}
-        self.result.update(fields, seconds={name: round(s, 3) for name, s in seconds.items()},
-                           phases_began=self.began)
+        self.result.update(fields, seconds={name: round(s, 3) for name, s in seconds.items()})
         if self.writes:
             atomic_write(self.out_dir / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
 
@@ -1259,9 +1257,9 @@ def _expand(blob: bytes) -> tuple[dict[str, Any], list[tuple[str, list[int], str
     demand(len(raw) == total, f"artifact: the payload expands to {len(raw)} bytes, the tensors need {total}")
     file = io.BytesIO(raw)
     streams = {stream: io.BytesIO(file.read(size)) for stream, size in sizes.items()}
-    return header, [(name, shape, kind, {stream: streams[stream].read(size) for stream, size
-                                         in QUANTIZERS[kind].sizes(shape).items()})
-                    for name, shape, kind in header["tensors"]]
+    return header, [
+        (name, shape, kind, {s: streams[s].read(size) for s, size in QUANTIZERS[kind].sizes(shape).items()})
+        for name, shape, kind in header["tensors"]]
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     """An artifact's settings and float weights, or InputError; runs nothing, allocates only what is there."""
@@ -2084,14 +2082,13 @@ def build_trainer(cfg: Config, rt: Runtime, ledger: Ledger) -> Trainer:
     with ledger.phase("load"):
         stream = TokenStream(shard_paths(cfg, "train"), cfg.vocab_size)
         first, last = (sha256(stream.paths[index]) if rt.main else "" for index in (0, -1))
-        name, shards = Path(cfg.data_path).name, len(stream.paths)
+        name, shards, total = Path(cfg.data_path).name, len(stream.paths), stream.total
         wanted = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
-        ledger.save(data=dict(train_dataset=name, train_shards=shards, train_tokens=stream.total,
+        ledger.save(data=dict(train_dataset=name, train_shards=shards, train_tokens=total,
                               first_train_sha256=first, last_train_sha256=last))
-        ledger.log(f"train_loader:dataset:{name} train_shards:{shards} tokens:{stream.total} "
-                   f"first_sha256:{first}")
-        if cfg.schedule == "tokens" and wanted > stream.total:
-            ledger.log(f"note: the run takes {wanted} tokens, the data begins again after {stream.total}")
+        ledger.log(f"train_loader:dataset:{name} train_shards:{shards} tokens:{total} first_sha256:{first}")
+        if cfg.schedule == "tokens" and wanted > total:
+            ledger.log(f"note: the run takes {wanted} tokens, the data begins again after {total}")
     with ledger.phase("build"):
         trainer = Trainer(cfg, rt, ledger, build_model(cfg, rt), stream)
     ledger.log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())} training_flops_per_token:"
