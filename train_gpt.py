@@ -1063,8 +1063,7 @@ def apply_schedule(optimizers: Sequence[Any], cfg: Config, step: int, steps_left
 class Averager:
     """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), half of each."""
     def __init__(self, model: nn.Module, cfg: Config):
-        self.cfg, self.live, self.count = cfg, list(model.parameters()), 0           # count: steps in the SWA
-        self.means: dict[str, list[Tensor]] = {}
+        self.cfg, self.live, self.means, self.count = cfg, list(model.parameters()), {}, 0     # count: of the SWA
         if cfg.ema_decay and not cfg.ema_start:
             self._begun("ema")              # with the initial weights (PR 859), else at EMA_START (PR 740)
     def _begun(self, name: str) -> list[Tensor]:
@@ -1094,8 +1093,7 @@ STREAMS = ("codes", "scales", "floats")                                 # the pa
 def gptq(w: Tensor, scale: Tensor, hessian: Tensor, top: int, damp: float, block: int = 128) -> Tensor:
     """Whole numbers for w [R, C] at row steps scale [R, 1] with a small error in w @ x (GPTQ, 2210.17323).
 
-    hessian [C, C]: mean of x x^T. Columns are rounded in order of falling diagonal, later ones make up for
-    what each loses; columns that never saw an input become 0.
+    hessian [C, C]: mean of x x^T. Columns, by falling diagonal, make up for earlier losses; unseen become 0.
     """
     hessian, w = hessian.double().clone(), w.double().clone()
     dead = hessian.diagonal() == 0
@@ -1731,10 +1729,9 @@ class Trainer:
     def __init__(self, cfg: Config, rt: Runtime, ledger: Ledger, model: GPT, stream: TokenStream):
         self.cfg, self.rt, self.ledger, self.model, self.stream = cfg, rt, ledger, model, stream
         self.loss_of, self.grads = rt.compile(model), flat_gradients(list(model.parameters()))
-        self.optimizers = build_optimizers(model, cfg, rt)
+        self.optimizers, self.quantized = build_optimizers(model, cfg, rt), quantized_matrices(model, cfg)
         self.averager = Averager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.oracle = Oracle(cfg, rt.device) if cfg.mixer_head else None
-        self.quantized = quantized_matrices(model, cfg)
         self.step, self.origin, self.filling, self.last = 0, 0.0, 0.0, Report()  # filling the oracle: seconds
         self.in_flight, self.durations = deque(), deque(maxlen=32)               # steps, results; seconds
         self.time_limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
