@@ -1063,7 +1063,7 @@ def apply_schedule(optimizers: Sequence[Any], cfg: Config, step: int, steps_left
 class Averager:
     """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), half of each."""
     def __init__(self, model: nn.Module, cfg: Config):
-        self.cfg, self.live, self.means, self.count = cfg, list(model.parameters()), {}, 0     # count: of the SWA
+        self.cfg, self.live, self.means, self.count = cfg, list(model.parameters()), {}, 0  # count: the SWA's
         if cfg.ema_decay and not cfg.ema_start:
             self._begun("ema")              # with the initial weights (PR 859), else at EMA_START (PR 740)
     def _begun(self, name: str) -> list[Tensor]:
