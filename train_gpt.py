@@ -2050,9 +2050,10 @@ def code_size() -> int:
 
 def commit_of(folder: Path) -> tuple[str | None, bool | None]:
     """The commit of the repository around a folder, and whether tracked files differ; None without git."""
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        name = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        name = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False).stdout.strip()
         return (name.removesuffix("-dirty"), name.endswith("-dirty")) if name else (None, None)
     return None, None
 
