@@ -378,8 +378,7 @@ def _fa3_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out                # releases differ in what they return
-    probe = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.bfloat16)
-    attend(probe, probe, probe)
+    attend(*[torch.zeros(1, 8, 1, 64, device=device, dtype=torch.bfloat16)] * 3)
     return attend
 
 class Runtime:
@@ -579,7 +578,6 @@ def shard_header(count: int) -> bytes:
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Writes tokens (integers below 65,536) as a shard, whole or not at all."""
-    tokens = np.asarray(tokens)
     demand(tokens.size and 0 <= tokens.min() and tokens.max() < 2 ** 16,
            f"{path}: a shard needs at least one token, all between 0 and 65535")
     atomic_write(Path(path), shard_header(tokens.size) + tokens.astype("<u2").tobytes())
