@@ -38,7 +38,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter, deque, namedtuple
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -508,7 +508,7 @@ class Ledger:
     """Log, metrics.jsonl, result.json, seconds by phase. Only rank 0 writes; others keep the same books."""
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes, self._inner = out_dir, rt.main, 0.0
-        self.seconds, self.began = Counter(), {}              # of each phase: seconds spent, its first second
+        self.seconds, self.began = {}, {}                     # of each phase: seconds spent, its first second
         self.result: dict[str, Any] = {"status": "started", "stages": {}, "phases_began": self.began}
         self.born = self._shown = time.perf_counter()
         if self.writes:
@@ -541,11 +541,11 @@ class Ledger:
             yield
         finally:
             whole = time.perf_counter() - start
-            self.seconds[name] += whole - self._inner
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
             self._inner = outer + whole
     def side(self, side: str) -> float:
         """Seconds booked so far against one budget: train or eval."""
-        return sum(self.seconds[name] for name in SIDES[side])
+        return sum(self.seconds.get(name, 0.0) for name in SIDES[side])
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
         wall = time.perf_counter() - self.born
