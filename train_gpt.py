@@ -68,6 +68,16 @@ def demand(holds: Any, complaint: str) -> None:
     if not holds:
         raise InputError(complaint)
 
+@contextlib.contextmanager
+def refusing(complaint: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds become an InputError: the complaint, and the reason in one line."""
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.removeprefix("InputError: ").split())
+        raise InputError(f"{complaint} ({reason:.300})") from None
+
 def _setting(group: str, default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = ()) -> Any:
     return dataclasses.field(default=default, metadata=dict(
         group=group, doc=doc, low=low, high=high, choices=choices))
@@ -215,24 +225,12 @@ class Config:
     ngram_primes: tuple[int, ...] = _score((36313, 27191, 51647, 81929, 131071, 65537, 104729), "of the hash")
     ngram_stride: int = _score(0, "its windows advance by this; 0 = EVAL_STRIDE", low=0)
     ngram_chunk_tokens: int = _score(0, "targets between two updates; 0 = after every window", low=0)
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-    @property
-    def micro_tokens(self) -> int:
-        return self.micro_batch_tokens or self.train_batch_tokens // 8
-    @property
-    def micro_batches(self) -> int:
-        return self.train_batch_tokens // self.micro_tokens
-    @property
-    def score_len(self) -> int:
-        return self.eval_seq_len or self.train_seq_len
-    @property
-    def stride(self) -> int:
-        return self.eval_stride or self.score_len
-    @property
-    def ngram_orders(self) -> range:
-        return range(self.ngram_min_order, self.ngram_order + 1)
+    head_dim = property(lambda c: c.model_dim // c.num_heads)
+    micro_tokens = property(lambda c: c.micro_batch_tokens or c.train_batch_tokens // 8)
+    micro_batches = property(lambda c: c.train_batch_tokens // c.micro_tokens)
+    score_len = property(lambda c: c.eval_seq_len or c.train_seq_len)
+    stride = property(lambda c: c.eval_stride or c.score_len)
+    ngram_orders = property(lambda c: range(c.ngram_min_order, c.ngram_order + 1))
     def group(self, *groups: str) -> dict[str, Any]:
         """Name -> value of the settings in these groups (run, data, train, model, optim, pack, score)."""
         return {f.name: getattr(self, f.name) for f in FIELDS.values() if f.metadata["group"] in groups}
@@ -265,10 +263,10 @@ PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
 def _unknown(name: str, exact: bool) -> str:
     """What is wrong with a name that is no setting. exact: from a file, where every name must be known."""
     near = difflib.get_close_matches(name, FIELDS, 1, 0.85)
-    return f"unknown setting {name}: here it is {OLD_NAMES[name]}" if name in OLD_NAMES else \
-        f"unknown setting {name} (did you mean {near[0]}?)" if near else \
-        f"unknown setting {name} (python train_gpt.py --help lists all)" \
-        if exact or name.split("_")[0] in FAMILIES else ""
+    hint = f": here it is {OLD_NAMES[name]}" if name in OLD_NAMES else \
+        f" (did you mean {near[0]}?)" if near else " (python train_gpt.py --help lists all)"
+    meant = exact or name in OLD_NAMES or near or name.split("_")[0] in FAMILIES
+    return f"unknown setting {name}{hint}" if meant else ""
 
 def read_settings(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Everything set by SMOKE, file and environment as {field: value}, and the complaints."""
@@ -308,21 +306,19 @@ def check_config(cfg: Config, world: int = 1) -> list[str]:
             problems.append(f"{name}={value}: expected {low} or more" + (f", {high} at most" if high else ""))
     return problems or _cross_checks(cfg, world)
 
-# Left side : right side of relations that must hold between settings.
-MULTIPLES = ("model_dim:num_heads num_heads:num_kv_heads train_batch_tokens:micro_tokens "
-             "micro_tokens:train_seq_len")
+ROLES = ("embed", "table", "attn", "mlp", "other")
+# Relations that must hold between settings, a:b or a:b:c with b:c as well.
+MULTIPLES = "model_dim:num_heads:num_kv_heads train_batch_tokens:micro_tokens:train_seq_len"
 AT_MOST = ("xsa_last_n:num_layers rope_dims:head_dim eval_stride:score_len ngram_stride:score_len "
            "ngram_min_order:ngram_order ttt_freeze_blocks:num_layers")
 NEEDS = "stream_docs:eval_stream smear_bos_mask:smear smear_before_norm:smear ttt_before_scoring:ttt_epochs"
 
 def _cross_checks(c: Config, world: int) -> list[str]:
-    """Complaints about settings that do not go together."""
     def shown(name: str) -> str:
         plain = dict(micro_tokens="MICRO_BATCH_TOKENS=", head_dim="the head size ", score_len="EVAL_SEQ_LEN=")
         return plain.get(name, f"{name.upper()}=") + as_typed(getattr(c, name))
-    def broken(relation: str, holds: Callable[[Any, Any], bool]) -> list[list[str]]:
-        pairs = [pair.split(":") for pair in relation.split()]
-        return [pair for pair in pairs if not holds(*(getattr(c, name) for name in pair))]
+    def each(relation: str) -> Iterator[tuple[str, str, Any, Any]]:
+        return ((a, b, getattr(c, a), getattr(c, b)) for a, b in re.findall(r"(\w+):(?=(\w+))", relation))
     checks = [
         (c.head_dim % 2, f"MODEL_DIM / NUM_HEADS = {c.head_dim} must be even (rotary pairs)"),
         (c.rope_dims % 2, f"ROPE_DIMS={c.rope_dims} must be even"),
@@ -344,34 +340,18 @@ def _cross_checks(c: Config, world: int) -> list[str]:
          "TTT_CHUNK_TOKENS and MIX_CHUNK_TOKENS must be multiples of EVAL_STREAM"),
         (c.ttt_lora_rank and (c.ttt_epochs or c.ngram not in ("", "mix")),
          "TTT_LORA_RANK goes neither with TTT_EPOCHS nor with a hashed NGRAM"),
-        (c.ngram == "mix" and c.mixer_head and c.ngram_order > 7, "NGRAM=mix needs NGRAM_ORDER <= 7")]
-    problems = [text for wrong, text in checks if wrong] + \
-        [f"{shown(a)} must be a multiple of {shown(b)}"
-         for a, b in broken(MULTIPLES, lambda a, b: b and a % b == 0)] + \
-        [f"{shown(a)} must be at most {shown(b)}" for a, b in broken(AT_MOST, lambda a, b: a <= b)] + \
-        [f"{shown(a)} needs {b.upper()}=1" for a, b in broken(NEEDS, lambda a, b: b or not a)]
-    try:
-        parse_policy(c)
-    except ValueError as error:
-        problems.append(str(error))
+        (c.ngram == "mix" and c.mixer_head and c.ngram_order > 7, "NGRAM=mix needs NGRAM_ORDER <= 7"),
+        *((not y or x % y, f"{shown(a)} must be a multiple of {shown(b)}") for a, b, x, y in each(MULTIPLES)),
+        *((x > y, f"{shown(a)} must be at most {shown(b)}") for a, b, x, y in each(AT_MOST)),
+        *((x and not y, f"{shown(a)} needs {b.upper()}=1") for a, b, x, y in each(NEEDS)),
+        (not re.fullmatch(rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*", c.quant_policy),
+         f"QUANT_POLICY={c.quant_policy!r}: expected role:bits with roles {', '.join(ROLES)}, 2 to 8 bits")]
+    problems = [text for wrong, text in checks if wrong]
     if not problems and c.mode == "train" and c.micro_batches % world:
         sizes = ", ".join(str(w) for w in range(1, c.micro_batches + 1) if c.micro_batches % w == 0)
         problems.append(f"WORLD_SIZE={world} must divide the {c.micro_batches} micro-batches of a step "
                         f"(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are {sizes}")
     return problems
-
-ROLES = ("embed", "table", "attn", "mlp", "other")
-
-def parse_policy(cfg: Config) -> dict[str, int]:
-    """Bits by tensor role: QUANT_BITS, then the exceptions of QUANT_POLICY."""
-    bits = dict.fromkeys(ROLES, cfg.quant_bits)
-    for part in filter(None, cfg.quant_policy.split(",")):
-        role, _, text = part.strip().partition(":")
-        if role not in ROLES or text not in tuple("2345678"):
-            raise ValueError(f"QUANT_POLICY={cfg.quant_policy!r}: expected role:bits with roles "
-                             f"{', '.join(ROLES)} and 2 to 8 bits")
-        bits[role] = int(text)
-    return bits
 
 def _refuse(problems: list[str]) -> None:
     if problems:
@@ -415,19 +395,20 @@ def _fa3_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out                # releases differ in what they return
-    probe = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.bfloat16)
-    attend(probe, probe, probe)
+    attend(*[torch.zeros(1, 8, 1, 64, device=device, dtype=torch.bfloat16)] * 3)
     return attend
 
 class Runtime:
-    """Where the program runs: device, processes, number format, kernels. One process is just world 1.
-
-    lag: how many steps later the host reads what a step reported, so that a GPU never waits for it.
-    """
+    """Where the program runs: device, processes, number format, kernels. One process is just world 1."""
     def __init__(self, cfg: Config, env: Mapping[str, str]):
         self.rank, self.world = int(env.get("RANK") or 0), int(env.get("WORLD_SIZE") or 1)
-        self.device = self._pick_device(cfg.device, int(env.get("LOCAL_RANK") or 0))
-        self.cuda = self.device.type == "cuda"
+        have = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+        if cfg.device not in ("auto", *have):
+            raise ConfigError(f"DEVICE={cfg.device}: torch finds none here; available: {', '.join(have)}")
+        kind = have[0] if cfg.device == "auto" else cfg.device
+        self.cuda = kind == "cuda"
+        self.device = torch.device(kind, int(env.get("LOCAL_RANK") or 0)) if self.cuda else torch.device(kind)
+        # lag: the host reads a step's report so many steps later, and the GPU never waits for it.
         gpu, cpu = (torch.bfloat16, 2, 1 << 19), (torch.float32, 0, 1 << 14)    # larger batches: not faster
         self.dtype, self.lag, self.score_tokens = gpu if self.cuda else cpu
         self.notes = [f"device:{self.device_name()} compute:{str(self.dtype)[6:]} world_size:{self.world}"]
@@ -437,7 +418,10 @@ class Runtime:
         elif self.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False         # a debugging aid, and slow
-            self._keep_freed_memory()
+            # glibc returns large blocks at once, new tensors page-fault again: keep them (loss 4x faster).
+            libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+            for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # mmap threshold, trim threshold
+                getattr(libc, "mallopt", lambda *_: None)(option, value)        # absent in musl
         self.attend = self._pick_attention(cfg.attn)
         self.compiles = cfg.compile == "1" or cfg.compile == "auto" and self.cuda
         self._owns_group = self.world > 1 and not dist.is_initialized()
@@ -445,20 +429,6 @@ class Runtime:
             dist.init_process_group("nccl" if self.cuda else "gloo", rank=self.rank, world_size=self.world,
                                     timeout=datetime.timedelta(minutes=10),
                                     device_id=self.device if self.cuda else None)
-    @staticmethod
-    def _pick_device(wanted: str, local_rank: int) -> torch.device:
-        have = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-        if wanted not in ("auto", *have):
-            raise ConfigError(f"DEVICE={wanted}: torch finds none here; available: {', '.join(have)}")
-        kind = have[0] if wanted == "auto" else wanted
-        return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    @staticmethod
-    def _keep_freed_memory() -> None:
-        """glibc returns large blocks at once, new tensors page-fault again: keep them (loss 4x faster)."""
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-        for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):      # mmap threshold, trim threshold
-            if mallopt:                                                 # absent in musl
-                mallopt(option, value)
     def _pick_attention(self, wanted: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
         if wanted != "sdpa" and self.cuda:
@@ -528,9 +498,8 @@ class Runtime:
         if self.cuda:
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(ImportError):
-            import resource  # absent on Windows
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            from resource import RUSAGE_SELF, getrusage  # absent on Windows
+            return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return 0
     def close(self) -> None:
         if self._owns_group:
@@ -539,9 +508,9 @@ class Runtime:
 # ============================================================================================================
 # 3. LEDGER - the log, the metrics, the result and where every second went. Uses sections 1-2.
 
-# Which budget a phase counts against: MAX_WALLCLOCK_SECONDS (train), MAX_EVAL_SECONDS (eval), or neither.
-PHASE_SIDES = {"train": "train", "calibrate": "train",
-               **dict.fromkeys(("unpack", "plain", "sliding", "streaming", "ttt", "mixed", "ngram"), "eval")}
+# The phases that count against MAX_WALLCLOCK_SECONDS (train) and MAX_EVAL_SECONDS (eval).
+SIDES = {"train": ("train", "calibrate"),
+         "eval": ("unpack", "plain", "sliding", "streaming", "ttt", "mixed", "ngram")}
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Writes the whole file or nothing: a temporary name in the same folder, then a rename."""
@@ -557,9 +526,8 @@ class Ledger:
     """Log, metrics.jsonl, result.json, seconds by phase. Only rank 0 writes; others keep the same books."""
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False):
         self.out_dir, self.writes, self._inner = out_dir, rt.main, 0.0
-        self.seconds: dict[str, float] = {}
-        self.began: dict[str, float] = {}                               # first second of each phase
-        self.result: dict[str, Any] = {"status": "started", "stages": {}}
+        self.seconds, self.began = {}, {}                     # of each phase: seconds spent, its first second
+        self.result: dict[str, Any] = {"status": "started", "stages": {}, "phases_began": self.began}
         self.born = self._shown = time.perf_counter()
         if self.writes:
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -569,8 +537,8 @@ class Ledger:
         if self.writes:
             with open(self.out_dir / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-    def log(self, line: str) -> None:
-        if self.writes:
+    def log(self, line: str, show: bool = True) -> None:
+        if self.writes and show:
             print(line, flush=True)
         self._append("train.log", line)
     def metric(self, **values: Any) -> None:
@@ -595,35 +563,26 @@ class Ledger:
             self._inner = outer + whole
     def side(self, side: str) -> float:
         """Seconds booked so far against one budget: train or eval."""
-        return sum(s for name, s in self.seconds.items() if PHASE_SIDES.get(name) == side)
-    def close(self) -> None:
-        """The whole result as the log's last line, so that the log alone says everything."""
-        self._append("train.log", f"result_json: {json.dumps(self.result)}")
+        return sum(self.seconds.get(name, 0.0) for name in SIDES[side])
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
         wall = time.perf_counter() - self.born
         seconds = {**self.seconds, "other": wall - sum(self.seconds.values()), "wall": wall,
                    "train_side": self.side("train"), "eval_side": self.side("eval")}
-        self.result.update(fields, seconds={name: round(s, 3) for name, s in seconds.items()},
-                           phases_began=self.began)
+        self.result.update(fields, seconds={name: round(s, 3) for name, s in seconds.items()})
         if self.writes:
             atomic_write(self.out_dir / "result.json", (json.dumps(self.result, indent=1) + "\n").encode())
 
 # ============================================================================================================
 # 4. DATA - shards, the token stream, batches, and how many bytes a token stands for. Uses sections 1-3.
 
+# A shard (upstream's format): 256 little-endian int32 (magic, version, token count, zeros), uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a .bin shard as a read-only uint16 memory map. InputError names the file and what is wrong.
-
-    Format (upstream's): 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
-    """
-    try:
-        with open(path, "rb") as file:
-            header, size = file.read(SHARD_HEADER_BYTES), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    """Tokens of a .bin shard as a uint16 read-only memory map; InputError names the file and the fault."""
+    with refusing(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+        header, size = file.read(SHARD_HEADER_BYTES), os.fstat(file.fileno()).st_size
     demand(size >= SHARD_HEADER_BYTES, f"{path}: {size} bytes, shorter than the header of a shard")
     magic, version, count = struct.unpack("<3i", header[:12])
     needed = SHARD_HEADER_BYTES + 2 * count
@@ -637,14 +596,13 @@ def shard_header(count: int) -> bytes:
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Writes tokens (integers below 65,536) as a shard, whole or not at all."""
-    tokens = np.asarray(tokens)
     demand(tokens.size and 0 <= tokens.min() and tokens.max() < 2 ** 16,
            f"{path}: a shard needs at least one token, all between 0 and 65535")
     atomic_write(Path(path), shard_header(tokens.size) + tokens.astype("<u2").tobytes())
 
 def find_path(text: str) -> Path:
     """A relative path as seen from the working folder, else from the script's folder or any above it."""
-    for base in (Path.cwd(), SCRIPT.parent, *SCRIPT.parent.parents):
+    for base in (Path.cwd(), *SCRIPT.parents):
         if (base / text).exists():
             return base / text
     raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} up (see data/README.md)")
@@ -667,20 +625,15 @@ class TokenStream:
         parts = []
         while count > 0:
             at = start % self.total
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            shard = self.shards[index]
-            offset = at - int(self.ends[index]) + len(shard)
-            part = shard[offset:offset + count].astype(np.int64)
+            index = np.searchsorted(self.ends, at, side="right")
+            part = self.shards[index][at - self.ends[index]:][:count].astype(np.int64)     # a negative index
             top, limit = part.max(), self.vocab_size
             demand(top < limit, f"{self.paths[index]}: token {top}, but VOCAB_SIZE={limit}")
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
     def batch(self, unit: int, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-        """Micro-batch number `unit` of the run, counted over all steps and processes -> ids, targets [R, T].
-
-        Units are disjoint spans of micro_tokens + 1 tokens for any number of processes (upstream's order).
-        """
+        """Micro-batch `unit`, counted over steps and processes, its own span -> ids, targets [R, T]."""
         span = self.take(unit * (cfg.micro_tokens + 1), cfg.micro_tokens + 1)
         return span[:-1].reshape(-1, cfg.train_seq_len), span[1:].reshape(-1, cfg.train_seq_len)
 
@@ -706,10 +659,8 @@ class ByteTable:
     @classmethod
     def from_sentencepiece(cls, path: str | Path) -> ByteTable:
         demand(Path(path).is_file(), f"{path}: no such tokenizer file")
-        try:
+        with refusing(f"{path}: not a SentencePiece model", RuntimeError, OSError):
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
         ids = range(sp.vocab_size())
         boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids])
         pieces = [sp.id_to_piece(i) for i in ids]
@@ -1088,11 +1039,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
-
-    Equal shapes are stacked; with a runtime of several processes each orthogonalises its share of every
-    stack. The result does not depend on their number, and every process holds the whole momentum state.
-    """
+    """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024); equal shapes stacked."""
     def __init__(self, params: Any, lr: float, momentum: float, backend_steps: int = 5,
                  weight_decay: float = 0.0, runtime: Runtime | None = None):
         super().__init__(params, dict(lr=lr, momentum=momentum, backend_steps=backend_steps,
@@ -1100,6 +1047,7 @@ class Muon(torch.optim.Optimizer):
         self.runtime = runtime
         self.orthogonalize = runtime.compile(newton_schulz) if runtime else newton_schulz
     def _orthogonal(self, stack: Tensor, steps: int) -> Tensor:
+        """Each process does its share of the stack; the result does not depend on their number."""
         rt, count = self.runtime, stack.size(0)
         if rt is None:
             return self.orthogonalize(stack, steps)
@@ -1156,10 +1104,9 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
         if members:
             groups[optimizer].append(dict(params=[p for _, p in members], weight_decay=getattr(cfg, decay),
                                           lr=getattr(cfg, lr), base_lr=getattr(cfg, lr)))
-    muon = [Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt)] \
-        if groups["muon"] else []
-    return [*muon, torch.optim.AdamW(groups["adam"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                                     fused=rt.device.type != "mps")]
+    return [Muon(groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt),
+            torch.optim.AdamW(groups["adam"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
+                              fused=rt.device.type != "mps")]
 
 def flat_gradients(params: Sequence[nn.Parameter]) -> Tensor:
     """One buffer behind all gradients: one reduction, one norm."""
@@ -1194,15 +1141,11 @@ def apply_schedule(optimizers: Sequence[Any], cfg: Config, step: int, steps_left
     return values["lr"]
 
 class Averager:
-    """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), or half of each.
-
-    An EMA with EMA_START=0 begins at the initial weights (PR 859), else at the first step past it (PR 740).
-    """
+    """Averages of the weights in float32: exponential (EMA), of every so many steps (SWA), half of each."""
     def __init__(self, model: nn.Module, cfg: Config):
-        self.cfg, self.live, self.count = cfg, list(model.parameters()), 0           # count: steps in the SWA
-        self.means: dict[str, list[Tensor]] = {}
+        self.cfg, self.live, self.means, self.count = cfg, list(model.parameters()), {}, 0  # count: the SWA's
         if cfg.ema_decay and not cfg.ema_start:
-            self._begun("ema")
+            self._begun("ema")              # with the initial weights (PR 859), else at EMA_START (PR 740)
     def _begun(self, name: str) -> list[Tensor]:
         return self.means.get(name) or self.means.setdefault(name, [p.detach().clone() for p in self.live])
     @torch.no_grad()
@@ -1217,10 +1160,8 @@ class Averager:
     @torch.no_grad()
     def apply(self) -> None:
         """The model's weights become the average, if there is one yet."""
-        means = list(self.means.values())
-        if means:
-            torch._foreach_copy_(self.live, means[0])
-            torch._foreach_lerp_(self.live, means[-1], 0.5)
+        for share, mean in zip((1.0, 0.5), self.means.values()):
+            torch._foreach_lerp_(self.live, mean, share)
 
 # ============================================================================================================
 # 7. PACKING - a state dict to one self-describing file and back. Uses section 1, steps and names of 5.
@@ -1232,8 +1173,7 @@ STREAMS = ("codes", "scales", "floats")                                 # the pa
 def gptq(w: Tensor, scale: Tensor, hessian: Tensor, top: int, damp: float, block: int = 128) -> Tensor:
     """Whole numbers for w [R, C] at row steps scale [R, 1] with a small error in w @ x (GPTQ, 2210.17323).
 
-    hessian [C, C]: mean of x x^T. Columns are rounded in order of falling diagonal, later ones make up for
-    what each loses; columns that never saw an input become 0.
+    hessian [C, C]: mean of x x^T. Columns, by falling diagonal, make up for earlier losses; unseen become 0.
     """
     hessian, w = hessian.double().clone(), w.double().clone()
     dead = hessian.diagonal() == 0
@@ -1264,14 +1204,13 @@ class RowInt:
         """w [R, C]; hessian [C, C]: its diagonal weighs the clip search, then GPTQ; None: plain rounding."""
         if cfg.prune_pct:
             w = w * (w.abs() >= float(np.quantile(w.abs().numpy(), cfg.prune_pct)))
-        best = torch.full((w.size(0), 1), math.inf)
+        best, weights = torch.full((w.size(0), 1), math.inf), 1 if hessian is None else hessian.diagonal()
         codes, scales = torch.zeros_like(w), torch.zeros(w.size(0), 1)
         for step in range(cfg.quant_clip_steps):
             scale = row_steps(w, self.top, False) * (1 - 0.6 * step / cfg.quant_clip_steps)
             scale = scale.clamp(1 / self.top if cfg.quant_scale_floor else 2.0 ** -24, 65504.0).half().float()
             tried = (w / scale).round().clamp(-self.top, self.top)
-            error = (tried * scale - w).square()
-            error = (error if hessian is None else error * hessian.diagonal()).sum(1, keepdim=True)
+            error = ((tried * scale - w).square() * weights).sum(1, keepdim=True)
             better = error < best
             best, scales, codes = (torch.where(better, new, old) for new, old in (
                 (error, best), (scale, scales), (tried, codes)))
@@ -1325,27 +1264,27 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
         return "f32"
     if w.numel() <= cfg.keep_float_max_numel:
         return "f16" if w.abs().max() < 65504 else "f32"
-    return f"int{parse_policy(cfg)[tensor_role(name)]}"
+    exceptions = dict(re.findall(r"(\w+):(\d)", cfg.quant_policy))
+    return f"int{exceptions.get(tensor_role(name), cfg.quant_bits)}"
 
 def pack(state_dict: Mapping[str, Tensor], cfg: Config, hessians: Mapping[str, Tensor] | None = None,
          code_bytes: int = 0, notes: Mapping[str, Any] | None = None) -> bytes:
-    """Weights and the settings that rebuild and score them as one file's bytes.
+    """Weights and the settings that rebuild and score them as one file's bytes; InputError if not finite.
 
     hessians: name -> [C, C], mean of x x^T at a matrix's input (GPTQ). code_bytes, notes: recorded (JSON).
-    Raises InputError for weights that are not finite.
     """
-    table, parts = [], {stream: [] for stream in STREAMS}
+    table, parts = [], {stream: bytearray() for stream in STREAMS}
     for name, w in state_dict.items():
         w, hessian = w.detach().to("cpu", torch.float32).contiguous(), (hessians or {}).get(name)
         demand(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
         kind = quantizer_of(name, w, cfg)
         table.append([name, list(w.shape), kind])
         for stream, data in QUANTIZERS[kind].encode(w, cfg, hessian).items():
-            parts[stream].append(data)
+            parts[stream] += data
     header = dict(config=cfg.group("model", "pack", "score") | {"eval_seq_len": cfg.score_len}, tensors=table,
                   codec=cfg.compressor, code_bytes=code_bytes, notes=dict(notes or {}))
     header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    payload = CODECS[cfg.compressor][0](b"".join(itertools.chain.from_iterable(parts[s] for s in STREAMS)))
+    payload = CODECS[cfg.compressor][0](b"".join(parts.values()))
     digest = hashlib.sha256(header + payload).digest()
     return PREFIX.pack(MAGIC, FORMAT_VERSION, len(header), len(payload), digest) + header + payload
 
@@ -1358,11 +1297,9 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     wanted, header_end = PREFIX.size + header_bytes + payload_bytes, PREFIX.size + header_bytes
     demand(len(blob) == wanted, f"artifact: {len(blob)} bytes, not {wanted} (cut short or extended)")
     demand(hashlib.sha256(blob[PREFIX.size:]).digest() == digest, "artifact: wrong checksum, it is damaged")
-    try:
-        stream = zlib.decompressobj()
+    stream = zlib.decompressobj()
+    with refusing("artifact: unreadable header", zlib.error, ValueError, RecursionError):
         header = json.loads(stream.decompress(blob[PREFIX.size:header_end], 4 << 20))
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise InputError(f"artifact: unreadable header ({error})") from None
     demand(stream.eof and isinstance(header, dict), "artifact: unreadable header (no JSON object)")
     return header, blob[header_end:]
 
@@ -1380,38 +1317,28 @@ def _read_config(stored: Any) -> Config:
     demand(not problems, f"artifact: {'; '.join(problems)}")
     return Config(**values)
 
-def _stream_sizes(table: Any) -> dict[str, int]:
-    """Bytes of each stream that the tensor table asks for."""
-    sizes = dict.fromkeys(STREAMS, 0)
-    try:
-        for name, shape, kind in table:
-            if not isinstance(name, str) or not all(type(n) is int and 0 < n < 2 ** 31 for n in shape) or \
-                    kind.startswith("int") and len(shape) != 2:
-                raise ValueError(f"{name} {shape} {kind}")
-            for stream, size in QUANTIZERS[kind].sizes(shape).items():
-                sizes[stream] += size
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise InputError(f"artifact: bad tensor table ({error})") from None
-    return sizes
-
 def _expand(blob: bytes) -> tuple[dict[str, Any], list[tuple[str, list[int], str, dict[str, bytes]]]]:
     """The header, and (name, shape, quantizer, parts) of every tensor; absurd claims allocate nothing."""
-    header, payload = read_header(blob)
-    sizes, codec = _stream_sizes(header.get("tensors")), header.get("codec")
-    total, limit = sum(sizes.values()), (64 << 20) + 256 * len(payload)
+    (header, payload), sizes = read_header(blob), dict.fromkeys(STREAMS, 0)     # bytes of each stream
+    with refusing("artifact: bad tensor table", ValueError, TypeError, KeyError, AttributeError, IndexError):
+        for name, shape, kind in header["tensors"]:
+            demand(isinstance(name, str) and all(type(n) is int and 0 < n < 2 ** 31 for n in shape) and
+                   (len(shape) == 2 or not kind.startswith("int")), f"{name} {shape} {kind}")
+            for stream, size in QUANTIZERS[kind].sizes(shape).items():
+                sizes[stream] += size
+    total, limit, codec = sum(sizes.values()), (64 << 20) + 256 * len(payload), header.get("codec")
     demand(total <= limit, f"artifact: claims {total} bytes of weights in {len(payload)} bytes of payload")
-    demand(codec in CODECS, f"artifact: codec {codec!r}; this program has {', '.join(CODECS)}")
-    try:
+    known = isinstance(codec, str) and codec in CODECS
+    demand(known, f"artifact: codec {codec!r}; this program has {', '.join(CODECS)}")
+    with refusing(f"artifact: the {codec} payload cannot be expanded", zstandard.ZstdError, zlib.error,
+                  lzma.LZMAError, InputError):
         raw = CODECS[codec][1](payload, total)
-    except (zstandard.ZstdError, zlib.error, lzma.LZMAError, InputError) as error:
-        raise InputError(f"artifact: the {codec} payload cannot be expanded ({error})") from None
     demand(len(raw) == total, f"artifact: the payload expands to {len(raw)} bytes, the tensors need {total}")
-    tensors, at = [], dict(zip(STREAMS, itertools.accumulate([0, *sizes.values()])))
-    for name, shape, kind in header["tensors"]:
-        parts = QUANTIZERS[kind].sizes(shape)
-        tensors.append((name, shape, kind, {s: raw[at[s]:at[s] + size] for s, size in parts.items()}))
-        at.update({stream: at[stream] + size for stream, size in parts.items()})
-    return header, tensors
+    file = io.BytesIO(raw)
+    streams = {stream: io.BytesIO(file.read(size)) for stream, size in sizes.items()}
+    return header, [
+        (name, shape, kind, {s: streams[s].read(size) for s, size in QUANTIZERS[kind].sizes(shape).items()})
+        for name, shape, kind in header["tensors"]]
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     """An artifact's settings and float weights, or InputError; runs nothing, allocates only what is there."""
@@ -1522,8 +1449,8 @@ class Documents:
               ) -> Batch:
         members, c = unit
         starts, length = self.starts[members] + c * self.chunk, min(self.seq_len, (c + 1) * self.chunk)
-        index, left = starts[:, None] + np.arange(self.chunk), self.ends[members] - starts
-        return make_batch(tokens, starts + self.chunk - length, length, index, np.minimum(left, self.chunk), rt,
+        index, valid = starts[:, None] + np.arange(self.chunk), self.ends[members] - starts
+        return make_batch(tokens, starts + self.chunk - length, length, index, valid.clip(max=self.chunk), rt,
                           slots=members % self.slots)
 
 
@@ -1806,6 +1733,9 @@ class Sliding(Predictor):
         self.model, self.rt, self.name, self.seq_len, self.stride = model, rt, name, seq_len, stride
         self.temperature, self.hidden, self.row = temperature, rt.compile(model.hidden), seq_len
         self.cfg = model.cfg
+    def rows(self, cfg: Config) -> int:
+        """Windows in a batch."""
+        return max(1, scoring_tokens(cfg, self.rt) // self.seq_len)
     def plan(self, tokens: np.ndarray) -> Windows:
         return Windows(len(tokens) - 1, self.seq_len, self.stride)
     probe = plan
@@ -1821,7 +1751,7 @@ class Sliding(Predictor):
         at = int(batch.valid[0]) - 1
         return tuple(part[0, at:at + 1] for part in self.outputs(batch))
     def chances(self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any) -> Tensor:
-        exact = out[0].double() if ids.size(-1) == out[0].size(-1) else out[0]
+        exact = out[0].double() if ids.size(-1) >= out[0].size(-1) else out[0]
         return F.log_softmax(exact, -1).gather(-1, ids).double().exp()
 
 class Streaming(Sliding):
@@ -1840,6 +1770,8 @@ class Streaming(Sliding):
         self.bos, self.isolates = cfg.bos_id if cfg.stream_docs else None, cfg.stream_docs
         self.memory, self.at = None, -1                                 # at: the target that continues it
         self.reading, self.read = None, np.empty(0, int)                # the same for `last`, and its prefix
+    def rows(self, cfg: Config) -> int:
+        return 1
     def probe(self, tokens: np.ndarray) -> Windows:
         size = -(-256 // self.window) * self.window
         return Windows(len(tokens) - 1, size, size)
@@ -2151,7 +2083,7 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
     plan, targets = predictor.plan(tokens), len(tokens) - 1
     alone = predictor.reach and predictor.chunk             # what carries on and learns runs on every process
     rank, world = (0, 1) if alone or predictor.shares == "rows" else (rt.rank, rt.world)
-    rows = max(1, scoring_tokens(cfg, rt) // predictor.seq_len)
+    rows = predictor.rows(cfg)
     score = Score(predictor.name, np.zeros(targets, np.float32), table.count(tokens),
                   predictor.fault, not cfg.val_tokens, np.zeros(targets, np.uint8))
     with ledger.phase(predictor.name):
@@ -2274,14 +2206,12 @@ def collect_hessians(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) 
         x = args[0].flatten(0, -2).float()
         sums[names[module]] = sums.get(names[module], 0) + x.T @ x
     hooks = [module.register_forward_pre_hook(add) for module in names]
-    rounds = -(-cfg.gptq_n_samples // rt.world)                         # all processes do as many
-    for at in range(rounds):
-        start = (at * rt.world + rt.rank) * cfg.train_seq_len
-        model.hidden(rt.put(stream.take(start, cfg.train_seq_len)[None]))
+    samples = -(-cfg.gptq_n_samples // rt.world) * rt.world             # all processes take as many
+    for at in range(rt.rank, samples, rt.world):
+        model.hidden(rt.put(stream.take(at * cfg.train_seq_len, cfg.train_seq_len)[None]))
     for hook in hooks:
         hook.remove()
-    count = rounds * rt.world * cfg.train_seq_len
-    return {name: (rt.sum_(total) / count).cpu() for name, total in sums.items()}
+    return {name: (rt.sum_(total) / (samples * cfg.train_seq_len)).cpu() for name, total in sums.items()}
 
 # What all processes know of a finished step (rank 0's seconds, the mean loss): decisions need no agreement.
 Report = namedtuple("Report", "step elapsed loss diverged stop save", defaults=(0, 0, math.nan, *[False] * 3))
@@ -2291,13 +2221,11 @@ class Trainer:
     def __init__(self, cfg: Config, rt: Runtime, ledger: Ledger, model: GPT, stream: TokenStream):
         self.cfg, self.rt, self.ledger, self.model, self.stream = cfg, rt, ledger, model, stream
         self.loss_of, self.grads = rt.compile(model), flat_gradients(list(model.parameters()))
-        self.optimizers = build_optimizers(model, cfg, rt)
+        self.optimizers, self.quantized = build_optimizers(model, cfg, rt), quantized_matrices(model, cfg)
         self.averager = Averager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.oracle = Oracle(cfg, rt.device) if cfg.mixer_head else None
-        self.quantized = quantized_matrices(model, cfg)
-        self.step, self.origin, self.last = 0, 0.0, Report()
-        self.filling, self.durations = 0.0, deque(maxlen=32)    # seconds: filling the oracle, the last steps
-        self.in_flight: deque[tuple[int, Callable[[], list[float]]]] = deque()
+        self.step, self.origin, self.filling, self.last = 0, 0.0, 0.0, Report()  # filling the oracle: seconds
+        self.in_flight, self.durations = deque(), deque(maxlen=32)               # steps, results; seconds
         self.time_limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
         self.clocked = cfg.schedule == "clock" and cfg.max_wallclock_seconds > 0
         self.stop_requested = self.save_requested = self.faking = False
@@ -2359,12 +2287,10 @@ class Trainer:
         """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before."""
         cfg, rng = self.cfg, np.random.default_rng(0)
         weights = [p.detach().clone() for p in self.model.parameters()]
-        def noise(unit: int) -> tuple[np.ndarray, np.ndarray]:
-            ids = rng.integers(0, cfg.vocab_size, (cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len))
-            return ids, ids
+        shape = cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len
         for index in range(cfg.warmup_steps):                           # the last with the other graph
             self.fake_quantization(cfg.late_qat_threshold > 0 and index == cfg.warmup_steps - 1)
-            self.train_step(noise)
+            self.train_step(lambda unit: (rng.integers(0, cfg.vocab_size, shape),) * 2)
         self.fake_quantization(False)
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
@@ -2397,10 +2323,8 @@ class Trainer:
                 status = "wallclock_cap"
                 self.ledger.log(f"stopping_early: wallclock_cap train_time:{self.elapsed() * 1000:.0f}ms "
                                 f"step:{self.step}/{cfg.iterations}")
-            if status:
-                self._read_reports(0)
-                if self.last.diverged:                                  # in its last steps
-                    return "diverged"
+            if status and self._diverged(0):                            # in its last steps
+                return "diverged"
             if cfg.val_loss_every and (status or self.step % cfg.val_loss_every == 0):
                 with self._paused("validate"):
                     validate(self.step)
@@ -2415,8 +2339,7 @@ class Trainer:
                       float(self.stop_requested), float(self.save_requested)]
             self.save_requested = False
             self.in_flight.append((self.step, self.rt.start_sum(values)))
-            self._read_reports(self.rt.lag)
-            if self.last.diverged:
+            if self._diverged(self.rt.lag):
                 return "diverged"
             if self.last.stop or self.last.save or cfg.save_every and self.step % cfg.save_every == 0:
                 with self._paused("checkpoint"):
@@ -2424,8 +2347,8 @@ class Trainer:
                 if self.last.stop:
                     return "interrupted"
                 self.last = self.last._replace(save=False)
-    def _read_reports(self, lag: int) -> None:
-        """Takes in what steps up to `lag` ago reported, and logs it."""
+    def _diverged(self, lag: int) -> bool:
+        """Takes in what steps up to `lag` ago reported, and logs it: was a loss not finite?"""
         while self.in_flight and self.in_flight[0][0] <= self.step - lag:
             step, result = self.in_flight.popleft()
             elapsed, loss, bad, stop, save = result()
@@ -2437,6 +2360,7 @@ class Trainer:
                 self.ledger.log(f"step:{step}/{self.cfg.iterations} train_loss:{loss:.4f} "
                                 f"train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms")
             self.ledger.metric(step=step, train_loss=loss, train_seconds=round(elapsed, 4))
+        return self.last.diverged
     @contextlib.contextmanager
     def _paused(self, phase: str) -> Iterator[None]:
         """Stops the training clock for something that touches no training data."""
@@ -2454,21 +2378,19 @@ class Trainer:
         path = self.ledger.out_dir / "checkpoint.pt"
         if self.rt.main:
             save_torch(path, dict(
-                settings=self.cfg.group("model", "train", "optim"), step=self.step, elapsed=self.elapsed(),
-                model=self.model.state_dict(),
-                averages=self.averager and (self.averager.means, self.averager.count),
-                optimizers=[optimizer.state_dict() for optimizer in self.optimizers]))
+                settings=self.cfg.group("model", "train", "optim"), model=self.model.state_dict(),
+                averages=self.averager and (self.averager.means, self.averager.count), step=self.step,
+                optimizers=[optimizer.state_dict() for optimizer in self.optimizers], elapsed=self.elapsed()))
         self.ledger.log(f"checkpoint: {path} at step {self.step}")
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint. Raises InputError if it is not one or belongs to another model."""
-        settings, of_model = self.cfg.group("model", "train", "optim"), self.cfg.group("model").keys()
-        what = "cannot be read"
-        try:
-            state, what = torch.load(path, map_location="cpu", weights_only=True), "unusable"
-            differing = {name.upper() for name, value in settings.items() if state["settings"][name] != value}
-            wrong = sorted(name for name in differing if name.lower() in of_model)
-            if wrong:
-                raise ValueError(f"made with other values of {', '.join(wrong)}")
+        with refusing(f"RESUME={path}: cannot be read", Exception):     # torch raises half a dozen types
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        with refusing(f"RESUME={path}: unusable", Exception):
+            differing = sorted(name.upper() for name, now in self.cfg.group("model", "train", "optim").items()
+                               if state["settings"][name] != now)
+            wrong = [name for name in differing if FIELDS[name].metadata["group"] == "model"]
+            demand(not wrong, f"made with other values of {', '.join(wrong)}")
             self.model.load_state_dict(state["model"])
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
@@ -2476,11 +2398,8 @@ class Trainer:
                 means, self.averager.count = state["averages"]
                 self.averager.means = {n: [w.to(self.rt.device) for w in mean] for n, mean in means.items()}
             self.step, self.last = state["step"], Report(state["step"], state["elapsed"])
-        except Exception as error:  # torch raises half a dozen types for damaged files
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(f"RESUME={path}: {what} ({reason})") from None
         self.ledger.log(f"resumed:{path} step:{self.step} train_time:{self.last.elapsed * 1000:.0f}ms "
-                        f"changed settings: {', '.join(sorted(differing)) or 'none'}")
+                        f"changed settings: {', '.join(differing) or 'none'}")
 
 def save_torch(path: Path, state: Any) -> None:
     buffer = io.BytesIO()
@@ -2575,23 +2494,23 @@ def judged(checks: Mapping[str, Verdict], fault: str, tolerance: float) -> dict[
     return verdicts
 
 def tolerance_of(rt: Runtime) -> float:
-    return 1e-4 if rt.dtype == torch.float32 else 0.05              # bf16 products differ between batch shapes
+    return 1e-4 if rt.dtype == torch.float32 else 0.05            # bf16 products differ between batch shapes
 
 class Rescorer:
     """Scores short streams again and again, each time from the same state, for the checks of MODE=audit.
 
     Windows and chunks are as short as 128 targets, so that a stream of six of them holds every kind of edge.
     """
-    def __init__(self, build: Callable[..., Predictor], model: GPT, table: ByteTable, cfg: Config, rt: Runtime,
+    def __init__(self, build: Callable[..., Predictor], model: GPT, rt: Runtime, cfg: Config, table: ByteTable,
                  ledger: Ledger):
         self.build, self.model, self.table, self.rt = build, model, table, rt
         self.size, self.ledger = min(cfg.score_len, 128), Ledger(ledger.out_dir, rt, resumed=True)
         self.ledger.writes = False
         stride = min(cfg.stride, self.size // 2) if cfg.stride < cfg.score_len else 0
         short = ("eval_seq_len", "ttt_chunk_tokens", "mix_chunk_tokens", "eval_batch_tokens")
-        self.cfg = dataclasses.replace(cfg, **dict.fromkeys(short, self.size), eval_stride=stride, ngram_stride=0,
-                                       eval_stream=min(cfg.eval_stream, self.size), ttt_docs=2,
-                                       max_eval_seconds=0.0)
+        self.cfg = dataclasses.replace(
+            cfg, **dict.fromkeys(short, self.size), eval_stream=min(cfg.eval_stream, self.size), ttt_docs=2,
+            eval_stride=stride, ngram_stride=0, max_eval_seconds=0.0)
     def __call__(self, tokens: np.ndarray, model: GPT | None = None, rt: Runtime | None = None, scale: int = 1
                  ) -> np.ndarray:
         """Nats of every target [n], float64."""
@@ -2634,8 +2553,8 @@ def audit_again(scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Pr
         "future_again": gap("later tokens", np.concatenate(moved), 0.0),
         "every_token": (f"charges of all tokens add up to {sums}" if worst > 10 * tolerance else None,
                         {"sums": sums}),
-        "random_stream": (f"{mean:.4f} nats on random tokens, ln V is {math.log(vocab):.4f}" if mean < least else
-                          None, {"nats": mean}),
+        "random_stream": (f"{mean:.4f} nats on random tokens, ln V is {math.log(vocab):.4f}"
+                          if mean < least else None, {"nats": mean}),
         "batches": gap("other batch sizes", scores(stream, scale=4)),
         "processes": gap("other numbers of processes", scores(stream, rt=solo)),
         "isolation": gap("other documents", scores(swapped)[thirds[2]:], first[thirds[2]:])
@@ -2684,11 +2603,8 @@ def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None =
     with torch.device("cpu" if weights is None else "meta"):            # shapes only: claims cost no memory
         model = GPT(cfg)
     if weights is not None:
-        try:
+        with refusing("artifact: its tensors do not fit its settings", RuntimeError):
             model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"artifact: its tensors do not fit its settings ({reason})") from None
     model, model.compute_dtype = model.to(rt.device), rt.dtype
     for block in model.blocks:
         block.attn.attend = rt.attend
@@ -2721,9 +2637,8 @@ def log_identity(cfg: Config, rt: Runtime, ledger: Ledger) -> None:
                if getattr(cfg, field.name) != field.default}
     recipe = json.dumps(cfg.group("data", "train", "model", "optim", "pack", "score"), sort_keys=True)
     (commit, dirty), code = commit_of(SCRIPT.parent) if rt.main else (None, None), sha256(SCRIPT)
-    ledger.log(" ".join(f"{name}:{version}" for name, version in versions.items()))
     tested = [] if torch.__version__.startswith("2.13") else ["WARNING: tested with torch 2.13 only"]
-    ledger.log("\n".join([*tested, *rt.notes]))
+    ledger.log("\n".join([" ".join(f"{n}:{v}" for n, v in versions.items()), *tested, *rt.notes]))
     ledger.log("overrides: " + (shlex.join(f"{name}={text}" for name, text in changed.items()) or "none"))
     ledger.log(f"seed:{cfg.seed} code_sha256:{code} commit:{commit}{' dirty' if dirty else ''}")
     ledger.save(
@@ -2737,14 +2652,13 @@ def build_trainer(cfg: Config, rt: Runtime, ledger: Ledger) -> Trainer:
     with ledger.phase("load"):
         stream = TokenStream(shard_paths(cfg, "train"), cfg.vocab_size)
         first, last = (sha256(stream.paths[index]) if rt.main else "" for index in (0, -1))
-        name, shards = Path(cfg.data_path).name, len(stream.paths)
+        name, shards, total = Path(cfg.data_path).name, len(stream.paths), stream.total
         wanted = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
-        ledger.save(data=dict(train_dataset=name, train_shards=shards, train_tokens=stream.total,
+        ledger.save(data=dict(train_dataset=name, train_shards=shards, train_tokens=total,
                               first_train_sha256=first, last_train_sha256=last))
-        ledger.log(f"train_loader:dataset:{name} train_shards:{shards} tokens:{stream.total} "
-                   f"first_sha256:{first}")
-        if cfg.schedule == "tokens" and wanted > stream.total:
-            ledger.log(f"note: the run takes {wanted} tokens, the data begins again after {stream.total}")
+        ledger.log(f"train_loader:dataset:{name} train_shards:{shards} tokens:{total} first_sha256:{first}")
+        if cfg.schedule == "tokens" and wanted > total:
+            ledger.log(f"note: the run takes {wanted} tokens, the data begins again after {total}")
     with ledger.phase("build"):
         trainer = Trainer(cfg, rt, ledger, build_model(cfg, rt), stream)
     ledger.log(f"model_params:{sum(p.numel() for p in trainer.model.parameters())} training_flops_per_token:"
@@ -2827,13 +2741,14 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
         with access_watch().watching("fineweb_train") as accessed:
             score = evaluate(predictor, tokens, table, cfg, rt, ledger)
         if score is None:
-            ledger.result["stages"][name], code = {"skipped": "MAX_EVAL_SECONDS"}, OVER_TIME
+            ledger.result["stages"][name], code = {"skipped": "MAX_EVAL_SECONDS"}, code or OVER_TIME
         else:
             with ledger.phase("audit"):
                 checks = audit(score, predictor, tokens, table, cfg, rt, stages, accessed)
                 predictor.restore(state)
                 if cfg.mode == "audit":
-                    checks |= audit_again(Rescorer(build, model, table, cfg, rt, ledger), tokens, cfg, predictor)
+                    scores = Rescorer(build, model, rt, cfg, table, ledger)
+                    checks |= audit_again(scores, tokens, cfg, predictor)
             record, final = score.record(), f"final_{cfg.compressor}_{name}"
             mass = "" if record["normalised"] else f" vocabulary_mass:{score.mass:.2f}"
             ledger.log(f"{final} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} eval_time:"
@@ -2914,15 +2829,13 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         ledger.result["status"], code = "out_of_memory", OUT_OF_MEMORY
     ledger.save(exit_code=code)
     result_card(cfg, ledger, code)
-    ledger.close()
+    ledger.log(f"result_json: {json.dumps(ledger.result)}", show=False)    # so the log alone says everything
     return code, ledger.result
 
 def read_artifact(cfg: Config) -> bytes:
     path = Path(cfg.artifact or Path(cfg.out_dir) / "model.ptz")
-    try:
+    with refusing(f"ARTIFACT={str(path)!r}: cannot be read", OSError):
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"ARTIFACT={str(path)!r}: cannot be read ({error.strerror})") from None
 
 def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
     """For MODE=eval and sample: the artifact's settings, and whatever was set here outside the model."""
@@ -2949,22 +2862,18 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return OK
-    rt = None
     try:
         _refuse([f"unknown argument {arg!r}: settings are environment variables (--help)" for arg in argv])
         cfg = load_config(env)
-        rt = Runtime(cfg, env)
-        run_id = cfg.run_id or time.strftime("%Y%m%d_%H%M%S_") + str(os.getpid())
-        run_id = rt.broadcast_bytes(run_id.encode()).decode()
-        cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
-        cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
-        return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
+        with contextlib.closing(Runtime(cfg, env)) as rt:
+            run_id = cfg.run_id or time.strftime(f"%Y%m%d_%H%M%S_{os.getpid()}")
+            run_id = rt.broadcast_bytes(run_id.encode()).decode()
+            cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
+            cfg = cfg if cfg.mode == "train" else settings_of_artifact(cfg, env)
+            return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
     except InputError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    finally:
-        if rt:
-            rt.close()
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], os.environ))

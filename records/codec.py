@@ -1,16 +1,17 @@
 """A real compressor out of any true score: what a predictor claims in bits, an arithmetic coder writes in bits.
 
-    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... python records/codec.py compress speech.txt       # -> speech.txt.pgolf
-    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... python records/codec.py decompress speech.txt.pgolf -o copy.txt
-    ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=... python records/codec.py verify      # the proof
+    export ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=...
+    python records/codec.py compress speech.txt                         # -> speech.txt.pgolf
+    python records/codec.py decompress speech.txt.pgolf -o copy.txt
+    python records/codec.py verify                                      # the proof
 
-Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose the predictor (the last
-true stage that a run with these settings would score). The artifact is not part of the compressed file; its hash is.
+Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose the predictor (the
+last true stage that a run with them would score). The artifact is not part of the compressed file; its hash is.
 
-`verify` compresses documents of the validation set, decompresses them in a fresh process, compares the text byte for byte
-and the size with the bits that the harness of train_gpt.py charges for the same tokens. Encoder and decoder run the same
-loop, `walk`, token after token: one thread, the same shapes, integer frequencies. They agree on machines that compute
-alike, not across CPU models or versions of torch; the header says what made a file.
+`verify` compresses documents of the validation set, decompresses them in a fresh process, compares the text byte for
+byte and the size with the bits that the harness of train_gpt.py charges for the same tokens. Encoder and decoder run
+the same loop, `walk`, token after token: one thread, the same shapes, whole frequencies. They agree on machines that
+compute alike, not across CPU models or versions of torch; the header says what made a file.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 
-MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30                       # bits of the coder's interval; sum of frequencies
+MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30                      # bits of the coder's interval, sum of frequencies
 
 
-# --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) -----------------------------------------
+# --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) ------------------------------------
 
 def frequencies(log_p: torch.Tensor) -> np.ndarray:
     """Cumulative whole frequencies of a distribution, [V + 1]; every token has at least 1."""
@@ -108,7 +109,7 @@ class Decoder:
             self.value = (2 * self.value + next(self.bits, 0)) % (2 * half)
 
 
-# --- text and tokens ------------------------------------------------------------------------------------------------------
+# --- text and tokens -------------------------------------------------------------------------------------------------
 
 def kept_as_is(table: tg.ByteTable, character: str) -> bool:
     """Whether the tokenizer neither changes a character nor spells it in byte pieces."""
@@ -151,7 +152,7 @@ def documents_of(tokens: np.ndarray, table: tg.ByteTable, bos: int) -> bytes:
     return b"\n".join(text_of(part[1:], table) for part in parts)
 
 
-# --- one token at a time --------------------------------------------------------------------------------------------------
+# --- one token at a time ---------------------------------------------------------------------------------------------
 
 def walk(predictor: Any, count: int, first: int, cfg: tg.Config) -> Generator[torch.Tensor, int, None]:
     """The harness with the tokens still to come: yields log p over V, is sent the token, `count` times.
@@ -173,7 +174,7 @@ def _learn(predictor: Any, tokens: np.ndarray, batch: tg.Batch, plan: Any, cfg: 
 def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
     """How many tokens are known, before each next one; learns when a chunk of windows is complete."""
     plan, rt = predictor.plan(tokens), predictor.rt
-    rows = max(1, tg.scoring_tokens(cfg, rt) // predictor.seq_len)
+    rows = predictor.rows(cfg)
     chunks = list(plan.units(rows, predictor.chunk))
     for number, units in enumerate(chunks):
         lo, hi = plan.span(units)
@@ -215,7 +216,7 @@ def decode(predictor: Any, data: bytes, count: int, first: int, cfg: tg.Config) 
     return np.array(tokens)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 class Codec:
     """Artifact, tokenizer and predictor that the settings name."""
@@ -255,7 +256,8 @@ class Codec:
             raise tg.InputError(f"compressed text: unreadable header ({error})") from None
         tg.demand(hashlib.sha256(data).digest() == digest, "compressed text: wrong checksum, it is damaged")
         for name, here in self.identity().items():
-            tg.demand(header.get(name) == here, f"compressed with another {name}: {header.get(name)!s:.300}, here {here!s:.300}")
+            there = header.get(name)
+            tg.demand(there == here, f"compressed with another {name}: {there!s:.300}; here it is {here!s:.300}")
         return decode(self.predictor(), data, header["targets"], header["first"], self.cfg)
 
     def claimed_bits(self, tokens: np.ndarray) -> float:
@@ -287,8 +289,8 @@ def compress_file(codec: Codec, source: Path, target: Path) -> None:
     blob = codec.compress(tokens)
     tg.atomic_write(target, blob)
     bits = codec.payload_bits(blob)
-    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code ({bits / len(text):.4f} "
-          f"bits per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\nfor comparison: {others(text)}")
+    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code ({bits / len(text):.4f} bits "
+          f"per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\nfor comparison: {others(text)}")
 
 
 def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> bool:
@@ -307,9 +309,10 @@ def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> boo
                        stdout=subprocess.DEVNULL)
         same = plain.read_bytes() == text
     fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
-    print(f"{name}: {len(chosen)} documents, {len(tokens) - 1} tokens, {len(text)} bytes\nclaimed {claimed:.1f} bits, coded "
-          f"{coded} bits ({100 * (coded / claimed - 1):+.3f} %): {'ok' if fits else 'TOO LONG'}\ndecoded in a fresh process: "
-          f"{'identical' if same else 'DIFFERENT'}\nfor comparison: {others(text)}, this one {coded // 8} bytes")
+    print(f"{name}: {len(chosen)} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
+          f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "
+          f"{'ok' if fits else 'TOO LONG'}\ndecoded in a fresh process: {'identical' if same else 'DIFFERENT'}\n"
+          f"for comparison: {others(text)}, this one {coded // 8} bytes")
     return fits and same
 
 

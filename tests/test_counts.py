@@ -1,0 +1,112 @@
+"""Exact n-gram counts against a dictionary, and the distributions made of them."""
+
+import itertools
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+import train_gpt as tg
+
+ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)
+
+
+def slow_counts(tokens, orders, bos=None):
+    """Order -> n, N, T, the token that followed last and its n [5, len], by a dictionary, token after token."""
+    found, tables, last = {k: np.zeros((5, len(tokens)), int) for k in orders}, defaultdict(Counter), {}
+    for t, k in itertools.product(range(len(tokens)), orders):
+        whole = t >= k - 1 and not any(tokens[i] == bos for i in range(t - k + 2, t))
+        if whole:
+            context = (k, *tokens[t - k + 1:t])
+            seen, hint = tables[context], last.get(context, 0)
+            found[k][:, t] = seen[tokens[t]], sum(seen.values()), sum(v > 0 for v in seen.values()), hint, \
+                seen[hint] if context in last else 0
+            seen[tokens[t]] += 1
+            last[context] = tokens[t]
+    return found
+
+
+def repetitive(rng, vocab, size):
+    tokens = rng.integers(0, vocab, size).astype(np.uint16)
+    if size > 100:
+        tokens[size // 2:size // 2 + 90] = tokens[:90]
+        tokens[-60:] = tokens[5:65]
+    return tokens
+
+
+@pytest.mark.parametrize("vocab, size, bos", [*itertools.product([1, 2, 3, 7, 300], [0, 1, 2, 40, 400], [None, 0])])
+def test_counts_equal_a_dictionary(vocab, size, bos, rng):
+    tokens = repetitive(rng, vocab, size)
+    expected, orders = slow_counts(tokens, ORDERS, bos), []
+    for order, *arrays in tg.causal_counts(tokens, ORDERS, bos, hints=True):
+        orders.append(order)
+        np.testing.assert_array_equal(arrays, expected[order])
+    for (order, *arrays), some in zip(tg.causal_counts(tokens, (7, 2), bos), (2, 7), strict=True):
+        assert order == some
+        np.testing.assert_array_equal(arrays, expected[order][:3])
+    assert orders == list(ORDERS)
+
+
+def test_counts_do_not_depend_on_the_pieces(rng, monkeypatch):
+    """Groups are counted in pieces of 2^18 positions: more than that, few tokens."""
+    tokens = rng.integers(0, 3, 600_000).astype(np.uint16)
+    tokens[400_000:500_000] = tokens[:100_000]
+    for order, n, total, distinct in tg.causal_counts(tokens, (1, 2, 3)):
+        for t in (0, 1, 5, 262_144, 450_000, 599_999):
+            at = [s for s in range(order - 1, t)] if t < 10 else None
+            same = np.ones(t, bool)
+            for i in range(1, order):
+                same[i:] &= tokens[:t][:t - i] == tokens[t - i] if t >= i else False
+                same[:i] = False
+            followers = tokens[:t][same] if t >= order - 1 else tokens[:0]
+            assert (n[t], total[t], distinct[t]) == ((followers == tokens[t]).sum(), len(followers),
+                                                     len(np.unique(followers))), (order, t, at)
+
+
+@pytest.mark.parametrize("vocab, bos", [(2, None), (7, 0), (300, 3)])
+def test_the_twin_counts_every_possible_token(vocab, bos, rng):
+    tokens = repetitive(rng, vocab, 300)
+    for t in (0, 1, 2, 3, 24, 25, 26, 150, 200, 239, 299):
+        changed = [np.append(tokens[:t], v).astype(np.uint16) for v in range(min(vocab, 7))]
+        expected = [slow_counts(part, ORDERS, bos) for part in changed]
+        for order, n, total, distinct, hint, agree in tg.counts_after(tokens[:t], ORDERS, vocab, bos):
+            for v, one in enumerate(expected):
+                assert (n[v], total, distinct, hint, agree) == tuple(one[order][:, t])
+            assert n.sum() == total and len(n) == vocab
+
+
+def test_absolute_discounting_from_its_definition(rng):
+    """q_k = (max(n - D, 0) + (a + D T) q_{k-1}) / (N + a), q_{k-1} where the context is new; q_0 uniform."""
+    tokens, vocab, d, a = repetitive(rng, 5, 200), 5, tg.DISCOUNT, tg.CONCENTRATION
+    counts, grams = slow_counts(tokens, ORDERS), tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), vocab)
+    for t in range(200):
+        q, longest = 1 / vocab, (0, 0, 0, 0)
+        for rank, order in enumerate(ORDERS):
+            n, total, distinct, hint, agree = counts[order][:, t]
+            if total:
+                q = (max(n - d, 0) + (a + d * distinct) * q) / (total + a)
+                longest = rank + 1, total, hint, agree
+            assert np.isclose(grams.q[rank][t], q, rtol=1e-12)
+        assert longest == (grams.rank[t], grams.count[t], grams.hint[t], grams.agree[t])
+
+
+@pytest.mark.parametrize("docs", [False, True])
+def test_distributions_sum_to_one_and_hold_the_target(docs, rng):
+    """At thousands of positions: first ones, unseen contexts, document starts, repeats."""
+    cfg, tokens = tg.Config(vocab_size=60, ngram_docs=docs), repetitive(rng, 60, 3001)
+    tokens[[0, 700, 1500]] = cfg.bos_id
+    counts, index = tg.NgramCounts(tokens, None, cfg), np.arange(3000)
+    every, own = counts.every(index), counts.of(index)
+    assert np.abs(every.q.sum(1) - 1).max() < 1e-12 and every.q.min() > 0
+    np.testing.assert_allclose(every.q[index, tokens[1:]], own.q, rtol=1e-12)
+    for a, b in zip(every[1:], own[1:]):
+        np.testing.assert_array_equal(a, b)
+    assert (own.rank == len(ORDERS)).any() and (own.rank == 1).any()
+
+
+def test_counts_know_nothing_of_later_tokens(rng):
+    tokens, other = repetitive(rng, 4, 300), repetitive(rng, 4, 300)
+    other[:200] = tokens[:200]
+    for first, second in zip(tg.causal_counts(tokens, ORDERS, hints=True), tg.causal_counts(other, ORDERS, hints=True)):
+        for a, b in zip(first[1:], second[1:]):
+            np.testing.assert_array_equal(a[:200], b[:200])

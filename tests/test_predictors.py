@@ -1,0 +1,361 @@
+"""Streaming, adapters, tilt and mixture against slow restatements; every predictor against itself, token by token."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FULL, ROOT, TINY, clean_env
+from test_counts import ORDERS, slow_counts
+
+sys.path.insert(0, str(ROOT / "records"))
+import codec
+import train_gpt as tg
+
+TABLE = tg.ByteTable.bytes260()
+SHORT = dict(FULL, ttt_chunk_tokens=64, mix_chunk_tokens=64, ttt_lora_chunk=16, ttt_docs=3, ttt_lora_alpha=8.0, ttt_lr=0.01,
+             eval_batch_tokens=64, ngram_buckets=1024)
+
+
+def mild(cfg, seed=0):
+    """A model of random parameters whose outputs stay moderate."""
+    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture
+def tokens(rng):
+    tokens = rng.integers(4, 40, 301).astype(np.uint16)                 # few, so that contexts come again
+    tokens[120:170] = tokens[20:70]
+    tokens[200:260] = tokens[5:65]
+    tokens[[0, 40, 41, 130, 131, 230]] = 1
+    return tokens
+
+
+def build(rt, **settings):
+    """Settings, a fresh model and the last stage that the settings ask for."""
+    cfg = tg.Config(**dict(SHORT, **settings))
+    assert not tg.check_config(cfg)
+    rows = [build for wanted, build in tg.PREDICTORS.values() if wanted(cfg)]
+    return cfg, rows[-1](mild(cfg), rt, cfg, TABLE)
+
+
+# --- streaming: one pass with a sliding-window mask ---------------------------------------------------------------------
+
+def masked_pass(model, ids, window, bos=None):
+    """Final hidden states of one pass over [1, T] whose attention mask is written out."""
+    at = torch.arange(ids.size(1))
+    mask = (at[None] <= at[:, None]) & (at[None] > at[:, None] - window)
+    if bos is not None:
+        document = (ids[0] == bos).cumsum(0)
+        mask &= document[None] == document[:, None]
+    for block in model.blocks:
+        block.attn.attend = lambda q, k, v: tg.sdpa_attention(q, k, v, mask[None, None])
+    out = model.hidden(ids)
+    for block in model.blocks:
+        block.attn.attend = tg.sdpa_attention
+    return out
+
+
+VARIANTS = [dict(), dict(bigram_hash="linear", smear_before_norm=True), dict(smear_bos_mask=False),
+            dict(smear=False, smear_bos_mask=False, bigram_vocab_size=0, ve_layers=(), xsa_last_n=0, num_kv_heads=4)]
+
+
+@pytest.mark.parametrize("window", [1, 7, 32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pieces_equal_one_masked_pass(variant, window, tokens):
+    model = mild(tg.Config(**dict(FULL, **variant)))
+    ids = torch.from_numpy(tokens[None].astype(np.int64))
+    whole = -(-301 // window)
+    for cuts in ([window] * whole, [1] * 301, [window * 3] * whole, [1, window * 4, 1, *[window] * whole]):
+        memory, at, outs = tg.Memory(window, None), 0, []
+        with torch.no_grad():
+            for size in cuts:
+                size = min(size, (301 - at) // window * window or 301 - at)
+                if size:
+                    outs.append(model.hidden(ids[:, at:at + size], memory))
+                    at += size
+            expected = masked_pass(model, ids, window)
+        assert (model.head(torch.cat(outs, 1)) - model.head(expected)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_documents_are_as_if_they_stood_alone(variant, tokens):
+    model = mild(tg.Config(**dict(FULL, **variant)))
+    ids = torch.from_numpy(tokens[None].astype(np.int64))
+    edges, memory = [*np.flatnonzero(tokens == 1), 301], tg.Memory(16, 1)
+    with torch.no_grad():
+        expected = torch.cat([masked_pass(model, ids[:, a:b], 16) for a, b in itertools.pairwise(edges)], 1)
+        got = torch.cat([model.hidden(ids[:, at:at + 16], memory) for at in range(0, 301, 16)], 1)
+    assert (model.head(got) - model.head(expected)).abs().max() < 1e-5
+
+
+def test_angles_stay_small_and_follow_the_window(tokens):
+    """Position 10 million gives what position 0 gives; a stretched rotary base follows the window, not the piece."""
+    cfg = tg.Config(**dict(FULL, rope_train_seq_len=8))
+    model, window = mild(cfg), 32
+    longer = mild(dataclasses.replace(cfg, rope_train_seq_len=0, rope_base=1e4 * 4 ** (4 / 2)))
+    ids = torch.from_numpy(tokens[None, :256].astype(np.int64))
+    with torch.no_grad():
+        got, memory = model.hidden(ids, tg.Memory(window, None)), tg.Memory(window, None)
+        assert (got - masked_pass(longer, ids, window)).abs().max() < 1e-4
+        for _ in range(3):
+            last = model.hidden(ids, memory)
+        assert memory.carried["number"].item() == 1
+        first = tg.Memory(window, None)
+        model.hidden(ids, first)
+        assert (model.hidden(ids, first) - last).abs().max() < 1e-4
+
+
+def test_streaming_in_any_order(tokens, rt):
+    """A batch that does not continue the last one starts from the tokens that can reach it."""
+    cfg, predictor = build(rt, eval_stream=8, eval_batch_tokens=8)
+    plan = predictor.plan(tokens)
+    batches = [plan.batch(tokens, unit, 1, rt, predictor.reach) for unit in itertools.chain(*plan.units(1))]
+    assert predictor.reach == 3 * 7 + 2 and len(batches) == 38
+    forward = [predictor.score(batch) for batch in batches]
+    backward = [predictor.score(batch) for batch in reversed(batches)][::-1]
+    assert max((a - b).abs().max().item() for a, b in zip(forward, backward)) < 1e-5
+
+
+# --- every predictor and nesting ----------------------------------------------------------------------------------------
+
+STREAM, TTT, LORA = dict(eval_stream=16), dict(ttt_epochs=1, ttt_batch_seqs=1), dict(ttt_lora_rank=2)
+EXACT = dict(tilt=True, ngram="mix")
+NESTINGS = {
+    "sliding": {}, "streaming": STREAM, "streaming documents": dict(STREAM, stream_docs=True),
+    "sliding ttt": TTT, "streaming ttt": dict(STREAM, **TTT), "lora": LORA, "lora reset": dict(LORA, ttt_lora_keep=False),
+    "tilt": dict(tilt=True), "mix": dict(ngram="mix"), "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),
+    "streaming tilt mix": dict(STREAM, **EXACT), "streaming ttt tilt mix": dict(STREAM, **TTT, **EXACT),
+    "lora tilt mix": dict(LORA, **EXACT), "head over exact counts": dict(ngram="mix", mixer_head=True, ngram_order=5)}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_score_equals_next(name, tokens, rt, ledger):
+    """The fast path charges what the predictor says one token at a time, learning on its way."""
+    cfg, predictor = build(rt, **NESTINGS[name])
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    assert score.label == "val_bpb" and (score.coverage == 1).all()
+    _, twin = build(rt, **NESTINGS[name])
+    steps, nats = codec.walk(twin, 300, int(tokens[0]), cfg), []
+    log_p = next(steps)
+    for number, token in enumerate(tokens[1:].tolist(), 1):
+        assert abs(log_p.logsumexp(0).item()) < 1e-12
+        nats.append(-log_p[token].item())
+        log_p = steps.send(token) if number < 300 else None
+    np.testing.assert_allclose(score.nats, nats, atol=1e-5 if "lora" not in name else 1e-4)
+    assert abs(score.nats.mean(dtype=np.float64) - np.mean(nats)) < 1e-5
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_batch_size_and_snapshots_do_not_matter(name, tokens, rt, ledger):
+    losses = []
+    for size in (32, 64, 256):
+        cfg, predictor = build(rt, **dict(NESTINGS[name], eval_batch_tokens=size))
+        state = predictor.snapshot()
+        for _ in range(2):
+            losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss)
+            predictor.restore(state)
+    assert max(losses) - min(losses) < (1e-5 if "ttt" in name or "lora" in name else 1e-6)
+
+
+def test_every_switch_acts(tokens, rt, ledger):
+    def loss(**settings):
+        cfg, predictor = build(rt, **settings)
+        return round(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss, 9)
+    losses = [loss(**settings) for settings in NESTINGS.values()]
+    losses += [loss(eval_stream=32), loss(**EXACT, ngram_docs=False), loss(**EXACT, mix_chunk_tokens=32),
+               loss(**LORA, ttt_lora_chunk=32), loss(ttt_lora_rank=4), loss(**LORA, ttt_lora_alpha=4.0), loss(**LORA, ttt_lr=0.02),
+               loss(**LORA, ttt_docs=2), loss(**LORA, qttt=True, ttt_freeze_blocks=2), loss(**LORA, ttt_freeze_blocks=1)]
+    assert len(set(losses)) == len(losses)
+
+
+RANKS = """
+import json, os, sys
+sys.path[:0] = {paths!r}
+import numpy as np, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_predictors import NESTINGS, TABLE, build, tg
+rt = tg.Runtime(tg.Config(device="cpu"), os.environ)
+ledger, losses = tg.Ledger(Path({out!r}), rt), {{}}
+for name, settings in NESTINGS.items():
+    cfg, predictor = build(rt, **settings)
+    score = tg.evaluate(predictor, np.load({tokens!r}), TABLE, cfg, rt, ledger)
+    losses[name] = score.loss
+    assert (score.coverage == 1).all(), name
+if rt.main:
+    Path({out!r}, f"{{rt.world}}.json").write_text(json.dumps(losses))
+rt.close()
+"""
+
+
+def test_the_number_of_processes_does_not_matter(tokens, rt, ledger, tmp_path):
+    np.save(tmp_path / "tokens.npy", tokens)
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")], out=str(tmp_path), tokens=str(tmp_path / "tokens.npy")))
+    for world in (1, 2, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] \
+            if world > 1 else [sys.executable]
+        done = subprocess.run([*launcher, str(script)], env=clean_env(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2, 3))
+    for other, name in itertools.product(others, NESTINGS):
+        learns = "ttt" in name or "lora" in name
+        assert abs(other[name] - one[name]) < (1e-5 if learns else 1e-7 * one[name]), (name, other[name] - one[name])
+
+
+# --- slow restatements --------------------------------------------------------------------------------------------------
+
+def network_p(tokens, rt, **settings):
+    """p of every token at every target [n, V] by the network alone, and its entropies."""
+    _, predictor = build(rt, **settings)
+    log_p = torch.stack([predictor.next(tokens[:j + 1]) for j in range(len(tokens) - 1)]).numpy()
+    return np.exp(log_p), -(np.exp(log_p) * log_p).sum(1)
+
+
+def test_tilt_from_its_definition(tokens, rt, ledger):
+    """b such that the hint has its bucket's share of hits; counted chunk by chunk of 64 targets; never lowered."""
+    p, _ = network_p(tokens, rt, eval_stream=16)
+    cfg, predictor = build(rt, eval_stream=16, tilt=True)
+    counts, seen, fresh, nats, raised = slow_counts(tokens, ORDERS, 1), {}, {}, [], 0
+    for j in range(300):
+        if j % 64 == 0:
+            for bucket, (hits, trials) in fresh.items():
+                old = seen.get(bucket, (0, 2))
+                seen[bucket] = old[0] + hits, old[1] + trials
+            fresh = {}
+        at = [counts[order][:, j + 1] for order in ORDERS]
+        rank = max((i for i, found in enumerate(at) if found[1]), default=None)
+        target, charged = int(tokens[j + 1]), p[j, tokens[j + 1]]
+        if rank is not None:
+            _, total, _, hint, agree = map(int, at[rank])
+            h = p[j, hint]
+            bucket = (rank + 1, min(int(math.log2(total)), 5), min(4 * agree // total, 3),
+                      min(max(4 + math.floor(math.log(h / (1 - h)) / 1.5), 0), 7))
+            hits, trials = seen.get(bucket, (0, 2))
+            boost = max(math.log(hits / (trials - hits)) - math.log(h / (1 - h)), 0) if hits else 0
+            raised += boost > 0
+            charged *= math.exp(boost * (target == hint)) / (1 + h * (math.exp(boost) - 1))
+            old = fresh.get(bucket, (0, 0))
+            fresh[bucket] = old[0] + (target == hint), old[1] + 1
+        nats.append(-math.log(charged))
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    np.testing.assert_allclose(score.nats, nats, atol=1e-5)
+    assert raised > 30
+
+
+def test_mixture_from_its_definition(tokens, rt, ledger):
+    """Weights are the experts' mean responsibilities in the bucket, with a prior, counted chunk by chunk."""
+    p, doubt = network_p(tokens, rt, eval_stream=16)
+    cfg, predictor = build(rt, eval_stream=16, ngram="mix")
+    counts, prior = slow_counts(tokens, ORDERS, 1), np.array([9.0, *[1 / 9] * 9])
+    seen, fresh, nats = {}, {}, []
+    for j in range(300):
+        if j % 64 == 0:
+            for bucket, shares in fresh.items():
+                seen[bucket] = seen.get(bucket, prior) + shares
+            fresh = {}
+        experts, q, rank, total = [p[j, tokens[j + 1]]], 1 / 260, 0, 1
+        for i, order in enumerate(ORDERS):
+            n, found, distinct = counts[order][:3, j + 1]
+            if found:
+                q = (max(n - 0.75, 0) + (0.5 + 0.75 * distinct) * q) / (found + 0.5)
+                rank, total = i + 1, found
+            experts.append(q)
+        bucket = rank, min(int(math.log2(total)), 4), min(int(4 * doubt[j] / math.log(260)), 3)
+        weights = seen.get(bucket, prior)
+        parts = weights / weights.sum() * np.array(experts)
+        nats.append(-math.log(parts.sum()))
+        fresh[bucket] = fresh.get(bucket, 0) + parts / parts.sum()
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    np.testing.assert_allclose(score.nats, nats, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_adapters_from_their_definition(keep, tokens, rt, ledger):
+    """Each document alone: W + (alpha / rank) B A in place of W, torch's AdamW, one step after each whole chunk."""
+    cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
+    model = mild(cfg)
+    names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, tg.Linear) and name.startswith("blocks.")]
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    starts = [*np.flatnonzero(tokens[:-1] == 1), 300]
+    kept = {slot: [low[slot].clone() for low in predictor.start] for slot in range(3)}
+    nats = np.zeros(300)
+    for document, (begin, end) in enumerate(itertools.pairwise(starts)):
+        lows = [low.clone().requires_grad_() for low in kept[document % 3]]
+        highs = [torch.zeros(len(weights[name]), 2, requires_grad=True) for name in names]
+        optimizer = torch.optim.AdamW([*lows, *highs], lr=0.01, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5)
+        for chunk in range(begin, end, 16):
+            upto = min(chunk + 16, end)
+            first = max(begin, chunk + 16 - 32)                         # 32 inputs at most, up to the chunk's end
+            ids = torch.from_numpy(tokens[first:upto].astype(np.int64))[None]
+            merged = {name: weights[name] + 4.0 * high @ low for name, low, high in zip(names, lows, highs)}
+            hidden = torch.func.functional_call(tg_hidden(model), {f"model.{n}": w for n, w in {**weights, **merged}.items()}, ids)
+            targets = torch.from_numpy(tokens[chunk + 1:upto + 1].astype(np.int64))
+            losses = F.cross_entropy(model.head(hidden)[0, chunk - first:], targets, reduction="none")
+            nats[chunk:upto] = losses.detach().numpy()
+            if upto - chunk == 16:
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+        if keep:
+            kept[document % 3] = [low.detach() for low in lows]
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    np.testing.assert_allclose(score.nats, nats, atol=2e-4)
+
+
+def tg_hidden(model):
+    """A module whose forward is the model's `hidden`."""
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model.hidden(ids)
+    return Hidden()
+
+
+def test_no_document_sees_another_ones_adapters(tokens, rt, ledger):
+    cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
+    first = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).nats
+    other = tokens.copy()
+    other[2:40] += 1
+    _, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
+    second = tg.evaluate(predictor, other, TABLE, cfg, rt, ledger).nats
+    assert np.abs(second - first)[:38].max() > 0.01 and np.abs(second - first)[40:].max() < 1e-5
+
+
+def test_the_mixers_head_reads_true_distributions(tokens, rt, ledger):
+    """PR 859's formula with exact distributions in place of the hashed ratios."""
+    settings = dict(ngram="mix", mixer_head=True, ngram_order=5)
+    cfg, predictor = build(rt, **settings)
+    counts = tg.NgramCounts(tokens, None, cfg)
+    p, _ = network_p(tokens, rt, mixer_head=True, ngram_order=5)
+    nats = []
+    for j in range(300):
+        hidden = predictor.last(tokens[:j + 1])[1][0]
+        gate = predictor.model.alpha_head(hidden).double().softmax(-1).detach().numpy()
+        target = p[j, tokens[j + 1]]
+        mixed = gate @ np.array([target, *counts.of(np.array([j])).q[0, 1:5]])
+        nats.append(-math.log(0.05 * target + 0.95 * mixed))
+    np.testing.assert_allclose(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).nats, nats, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings, part", [
+    (dict(eval_stream=24), "must be multiples of EVAL_STREAM"), (dict(stream_docs=True), "STREAM_DOCS=1 needs EVAL_STREAM"),
+    (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"), (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
+    (dict(ngram="mix", mixer_head=True, ngram_order=9), "NGRAM_ORDER <= 7"), (dict(tilt=2), "")])
+def test_settings_that_do_not_go_together(settings, part):
+    problems = tg.check_config(tg.Config(**dict(TINY, ttt_chunk_tokens=64, mix_chunk_tokens=64, **settings)))
+    assert any(part in problem for problem in problems) if part else not problems
