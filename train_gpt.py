@@ -2539,7 +2539,7 @@ def audit_again(scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Pr
         other[last + 2:] = rng.integers(0, vocab, len(other) - last - 2)
         moved.append(scores(other)[:last + 1] - first[:last + 1])
     sums = [sum(math.exp(-scores(np.append(stream[:last + 1], v))[last]) for v in range(vocab))
-            for last in (3, size)]
+            for last in (size - 1, size)]                               # on both sides of a chunk's end
     blank = copy.deepcopy(scores.model)
     for name, p in blank.named_parameters():
         p.data.mul_(0.0 if name.startswith(("tok_emb", "lm_head")) else 1.0)
@@ -2566,7 +2566,7 @@ def audit_again(scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Pr
 def model_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for p in model.parameters():
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 def audit(score: Score, predictor: Predictor, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime,
