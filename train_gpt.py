@@ -1453,7 +1453,6 @@ class Documents:
         return make_batch(tokens, starts + self.chunk - length, length, index, valid.clip(max=self.chunk), rt,
                           slots=members % self.slots)
 
-
 def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, out: list[np.ndarray],
                  at: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One order of causal_counts, for positions `at` grouped by context, rising in a group; `first` of each.
@@ -1462,6 +1461,8 @@ def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, o
     """
     place, bits = np.arange(len(at), dtype=np.int32), len(at).bit_length()
     start = np.maximum.accumulate(np.where(first, place, np.int32(0)))                   # of the group
+    demand(int(start[-1]).bit_length() + vocab.bit_length() + bits < 64,
+           f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams in 64-bit keys")
     key = start.astype(np.int64)
     key *= vocab
     key += tokens[at]
@@ -1559,12 +1560,16 @@ class PrefixCounts:
     """What exact counts say after a prefix of the tokens, for every token that could follow: `every`."""
     def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
         self.tokens, self.vocab, self.bos = tokens, cfg.vocab_size, cfg.bos_id if cfg.ngram_docs else None
+        self.asked, self.answer = None, None
     def every(self, index: np.ndarray) -> Grams:
         """At targets [m], from the tokens before each alone: q [m, V, K], the rest [m]."""
-        found = [discounted(counts_after(self.tokens[:j + 1], NGRAM_ORDERS, self.vocab, self.bos), self.vocab)
-                 for j in index]
-        return Grams(np.stack([np.stack(grams.q, -1) for grams in found]),
-                     *(np.stack(facts) for facts in zip(*(grams[1:] for grams in found))))
+        if self.asked != index.tobytes():                               # tilt and mixture ask the same
+            found = [discounted(counts_after(self.tokens[:j + 1], NGRAM_ORDERS, self.vocab, self.bos),
+                                self.vocab) for j in index]
+            self.asked, self.answer = index.tobytes(), Grams(
+                np.stack([np.stack(grams.q, -1) for grams in found]),
+                *(np.stack(facts) for facts in zip(*(grams[1:] for grams in found))))
+        return self.answer
 
 class NgramCounts(PrefixCounts):
     """The same for a whole stream at once, for the targets that it has: `of`."""
@@ -1768,7 +1773,7 @@ class Streaming(Sliding):
         self.window, self.row = cfg.eval_stream, cfg.score_len
         self.reach = len(model.blocks) * (self.window - 1) + 2          # SmearGate and bigram look back too
         self.bos, self.isolates = cfg.bos_id if cfg.stream_docs else None, cfg.stream_docs
-        self.memory, self.at = None, -1                                 # at: the target that continues it
+        self.memory, self.at, self.span = None, -1, np.empty(0, int)    # the target after the last span
         self.reading, self.read = None, np.empty(0, int)                # the same for `last`, and its prefix
     def rows(self, cfg: Config) -> int:
         return 1
@@ -1782,12 +1787,13 @@ class Streaming(Sliding):
             hidden = self.model.hidden(self.rt.put(piece[None].astype(np.int64)), memory)
         return hidden[:, -1:]
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        first = int(batch.index[0, 0])
-        if first != self.at:
+        first, known = int(batch.index[0, 0]), min(len(batch.lead), len(self.span))
+        if first != self.at or not np.array_equal(batch.lead[-known:], self.span[-known:]):
             self.memory = Memory(self.window, self.bos)
             if len(batch.lead):
                 self.pass_on(batch.lead, self.memory)
-        hidden, self.at = self.model.hidden(batch.ids, self.memory), first + batch.ids.size(1)
+        hidden, self.span = self.model.hidden(batch.ids, self.memory), batch.ids[0].cpu().numpy()
+        self.at = first + len(self.span)
         return temper(self.model.head(hidden), self.temperature), hidden
     def last(self, prefix: np.ndarray) -> tuple[Tensor, Tensor]:
         done = len(self.read)
@@ -2501,8 +2507,8 @@ class Rescorer:
 
     Windows and chunks are as short as 128 targets, so that a stream of six of them holds every kind of edge.
     """
-    def __init__(self, build: Callable[..., Predictor], model: GPT, rt: Runtime, cfg: Config, table: ByteTable,
-                 ledger: Ledger):
+    def __init__(self, build: Callable[..., Predictor], model: GPT, rt: Runtime, cfg: Config,
+                 table: ByteTable, ledger: Ledger):
         self.build, self.model, self.table, self.rt = build, model, table, rt
         self.size, self.ledger = min(cfg.score_len, 128), Ledger(ledger.out_dir, rt, resumed=True)
         self.ledger.writes = False

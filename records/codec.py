@@ -41,15 +41,17 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 
-MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30                      # bits of the coder's interval, sum of frequencies
+# Of a file; bits of the coder's interval; sum of frequencies.
+MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30
 
 
 # --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) ------------------------------------
 
 def frequencies(log_p: torch.Tensor) -> np.ndarray:
     """Cumulative whole frequencies of a distribution, [V + 1]; every token has at least 1."""
-    counts = np.floor(np.exp(log_p.numpy().astype(np.float64)) * SCALE).astype(np.int64) + 1
-    return np.concatenate(([0], np.cumsum(counts)))
+    p = np.exp(log_p.numpy().astype(np.float64))
+    tg.demand(abs(p.sum() - 1) < 1e-6, f"the probabilities sum to {p.sum()}: no code can be made of them")
+    return np.concatenate(([0], np.cumsum(np.floor(p * SCALE).astype(np.int64) + 1)))
 
 
 class Encoder:
@@ -132,17 +134,21 @@ def tokens_of(text: str, table: tg.ByteTable) -> list[int]:
 
 
 def text_of(tokens: list[int], table: tg.ByteTable) -> bytes:
-    """The bytes of tokens; a word mark counts nothing at the start and after a byte piece."""
+    """The bytes of tokens, as many as the table counts: a word mark is no space at the start or after a control token.
+
+    If the tokenizer begins every text with a mark, neither is one after a byte piece, where `tokens_of` begins anew.
+    """
     if not table.processor:
         return table.decode(tokens)
     sp, parts, bare = table.processor, [], True
+    begins = sp.id_to_piece(sp.encode("a")[0]).startswith("\u2581")
     for token in map(int, tokens):
         piece, byte = sp.id_to_piece(token), sp.is_byte(token)
         if byte:
             parts.append(bytes([int(piece[3:5], 16)]))
-        elif not sp.is_control(token):
+        elif not table.boundary[token]:
             parts.append((piece.removeprefix("\u2581") if bare else piece).replace("\u2581", " ").encode())
-        bare = byte or sp.is_control(token)
+        bare = table.boundary[token] or byte and begins
     return b"".join(parts)
 
 
@@ -237,28 +243,42 @@ class Codec:
                 return predictor
         raise tg.InputError("these settings score nothing that is a true score: no code can be made of it")
 
+    def text(self, tokens: np.ndarray) -> bytes:
+        return documents_of(tokens, self.table, self.cfg.bos_id)
+
     def identity(self) -> dict[str, Any]:
-        return dict(artifact_sha256=hashlib.sha256(self.blob).hexdigest(), tokenizer=tg.tokenizer_hash(self.cfg),
-                    settings=json.loads(json.dumps(self.cfg.group("score"))), torch=torch.__version__)
+        """What must be the same for the decoder."""
+        settings = {name.upper(): value for name, value in self.cfg.group("score").items()}
+        return json.loads(json.dumps(dict(
+            artifact_sha256=hashlib.sha256(self.blob).hexdigest(), tokenizer=tg.tokenizer_hash(self.cfg),
+            torch=torch.__version__, SEED=self.cfg.seed, **settings)))
 
     def compress(self, tokens: np.ndarray) -> bytes:
-        header = json.dumps({**self.identity(), "targets": len(tokens) - 1, "first": int(tokens[0])}).encode()
+        header = json.dumps({
+            **self.identity(), "machine": self.rt.device_name(), "targets": len(tokens) - 1, "first": int(tokens[0]),
+            "text_sha256": hashlib.sha256(self.text(tokens)).hexdigest()}).encode()
         data = encode(self.predictor(), tokens, self.cfg)
-        return MAGIC + struct.pack("<I", len(header)) + header + hashlib.sha256(data).digest() + data
+        return MAGIC + struct.pack("<I", len(header)) + header + hashlib.sha256(header + data).digest() + data
 
-    def decompress(self, blob: bytes) -> np.ndarray:
+    def decompress(self, blob: bytes) -> bytes:
+        """The text, checked."""
         tg.demand(blob[:len(MAGIC)] == MAGIC, f"not a compressed text: begins with {blob[:len(MAGIC)]!r}")
         try:
             size, = struct.unpack_from("<I", blob, len(MAGIC))
             at = len(MAGIC) + 4 + size
             header, digest, data = json.loads(blob[len(MAGIC) + 4:at]), blob[at:at + 32], blob[at + 32:]
-        except (ValueError, struct.error) as error:
+        except (ValueError, RecursionError, struct.error) as error:
             raise tg.InputError(f"compressed text: unreadable header ({error})") from None
-        tg.demand(hashlib.sha256(data).digest() == digest, "compressed text: wrong checksum, it is damaged")
-        for name, here in self.identity().items():
-            there = header.get(name)
-            tg.demand(there == here, f"compressed with another {name}: {there!s:.300}; here it is {here!s:.300}")
-        return decode(self.predictor(), data, header["targets"], header["first"], self.cfg)
+        tg.demand(hashlib.sha256(blob[len(MAGIC) + 4:at] + data).digest() == digest,
+                  "compressed text: wrong checksum, it is damaged")
+        told = [f"{name}: {tg.as_typed(header.get(name))}; here it is {tg.as_typed(here)}"
+                for name, here in self.identity().items() if header.get(name) != here]
+        tg.demand(not told, f"compressed with another {', another '.join(told)}")
+        text = self.text(decode(self.predictor(), data, header["targets"], header["first"], self.cfg))
+        tg.demand(hashlib.sha256(text).hexdigest() == header["text_sha256"], "decoded to another text: this machine "
+                  f"({self.rt.device_name()}) computes other probabilities than the one that compressed it "
+                  f"({header['machine']})")
+        return text
 
     def claimed_bits(self, tokens: np.ndarray) -> float:
         """What the harness charges for the same tokens."""
@@ -286,28 +306,31 @@ def compress_file(codec: Codec, source: Path, target: Path) -> None:
     except UnicodeDecodeError as error:
         raise tg.InputError(f"{source}: not UTF-8 text ({error})") from None
     tg.demand(len(tokens) > 1, f"{source}: empty")
+    tg.demand(codec.text(tokens) == text, f"{source}: the tokenizer {codec.table.name} cannot spell this text")
     blob = codec.compress(tokens)
     tg.atomic_write(target, blob)
     bits = codec.payload_bits(blob)
-    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code ({bits / len(text):.4f} bits "
-          f"per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\nfor comparison: {others(text)}")
+    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code "
+          f"({bits / len(text):.4f} bits per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\n"
+          f"for comparison: {others(text)}")
 
 
 def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> bool:
     """Compresses sampled validation documents, decompresses them in a fresh process; whether all is as claimed."""
+    tg.demand(documents > 0 and limit > 0, "--documents and --tokens: expected 1 or more")
     stream, bos = tg.load_validation(codec.cfg), codec.cfg.bos_id
     every = [part for part in np.split(stream, np.flatnonzero(stream == bos)) if len(part) > 1 and part[0] == bos]
     tg.demand(every, f"{codec.cfg.data_path}: no document starts with BOS_ID={bos} in the validation tokens")
     chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, documents).astype(int))]
     tokens = np.concatenate(chosen)[:limit + 1]
-    text, blob = documents_of(tokens, codec.table, bos), codec.compress(tokens)
+    text, blob = codec.text(tokens), codec.compress(tokens)
     coded, claimed = codec.payload_bits(blob), codec.claimed_bits(tokens)
     with tempfile.TemporaryDirectory() as folder:
         packed, plain = Path(folder) / "text.pgolf", Path(folder) / "text"
         packed.write_bytes(blob)
-        subprocess.run([sys.executable, __file__, "decompress", str(packed), "-o", str(plain)], env=env, check=True,
-                       stdout=subprocess.DEVNULL)
-        same = plain.read_bytes() == text
+        done = subprocess.run([sys.executable, __file__, "decompress", str(packed), "-o", str(plain)], env=env,
+                              check=False, stdout=subprocess.DEVNULL)
+        same = done.returncode == 0 and plain.read_bytes() == text
     fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
     print(f"{name}: {len(chosen)} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
           f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "
@@ -336,8 +359,7 @@ def main(arguments: list[str], env: dict[str, str]) -> int:
             return 0
         target = options.output or options.file.with_suffix("")
         tg.demand(options.output or options.file.suffix == ".pgolf", f"{options.file}: no .pgolf to take off; name -o")
-        tokens = codec.decompress(options.file.read_bytes())
-        tg.atomic_write(target, documents_of(tokens, codec.table, codec.cfg.bos_id))
+        tg.atomic_write(target, codec.decompress(options.file.read_bytes()))
         return 0
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)

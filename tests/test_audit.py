@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FULL
 from test_predictors import mild
+from test_runs import run
 from test_scoring import failed
 
 import train_gpt as tg
@@ -226,3 +227,42 @@ def test_illegal_scorers_are_caught(name, tokens, rt, ledger):
     build, checks, settings = CONTROLS[name]
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **settings)
     assert checks <= caught_by(build, tokens, rt, ledger, cfg)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+AGAIN = {"future_again", "every_token", "random_stream", "batches", "processes", "isolation", "repeat", "neutral"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("audited")
+    assert run(out / "run", EVAL_STRIDE="0")[0] == 0
+    return out
+
+
+def audited(out, **env):
+    data = out / "run" / "smoke_data"
+    settings = dict(SMOKE="0", MODE="audit", ARTIFACT=str(out / "run" / "model.ptz"), DATA_PATH=str(data),
+                    EVAL_STRIDE="0", TRAIN_SEQ_LEN="64", VOCAB_SIZE="260", TOKENIZER_PATH="byte260")
+    return run(out / "again", **{**settings, **env})
+
+
+def test_mode_audit_passes_true_scores_and_expects_what_is_labelled(trained):
+    code, result, log = audited(trained, EVAL_STREAM="16", TILT="1", NGRAM="backoff", NGRAM_BUCKETS="64",
+                                TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64")
+    assert code == 0 and set(result["stages"]) == {"plain", "streaming", "mixed", "ngram"}
+    for name, stage in result["stages"].items():
+        assert AGAIN <= stage["audit"].keys()
+        verdicts = {check: found["verdict"].split(":")[0] for check, found in stage["audit"].items()}
+        expected = {check for check, verdict in verdicts.items() if verdict == "EXPECTED"}
+        assert not any(verdict == "FAIL" for verdict in verdicts.values())
+        assert expected >= {"distribution", "every_token"} if name == "ngram" else not expected
+    assert "audit ngram every_token EXPECTED: charges of all tokens add up to" in log
+
+
+def test_a_failed_audit_is_exit_code_6(trained, monkeypatch):
+    wanted, build = tg.PREDICTORS["plain"]
+    monkeypatch.setitem(tg.PREDICTORS, "plain", (wanted, lambda m, rt, cfg, table: Ahead(m, rt, "plain", 64, 64)))
+    code, result, log = audited(trained, MODE="eval")
+    assert code == 6 and result["exit_code"] == 6 and "audit plain future FAIL: later tokens move charges" in log

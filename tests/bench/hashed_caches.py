@@ -1,16 +1,20 @@
-"""How fast the hashed caches are counted, and what they "score" where nothing can be predicted.
+"""How fast n-grams are counted, exactly and hashed, and what the hashed caches "score" where nothing can be predicted.
 
-    python tests/bench/hashed_caches.py                      # 10 M tokens, orders 2-7, 4 M buckets
+    python tests/bench/hashed_caches.py                      # 10 M tokens; hashed: orders 2-7, 4 M buckets
     python tests/bench/hashed_caches.py TOKENS=2000000       # quicker
+    python tests/bench/hashed_caches.py TEXT=shard.bin       # text for the exact counts; default: the demo's shard
 
-First: tokens per second of the counting alone (the network excluded), for the three rules, in one process and two
-threads. Then uniform random tokens: each costs exactly 10 bits under every true model, so whatever a cache charges
-less is no prediction. The network is replaced by the uniform distribution over 1,024 tokens. "mass" is what the charged
-values add up to over the vocabulary (1 for a probability), at 64 positions of the last tenth.
+First the exact counts, on a real text repeated up to the length with every twentieth token random; peak memory is
+what numpy held beyond the arrays that were yielded. Then the caches: tokens per second of the counting alone (the
+network excluded), for the three rules, in one process and two threads. Then uniform random tokens: each costs exactly
+10 bits under every true model, so whatever a cache charges less is no prediction. The network is replaced by the
+uniform distribution over 1,024 tokens. "mass" is what the charged values add up to over the vocabulary (1 for a
+probability), at 64 positions of the last tenth.
 """
 
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +58,31 @@ def mass(counts: tg.HashedCounts, cfg: tg.Config) -> float:
     return float((2.0 ** -charged(stand_in, cfg)).reshape(64, VOCAB).sum(1).mean())
 
 
+def exact(n: int, path: Path) -> None:
+    """Speed and peak memory of the exact counts."""
+    text, rng = np.resize(tg.read_shard(path), n).astype(np.uint16), np.random.default_rng(0)
+    noise = rng.random(n) < 0.05
+    text[noise] = rng.integers(0, VOCAB, noise.sum())
+    for orders in (range(1, 8), tg.NGRAM_ORDERS):
+        start = time.perf_counter()
+        for _ in tg.causal_counts(text, orders):
+            pass
+        rate, peak = n / (time.perf_counter() - start), 0
+        tracemalloc.start()
+        for _, *arrays in tg.causal_counts(text, orders):
+            peak = max(peak, tracemalloc.get_traced_memory()[1] - sum(array.nbytes for array in arrays))
+            del arrays, _
+            tracemalloc.reset_peak()
+        tracemalloc.stop()
+        print(f"exact, orders {', '.join(map(str, orders)):30} {rate / 1e6:5.2f} M tokens/s on text, {peak / n:4.1f} "
+              "bytes a token beyond what is yielded")
+
+
 def main(arguments: list[str]) -> None:
     options = dict(argument.split("=", 1) for argument in arguments)
     n = int(options.get("TOKENS", 10_000_000))
     print(f"{tg.Runtime(tg.Config(device='cpu'), {}).device_name()} numpy {np.__version__}; {n} tokens")
+    exact(n, Path(options.get("TEXT") or tg.find_path("data/datasets/sotu_sp1024/fineweb_train_000000.bin")))
     tokens = np.random.default_rng(0).integers(0, VOCAB, n + 1).astype(np.uint16)
     text = np.minimum(np.random.default_rng(1).zipf(1.3, n + 1) - 1, VOCAB - 1).astype(np.uint16)
     for name, (settings, stride) in SYSTEMS.items():
