@@ -780,7 +780,7 @@ class Linear(nn.Module):
     """A matrix without bias, kept in float32 and cast to the input's type at use.
 
     fake_top, if not 0: top level of fake quantization, through which the gradient passes straight; switching
-    it makes a second compiled graph. adapter, if any: low-rank matrices of each row of the batch, [B, R, I]
+    it makes a second compiled graph. adapter, if any: two thin matrices for each row of the batch, [B, R, I]
     and [B, O, R], whose product is added.
     """
     def __init__(self, inputs: int, outputs: int):

@@ -332,7 +332,7 @@ def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> boo
                               check=False, stdout=subprocess.DEVNULL)
         same = done.returncode == 0 and plain.read_bytes() == text
     fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
-    print(f"{name}: {len(chosen)} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
+    print(f"{name}: {(tokens == bos).sum()} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
           f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "
           f"{'ok' if fits else 'TOO LONG'}\ndecoded in a fresh process: {'identical' if same else 'DIFFERENT'}\n"
           f"for comparison: {others(text)}, this one {coded // 8} bytes")
