@@ -1453,6 +1453,8 @@ class Documents:
         return make_batch(tokens, starts + self.chunk - length, length, index, valid.clip(max=self.chunk), rt,
                           slots=members % self.slots)
 
+COUNT_PIECE = 1 << 18                                       # positions that are sorted at once, about
+
 def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, out: list[np.ndarray],
                  at: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One order of causal_counts, for positions `at` grouped by context, rising in a group; `first` of each.
@@ -1460,7 +1462,9 @@ def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, o
     Fills the arrays of `out`; returns the next order's positions and which are first. Frees memory early.
     """
     place, bits = np.arange(len(at), dtype=np.int32), len(at).bit_length()
-    start = np.maximum.accumulate(np.where(first, place, np.int32(0)))                   # of the group
+    heads = np.flatnonzero(first)
+    sizes = np.diff(heads, append=len(at))
+    start = np.repeat(heads.astype(np.int32), sizes)                    # of the group
     demand(int(start[-1]).bit_length() + vocab.bit_length() + bits < 64,
            f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams in 64-bit keys")
     key = start.astype(np.int64)
@@ -1474,12 +1478,13 @@ def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, o
     new = np.concatenate(([True], key[1:] != key[:-1]))
     del key
     if out:
-        n = np.empty_like(place)
-        n[by_key] = place - np.maximum.accumulate(np.where(new, place, np.int32(0)))
+        n, rank = np.empty_like(place), np.where(new, place, np.int32(0))
+        n[by_key] = np.subtract(place, np.maximum.accumulate(rank, out=rank), out=rank)
+        del rank
         out[0][at] = n
         distinct = np.cumsum(n == 0, dtype=np.int32)
         distinct -= n == 0
-        distinct -= distinct[start]
+        distinct -= np.repeat(distinct[heads], sizes)
         out[2][at] = distinct
         if len(out) > 3:
             later = np.flatnonzero(~first)
@@ -1487,10 +1492,15 @@ def _count_piece(tokens: np.ndarray, vocab: int, room: np.ndarray, order: int, o
         place -= start
         out[1][at] = place
         del n, distinct
+    del place, start
     again = ~(new & np.append(new[1:], True))                           # pairs that occur elsewhere too
-    nexts, groups = at[by_key][again] + 1, np.cumsum(new, dtype=np.int32)[again]
-    whole = room[nexts] >= order
-    return nexts[whole], np.diff(groups[whole], prepend=np.int32(0)) != 0
+    nexts = at[by_key][again]
+    nexts += 1
+    whole, groups = room[nexts] >= order, np.cumsum(new, dtype=np.int32)[again]
+    nexts, groups = nexts[whole], groups[whole]
+    heads = np.ones(len(groups), bool)
+    np.not_equal(groups[1:], groups[:-1], out=heads[1:])
+    return nexts, heads
 
 def causal_counts(tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: bool = False
                   ) -> Iterator[tuple[Any, ...]]:
@@ -1512,7 +1522,8 @@ def causal_counts(tokens: np.ndarray, orders: Sequence[int], bos: int | None = N
         for order in range(1, max(orders) + 1):
             out = [np.zeros(size, np.int32) for _ in range(5 if hints else 3)] if order in orders else []
             heads = np.flatnonzero(first)                               # groups are counted in pieces
-            cuts = heads[np.searchsorted(heads, np.arange(1 << 18, heads[-1] + 1 if len(at) else 0, 1 << 18))]
+            wanted = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
+            cuts = np.unique(heads[np.searchsorted(heads, wanted)])
             count = functools.partial(_count_piece, tokens, vocab, room, order, out)
             parts = pool.map(count, np.split(at, cuts), np.split(first, cuts)) if len(at) else ()
             parts = [(at[:0], first[:0]), *parts]
@@ -2084,7 +2095,7 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
              ) -> Score | None:
     """Scores every target once, in order: score -> commit -> observe. None: it would not fit the time.
 
-    Units of work are the same for any number of processes; one without work repeats the last and drops it.
+    Units of work are the same for any number of processes, which take consecutive shares of every chunk.
     """
     plan, targets = predictor.plan(tokens), len(tokens) - 1
     alone = predictor.reach and predictor.chunk             # what carries on and learns runs on every process
@@ -2176,14 +2187,14 @@ def mixture(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Predictor
     return Mixed(predictor, cfg) if cfg.ngram == "mix" else predictor
 
 # Scoring stages in order: name -> whether the settings ask for it, and its predictor from model, runtime,
-# settings and byte table. The last true score is the result.
+# settings and byte table. The last true score is the result; what a later one contains is not scored alone.
 PREDICTORS: dict[str, tuple[Callable[[Config], Any], Callable[[GPT, Runtime, Config, ByteTable], Any]]] = {
-    "plain": (lambda cfg: cfg.eval_plain or cfg.stride == cfg.score_len,
+    "plain": (lambda cfg: cfg.eval_plain or cfg.stride == cfg.score_len and not cfg.eval_stream,
               lambda model, rt, cfg, table: Sliding(model, rt, "plain", cfg.score_len, cfg.score_len)),
     "sliding": (lambda cfg: cfg.stride < cfg.score_len,
                 lambda model, rt, cfg, table: Sliding(model, rt, "sliding", cfg.score_len, cfg.stride)),
     "streaming": (lambda cfg: cfg.eval_stream, lambda model, rt, cfg, table: Streaming(model, rt, cfg)),
-    "ttt": (lambda cfg: cfg.ttt_epochs or cfg.ttt_lora_rank,
+    "ttt": (lambda cfg: (cfg.ttt_epochs or cfg.ttt_lora_rank) and not cfg.tilt and cfg.ngram != "mix",
             lambda model, rt, cfg, table: network(model, rt, cfg, table, cfg.stride)),
     "mixed": (lambda cfg: cfg.tilt or cfg.ngram == "mix", mixture),
     "ngram": (lambda cfg: cfg.ngram not in ("", "mix"), lambda model, rt, cfg, table: Hashed(
