@@ -409,8 +409,9 @@ class Runtime:
         self.cuda = kind == "cuda"
         self.device = torch.device(kind, int(env.get("LOCAL_RANK") or 0)) if self.cuda else torch.device(kind)
         # lag: the host reads a step's report so many steps later, and the GPU never waits for it.
-        gpu, cpu = (torch.bfloat16, 2, 1 << 19), (torch.float32, 0, 1 << 14)    # larger batches: not faster
-        self.dtype, self.lag, self.score_tokens = gpu if self.cuda else cpu
+        # score_tokens: larger batches are not faster. tolerance: nats by which other shapes may differ.
+        gpu, cpu = (torch.bfloat16, 2, 1 << 19, 0.05), (torch.float32, 0, 1 << 14, 1e-4)
+        self.dtype, self.lag, self.score_tokens, self.tolerance = gpu if self.cuda else cpu
         self.notes = [f"device:{self.device_name()} compute:{str(self.dtype)[6:]} world_size:{self.world}"]
         if self.cuda:
             torch.cuda.set_device(self.device)
@@ -1532,18 +1533,21 @@ def causal_counts(tokens: np.ndarray, orders: Sequence[int], bos: int | None = N
             del out
             at, first = (np.concatenate(arrays) for arrays in zip(*parts))
 
-def counts_after(prefix: np.ndarray, orders: Sequence[int], vocab: int, bos: int | None = None
-                 ) -> Iterator[tuple[Any, ...]]:
-    """causal_counts with hints for every token that could follow a prefix, n [V], by searching the prefix."""
-    size = len(prefix)
-    starts = np.flatnonzero(prefix == bos) if bos is not None else prefix[:0]
+def counts_after(prefix: np.ndarray, orders: Sequence[int], vocab: int, bos: int | None = None,
+                 unigram: np.ndarray | None = None) -> Iterator[tuple[Any, ...]]:
+    """causal_counts with hints for every token that could follow a prefix, n [V], by searching it (its own
+    counts of order 1, if known, are `unigram`)."""
+    size, starts = len(prefix), np.flatnonzero(prefix == bos) if bos is not None else prefix[:0]
     room = size - (int(starts[-1]) if len(starts) else 0)
-    found = np.arange(size)                                             # where the context occurs, so far
+    found = np.flatnonzero(prefix[:-1] == prefix[-1:]) + 1              # where the context occurs, so far
     for order in range(1, max(orders) + 1):
-        if order > 1:
+        if order > 2 and len(found):
             found = found[np.searchsorted(found, order - 1):] if order - 1 <= room else found[:0]
-            found = found[prefix[found - order + 1] == prefix[size - order + 1]] if len(found) else found
-        if order in orders:
+            found = found[prefix[found - order + 1] == prefix[size - order + 1]]
+        if order == 1 and order in orders:
+            n = np.bincount(prefix, minlength=vocab) if unigram is None else unigram
+            yield (1, n, size, np.count_nonzero(n), *((int(prefix[-1]), n[prefix[-1]]) if size else (0, 0)))
+        elif order in orders:
             n = np.bincount(prefix[found], minlength=vocab)
             hint = int(prefix[found[-1]]) if len(found) else 0
             yield order, n, len(found), np.count_nonzero(n), hint, n[hint]
@@ -1572,11 +1576,18 @@ class PrefixCounts:
     def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
         self.tokens, self.vocab, self.bos = tokens, cfg.vocab_size, cfg.bos_id if cfg.ngram_docs else None
         self.asked, self.answer = None, None
+        self.unigram, self.upto = np.zeros(self.vocab, np.int64), 0
+    def _after(self, j: int) -> Grams:
+        if self.upto > j + 1:
+            self.unigram, self.upto = np.zeros_like(self.unigram), 0
+        self.unigram += np.bincount(self.tokens[self.upto:j + 1], minlength=self.vocab)
+        self.upto = j + 1
+        return discounted(counts_after(self.tokens[:j + 1], NGRAM_ORDERS, self.vocab, self.bos, self.unigram),
+                          self.vocab)
     def every(self, index: np.ndarray) -> Grams:
         """At targets [m], from the tokens before each alone: q [m, V, K], the rest [m]."""
         if self.asked != index.tobytes():                               # tilt and mixture ask the same
-            found = [discounted(counts_after(self.tokens[:j + 1], NGRAM_ORDERS, self.vocab, self.bos),
-                                self.vocab) for j in index]
+            found = [self._after(j) for j in index]
             self.asked, self.answer = index.tobytes(), Grams(
                 np.stack([np.stack(grams.q, -1) for grams in found]),
                 *(np.stack(facts) for facts in zip(*(grams[1:] for grams in found))))
@@ -2197,7 +2208,7 @@ PREDICTORS: dict[str, tuple[Callable[[Config], Any], Callable[[GPT, Runtime, Con
     "ttt": (lambda cfg: (cfg.ttt_epochs or cfg.ttt_lora_rank) and not cfg.tilt and cfg.ngram != "mix",
             lambda model, rt, cfg, table: network(model, rt, cfg, table, cfg.stride)),
     "mixed": (lambda cfg: cfg.tilt or cfg.ngram == "mix", mixture),
-    "ngram": (lambda cfg: cfg.ngram not in ("", "mix"), lambda model, rt, cfg, table: Hashed(
+    "ngram": (lambda cfg: cfg.ngram and cfg.ngram != "mix", lambda model, rt, cfg, table: Hashed(
         network(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg))}
 
 # ============================================================================================================
@@ -2510,9 +2521,6 @@ def judged(checks: Mapping[str, Verdict], fault: str, tolerance: float) -> dict[
         verdicts[name] = {"verdict": verdict, **figures}
     return verdicts
 
-def tolerance_of(rt: Runtime) -> float:
-    return 1e-4 if rt.dtype == torch.float32 else 0.05            # bf16 products differ between batch shapes
-
 class Rescorer:
     """Scores short streams again and again, each time from the same state, for the checks of MODE=audit.
 
@@ -2542,11 +2550,13 @@ def audit_again(scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Pr
                 ) -> dict[str, dict[str, Any]]:
     """The checks of MODE=audit (spec: rules 7.3), minutes of them. The stream is cut into three documents."""
     size, rng, vocab = scores.size, np.random.default_rng(cfg.seed), cfg.vocab_size
-    tolerance = tolerance_of(scores.rt)
+    tolerance = scores.rt.tolerance
     stream = np.resize(tokens, 6 * size + 1)
     thirds = [0, 2 * size, 4 * size - 7]
     stream[thirds] = cfg.bos_id
-    before, first = model_digest(scores.model), scores(stream)
+    def digest(model: nn.Module) -> bytes:
+        return hashlib.sha256(b"".join(p.data.cpu().numpy().tobytes() for p in model.parameters())).digest()
+    before, first = digest(scores.model), scores(stream)
     def gap(name: str, other: np.ndarray, own: np.ndarray = first, bound: float = tolerance) -> Verdict:
         nats = float(np.abs(other - own).max())
         return f"{name} move charges by {nats:.2g} nats" if nats > bound else None, {"nats": nats}
@@ -2577,21 +2587,15 @@ def audit_again(scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Pr
         "isolation": gap("other documents", scores(swapped)[thirds[2]:], first[thirds[2]:])
         if predictor.isolates else (None, {"claimed": False}),
         "repeat": gap("repeated scores", scores(stream)),
-        "neutral": (None if model_digest(scores.model) == before else "scoring left other weights", {}),
+        "neutral": (None if digest(scores.model) == before else "scoring left other weights", {}),
     }, predictor.fault, tolerance)
-
-def model_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(p.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 def audit(score: Score, predictor: Predictor, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime,
           stages: Mapping[str, float], accessed: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The checks of every score, at the price of a few batches."""
     plan = predictor.probe(tokens)
     near, batch = (plan.batch(tokens, unit, len(unit), rt, predictor.reach) for unit in plan.samples(256))
-    targets, once, tolerance = len(tokens) - 1, int((score.coverage == 1).sum()), tolerance_of(rt)
+    targets, once, tolerance = len(tokens) - 1, int((score.coverage == 1).sum()), rt.tolerance
     recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / table.count(tokens).sum())
     checks: dict[str, Verdict] = {
         "coverage": (None if once == len(score.nats) == targets else

@@ -86,7 +86,8 @@ class Unigram(tg.Sliding):
 
     chunk, seq_len, stride, name, probe = 30, 10, 5, "unigram", (10, 5)
 
-    def __init__(self):
+    def __init__(self, rt):
+        self.rt, self.cfg = rt, None
         self.seen, self.observed = torch.ones(260, dtype=torch.float64), []
 
     def outputs(self, batch):
@@ -110,7 +111,7 @@ def failed(checks):
 
 
 def test_harness_is_score_first(tokens, rt, ledger):
-    predictor = Unigram()
+    predictor = Unigram(rt)
     cfg = tg.Config(**dict(TINY, eval_batch_tokens=50))
     score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
     assert np.array_equal(np.concatenate([part[1:] for part in predictor.observed]), tokens[1:])
