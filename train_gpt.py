@@ -343,7 +343,7 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         (c.ngram == "mix" and c.mixer_head and c.ngram_order > 7, "NGRAM=mix needs NGRAM_ORDER <= 7"),
         *((not y or x % y, f"{shown(a)} must be a multiple of {shown(b)}") for a, b, x, y in each(MULTIPLES)),
         *((x > y, f"{shown(a)} must be at most {shown(b)}") for a, b, x, y in each(AT_MOST)),
-        *((x and not y, f"{shown(a)} needs {b.upper()}=1") for a, b, x, y in each(NEEDS)),
+        *((x and not y, f"{shown(a)} needs {b.upper()}" + "=1" * (y is False)) for a, b, x, y in each(NEEDS)),
         (not re.fullmatch(rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*", c.quant_policy),
          f"QUANT_POLICY={c.quant_policy!r}: expected role:bits with roles {', '.join(ROLES)}, 2 to 8 bits")]
     problems = [text for wrong, text in checks if wrong]
@@ -754,7 +754,7 @@ class Memory:
             self.starts = self.starts | (torch.arange(ids.size(1), device=ids.device) == 0)
         seen = self._blocks(self.extend("document", number, self.window - 1))                       # [G, L]
         rows, columns = (torch.arange(n, device=ids.device) for n in (self.block, seen.size(1)))
-        ahead = columns - rows.unsqueeze(1)                             # of the window's last position
+        ahead = columns - rows.unsqueeze(1)                             # of the oldest position in the window
         own = seen.unsqueeze(1) == number.reshape(-1, self.block, 1)
         self.mask = (own & (ahead >= 0) & (ahead < self.window)).unsqueeze(1)                 # [G, 1, C, L]
     def _blocks(self, whole: Tensor) -> Tensor:

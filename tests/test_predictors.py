@@ -1,5 +1,6 @@
 """Streaming, adapters, tilt and mixture against slow restatements; every predictor against itself, token by token."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -156,7 +157,7 @@ def test_score_equals_next(name, tokens, rt, ledger):
         assert abs(log_p.logsumexp(0).item()) < 1e-12
         nats.append(-log_p[token].item())
         log_p = steps.send(token) if number < 300 else None
-    np.testing.assert_allclose(score.nats, nats, atol=1e-5 if "lora" not in name else 1e-4)
+    np.testing.assert_allclose(score.nats, nats, atol=1e-5)
     assert abs(score.nats.mean(dtype=np.float64) - np.mean(nats)) < 1e-5
 
 
@@ -182,6 +183,17 @@ def test_every_switch_acts(tokens, rt, ledger):
                loss(**LORA, ttt_lr=0.02), loss(**LORA, ttt_docs=2), loss(**LORA, qttt=True, ttt_freeze_blocks=2),
                loss(**LORA, ttt_freeze_blocks=1)]
     assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("name", ["sliding", "sliding ttt", "tilt", "mix", "lora", "streaming ttt tilt mix"])
+def test_compiled_as_eager(name, tokens, rt, ledger):
+    torch.compiler.reset()
+    compiling, losses = copy.copy(rt), []
+    compiling.compile = lambda function: torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    for runtime in (rt, compiling):
+        cfg, predictor = build(runtime, **NESTINGS[name])
+        losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss)
+    assert abs(losses[0] - losses[1]) < 1e-5
 
 
 RANKS = """
