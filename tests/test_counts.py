@@ -101,6 +101,9 @@ def test_distributions_sum_to_one_and_hold_the_target(docs, rng):
     for a, b in zip(every[1:], own[1:]):
         np.testing.assert_array_equal(a, b)
     assert (own.rank == len(ORDERS)).any() and (own.rank == 1).any()
+    some = np.array([700, 3, 2999, 3])                                  # asked again, elsewhere, and backwards
+    for a, b in zip(counts.every(some), every):
+        np.testing.assert_array_equal(a, b[some])
 
 
 def test_counts_know_nothing_of_later_tokens(rng):
