@@ -1367,7 +1367,11 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
 # Work on the device: ids [B, T], zero-padded at the right; row b scores its last S inputs, whose targets
 # [B, S] are number index [B, S] of the stream; the first valid[b] of them are real. lead: the tokens before;
 # slots: which adapters the rows have.
-Batch = namedtuple("Batch", "ids targets index valid lead slots", defaults=(None, None))
+class Batch(namedtuple("Batch", "ids targets index valid lead slots", defaults=(None, None))):
+    @property
+    def real(self) -> np.ndarray:
+        """Which of the targets are [B, S] bool."""
+        return np.arange(self.targets.size(1)) < self.valid[:, None]
 
 def make_batch(tokens: np.ndarray, starts: np.ndarray, length: int, index: np.ndarray, valid: np.ndarray,
                rt: Runtime, **rest: Any) -> Batch:
@@ -1440,7 +1444,7 @@ class Documents:
             members = np.arange(lo, min(lo + self.slots, len(self.starts)))
             yield [(members[self.chunks[members] > c], c) for c in range(self.chunks[members].max())]
     def samples(self, positions: int) -> tuple[tuple[np.ndarray, int], ...]:
-        return next(self.units(0))[0], next(self.units(0))[-1]
+        return (first := next(self.units(0)))[0], first[-1]
     def span(self, units: Sequence[tuple[np.ndarray, int]]) -> tuple[int, int]:
         return self.starts[units[0][0][0]], self.ends[units[0][0][-1]]
     def part(self, unit: tuple[np.ndarray, int], rank: int, world: int) -> tuple[np.ndarray, int]:
@@ -1575,8 +1579,7 @@ class PrefixCounts:
     """What exact counts say after a prefix of the tokens, for every token that could follow: `every`."""
     def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
         self.tokens, self.vocab, self.bos = tokens, cfg.vocab_size, cfg.bos_id if cfg.ngram_docs else None
-        self.asked, self.answer = None, None
-        self.unigram, self.upto = np.zeros(self.vocab, np.int64), 0
+        self.asked, self.answer, self.upto, self.unigram = None, None, 0, np.zeros(self.vocab, np.int64)
     def _after(self, j: int) -> Grams:
         if self.upto > j + 1:
             self.unigram, self.upto = np.zeros_like(self.unigram), 0
@@ -1907,6 +1910,10 @@ class Nested(Predictor):
         self.base, self.cfg = base, cfg
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
+    def gated(self, hidden: Tensor, p: Tensor, ratios: Tensor) -> Tensor:
+        """p [..., C] mixed with ratios [..., C, K] by the model's own head."""
+        gate = self.model.alpha_head(hidden).double().unsqueeze(-2)
+        return mix(gate.expand(*ratios.shape[:-1], -1), p, ratios)
 
 class Adapting(Nested):
     """Test-time training: learns every chunk after it was charged (PR 834), or everything before (PR 489).
@@ -1984,8 +1991,7 @@ class Hashed(Nested):
         ratios = counts.every(index) if ids.size(-1) > 1 else counts.of(index)[..., None, :]
         ratios = self.rt.put(ratios).double()                                              # [..., C, K]
         if cfg.ngram == "gated":
-            gate = self.model.alpha_head(out[1]).double().unsqueeze(-2)
-            return mix(gate.expand(*ratios.shape[:-1], -1), p, ratios).clamp(1e-12, 1)
+            return self.gated(out[1], p, ratios).clamp(1e-12, 1)
         ratio, alpha = ratios.amax(-1), cfg.ngram_alpha                 # no more than one order counts
         if cfg.ngram == "backoff":
             weight = torch.sigmoid(2 * (entropy(out[0]) - 4)).double().unsqueeze(-1)
@@ -2010,14 +2016,14 @@ class Online(Nested):
             row = row * levels + feature.clamp(0, levels - 1).long()
         return row
     def grams(self, index: np.ndarray, ids: Tensor, counts: Any) -> Grams:
-        """Exact counts on the device: q [..., C, K], the rest [...]."""
+        """Exact counts on the device: q [..., C, K], the rest [...]; count at least 1."""
         grams = counts.every(index) if ids.size(-1) > 1 else counts.of(index)
-        q, *facts = map(self.rt.put, grams)
-        return Grams(q if ids.size(-1) > 1 else q.unsqueeze(-2), *facts)
+        grams = Grams(*map(self.rt.put, grams))
+        return grams._replace(q=grams.q if ids.size(-1) > 1 else grams.q.unsqueeze(-2),
+                              count=grams.count.clamp(min=1))
     def charged(self, batch: Batch) -> None:
-        real = np.arange(batch.targets.size(1)) < batch.valid[:, None]
         if self.noted:
-            self.fresh.index_add_(0, *(part[torch.from_numpy(real)] for part in self.noted))
+            self.fresh.index_add_(0, *(part[torch.from_numpy(batch.real)] for part in self.noted))
         self.base.charged(batch)
     def observe(self, tokens: np.ndarray, progress: float) -> None:
         self.seen += self.rt.sum_(self.fresh)
@@ -2042,8 +2048,7 @@ class Tilt(Online):
         grams = self.grams(index, ids, counts)
         known, hint = grams.agree > 0, grams.hint.long().unsqueeze(-1)
         p, h = self.base.chances(out, index, torch.cat((ids, hint), -1), counts).tensor_split((-1,), -1)
-        share = grams.agree / grams.count.clamp(min=1)
-        bucket = self.bucket(grams.rank, grams.count.clamp(min=1).log2().floor(), (4 * share).floor(),
+        bucket = self.bucket(grams.rank, grams.count.log2().floor(), (4 * grams.agree / grams.count).floor(),
                              4 + (h.squeeze(-1).logit(1e-9) / 1.5).floor())
         hits, trials = self.seen[bucket].unsqueeze(-2).unbind(-1)                              # [..., 1]
         top = torch.where(known.unsqueeze(-1), torch.maximum(h, hits / trials), h)
@@ -2065,11 +2070,10 @@ class Mixed(Online):
     def chances(self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any) -> Tensor:
         grams, p = self.grams(index, ids, counts), self.base.chances(out, index, ids, counts)
         if self.cfg.mixer_head:
-            gate = self.model.alpha_head(out[1]).double().unsqueeze(-2)
-            q = grams.q[..., [NGRAM_ORDERS.index(order) for order in self.cfg.ngram_orders]]
-            return mix(gate.expand(*q.shape[:-1], -1), p, q)
+            orders = [NGRAM_ORDERS.index(order) for order in self.cfg.ngram_orders]
+            return self.gated(out[1], p, grams.q[..., orders])
         doubt = (4 * entropy(out[0]) / math.log(out[0].size(-1))).floor()
-        bucket = self.bucket(grams.rank, grams.count.clamp(min=1).log2().floor(), doubt)
+        bucket = self.bucket(grams.rank, grams.count.log2().floor(), doubt)
         weights = self.seen[bucket].unsqueeze(-2)                                           # [..., 1, 1 + K]
         parts = weights / weights.sum(-1, keepdim=True) * torch.cat((p.unsqueeze(-1), grams.q), -1)
         total = parts.sum(-1)
@@ -2108,10 +2112,9 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
 
     Units of work are the same for any number of processes, which take consecutive shares of every chunk.
     """
-    plan, targets = predictor.plan(tokens), len(tokens) - 1
+    plan, rows, targets = predictor.plan(tokens), predictor.rows(cfg), len(tokens) - 1
     alone = predictor.reach and predictor.chunk             # what carries on and learns runs on every process
     rank, world = (0, 1) if alone or predictor.shares == "rows" else (rt.rank, rt.world)
-    rows = predictor.rows(cfg)
     score = Score(predictor.name, np.zeros(targets, np.float32), table.count(tokens),
                   predictor.fault, not cfg.val_tokens, np.zeros(targets, np.uint8))
     with ledger.phase(predictor.name):
@@ -2159,8 +2162,7 @@ def evaluate(predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, 
 
 def _charge(score: Score, batch: Batch, nats: Tensor) -> tuple[float, int]:
     """Books a batch's charges; their sum and number."""
-    real = np.arange(nats.size(1)) < batch.valid[:, None]
-    index, values = batch.index[real], nats.float().cpu().numpy()[real]
+    index, values = batch.index[batch.real], nats.float().cpu().numpy()[batch.real]
     score.nats[index] = values
     score.coverage[index] += 1
     return values.sum(dtype=np.float64), len(values)
@@ -2496,7 +2498,7 @@ def audit_future(predictor: Predictor, batch: Batch, counts: Any, vocab: int) ->
 
 def audit_distribution(predictor: Predictor, batch: Batch, score: Score, tolerance: float) -> Verdict:
     """At 256 positions the probabilities sum to one and the target's entry is what was charged (C2)."""
-    real = np.argwhere(np.arange(batch.targets.size(1)) < batch.valid[:, None])
+    real = np.argwhere(batch.real)
     rows, at = real[np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)].T
     log_p = predictor.full(batch, score.counts, rows, at)                                        # [256, V]
     entries = log_p.gather(1, batch.targets.cpu()[rows, at][:, None]).squeeze(1).numpy()
@@ -2761,15 +2763,14 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
         state = predictor.snapshot()                                    # what a stage learns ends with it
         with access_watch().watching("fineweb_train") as accessed:
             score = evaluate(predictor, tokens, table, cfg, rt, ledger)
+        with ledger.phase("audit"):
+            checks = audit(score, predictor, tokens, table, cfg, rt, stages, accessed) if score else {}
+            predictor.restore(state)
+            if score and cfg.mode == "audit":
+                checks |= audit_again(Rescorer(build, model, rt, cfg, table, ledger), tokens, cfg, predictor)
         if score is None:
             ledger.result["stages"][name], code = {"skipped": "MAX_EVAL_SECONDS"}, code or OVER_TIME
         else:
-            with ledger.phase("audit"):
-                checks = audit(score, predictor, tokens, table, cfg, rt, stages, accessed)
-                predictor.restore(state)
-                if cfg.mode == "audit":
-                    scores = Rescorer(build, model, rt, cfg, table, ledger)
-                    checks |= audit_again(scores, tokens, cfg, predictor)
             record, final = score.record(), f"final_{cfg.compressor}_{name}"
             mass = "" if record["normalised"] else f" vocabulary_mass:{score.mass:.2f}"
             ledger.log(f"{final} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} eval_time:"
@@ -2783,7 +2784,6 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, ledger: Ledger) -> int
                 stages[name], ledger.result["result"] = score.bpb, dict(stage=name, **record)
             code = AUDIT_FAILED if any(c["verdict"].startswith("FAIL") for c in checks.values()) else code
             ledger.save()
-        predictor.restore(state)
     with ledger.phase("sample"):
         if cfg.sample_tokens:
             ledger.log(f"sample: {sample(model, table, cfg, rt)}")
