@@ -6,8 +6,8 @@ import struct
 import subprocess
 import sys
 
+import export
 import numpy as np
-import prepare
 import pytest
 import sentencepiece
 import torch
@@ -110,9 +110,9 @@ def table(request, tmp_path_factory):
     if request.param == "byte260":
         return tg.ByteTable.bytes260()
     if request.param == "trained":
-        prepare.train_tokenizer(SENTENCES, 330, path)
+        export.train_tokenizer(SENTENCES, 330, path)
     elif request.param.startswith("trained"):
-        recipe = dict(prepare.RECIPE, add_dummy_prefix=True, vocab_size=330, minloglevel=2)
+        recipe = dict(export.RECIPE, add_dummy_prefix=True, vocab_size=330, minloglevel=2)
         prefix = str(path.with_suffix(""))
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_prefix=prefix, **recipe)
     else:

