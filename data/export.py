@@ -151,13 +151,13 @@ def document_hash(tokens: np.ndarray) -> bytes:
 
 
 def _encode(texts: list[str]) -> list[tuple[np.ndarray, bytes, int]]:
-    """Documents -> their tokens after a document start (uint16), their hash, their bytes of text."""
-    bos, parts = bos_of(_table), []
+    """Documents -> their tokens after a document start (uint16), their hash, their bytes of text.
+
+    The document start is a control token, which no text is encoded to: documents stay apart.
+    """
+    parts = []
     for text in texts:
-        ids = _table.encode(text)
-        if bos in ids:
-            raise InputError(f"a document holds the tokenizer's document start (token {bos}): {text[:60]!r}")
-        tokens = np.array([bos, *ids], dtype=np.uint16)
+        tokens = np.array([bos_of(_table), *_table.encode(text)], dtype=np.uint16)
         parts.append((tokens, document_hash(tokens[1:]), len(text.encode())))
     return parts
 

@@ -1,5 +1,6 @@
 """Shards, the token stream, batches and bytes."""
 
+import hashlib
 import pydoc_data.topics
 import struct
 
@@ -186,3 +187,18 @@ def test_bad_tokenizers(tmp_path):
 def test_batches_reach_the_device_as_int64(rt, stream):
     ids, _ = stream[0].batch(0, tg.Config(**TINY))
     assert rt.put(ids).dtype == torch.int64
+
+
+def test_identity_of_shards(tmp_path):
+    """Of training the first and last shard, of validation every one; the line says the first."""
+    for split in ("train", "val"):
+        for number in range(3):
+            tg.write_shard(tmp_path / f"fineweb_{split}_{number:06d}.bin", np.array([1, 5 + number, 6]))
+    cfg = tg.Config(**dict(TINY, data_path=str(tmp_path)))
+    hashes = {split: [hashlib.sha256(path.read_bytes()).hexdigest() for path in tg.shard_paths(cfg, split)]
+              for split in ("train", "val")}
+    fields, line = tg.shards_identity(cfg, "train", 9)
+    assert fields == {"train_dataset": tmp_path.name, "train_shards": 3, "train_tokens": 9,
+                      "train_sha256": hashes["train"][::2]}
+    assert line == f"train_loader:dataset:{tmp_path.name} train_shards:3 tokens:9 first_sha256:{hashes['train'][0]}"
+    assert tg.shards_identity(cfg, "val", 9)[0]["val_sha256"] == hashes["val"]

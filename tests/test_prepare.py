@@ -85,7 +85,7 @@ def test_the_manifest_has_the_exporters_fields_and_ours(prepared):
     stats, val = dataset["stats"], DOCUMENTS[::10]
     assert (stats["docs_total"], stats["docs_val"]) == (len(DOCUMENTS), len(val))
     assert stats["files_total"] == 2 and stats["tokens_total"] == stats["tokens_val"] + stats["tokens_train"]
-    assert dataset["text_bytes"]["val"] == sum(len(text.encode()) for text in val)
+    assert dataset["text_bytes"]["val"] == sum(len(text.encode()) for text in val) and dataset["left_out"] == 0
     assert (dataset["vocab_size"], dataset["bos_id"], dataset["recommended_bigram_vocab_size"]) == (500, 1, 2560)
     assert tokenizer["name"] == dataset["tokenizer_name"] and tokenizer["sha256"] == tg.sha256(
         prepared / tokenizer["model_path"])
@@ -161,6 +161,18 @@ def test_interruption_leaves_nothing_under_a_final_name(corpus, tmp_path, monkey
     monkeypatch.setattr(export.Exporter, "write", broken)
     assert prepare.main([*map(str, TEXT), str(corpus), "--root", str(tmp_path)], {}) == 130
     assert not shard_bytes(tmp_path)
+
+
+def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monkeypatch, capsys):
+    def broken(*args, **entries):
+        raise OSError(28, "No space left on device")
+
+    args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path), "--tokenizer", "byte260", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "add", broken)
+        assert prepare.main(args, {}) == 64 and "No space left on device; nothing" in capsys.readouterr().err
+    assert not shard_bytes(tmp_path)
+    assert prepare.main(args, {}) == 0
 
 
 def test_a_killed_process_of_the_pool_is_an_error(corpus, prepared, tmp_path, monkeypatch, capsys):
@@ -251,16 +263,18 @@ def test_bad_input_is_named(name, text, options, message, tmp_path, capsys):
     assert not shard_bytes(tmp_path / "root") or not (tmp_path / "root").exists()
 
 
-def test_a_document_start_inside_a_document_is_refused(tmp_path, capsys):
+def test_a_document_start_that_text_can_spell_is_refused(tmp_path, capsys):
     """A tokenizer that turns text into its document start would make two documents of one."""
     texts = [f"some <s> text {i}" for i in range(50)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(tmp_path / "odd"), vocab_size=290, minloglevel=2,
-        **dict(export.RECIPE, bos_id=-1, user_defined_symbols=["<s>"], hard_vocab_limit=False))
+        **dict(export.RECIPE, user_defined_symbols=["<s>"]))
     path = jsonl(tmp_path / "a.jsonl", texts)
     args = ["text", str(path), "--name", "x", "--root", str(tmp_path / "root"),
             "--tokenizer", str(tmp_path / "odd.model")]
-    assert prepare.main(args, {}) == 64 and "document start" in capsys.readouterr().err
+    assert prepare.main(args, {}) == 64
+    assert "odd.model: has no document start (bos_id)" in capsys.readouterr().err
+    assert not shard_bytes(tmp_path / "root")
 
 
 def test_another_tokenizer_of_the_same_name_is_refused(prepared, corpus, tmp_path, capsys):
@@ -326,7 +340,7 @@ def test_official_shards_are_reproduced_bit_for_bit(tmp_path):
     path = jsonl(tmp_path / "docs.jsonl", [*val, *train])
     args = ("--name", "web", "--root", tmp_path, "--val-docs", len(val))
     done = tool("export", path, *args, "--tokenizer", WEB / "tokenizers/fineweb_1024_bpe.model")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "left out" not in done.stdout, done.stderr
     for split in ("val", "train"):
         name = f"fineweb_{split}_000000.bin"
         assert (tmp_path / "datasets/web" / name).read_bytes() == (WEB / "web_sp1024" / name).read_bytes()
