@@ -371,7 +371,7 @@ class Export:
         kind, name = ("sentencepiece_bpe", tokenizer.stem) if tokenizer else ("byte", "pure_byte_260")
         special = table.processor
         common = {"vocab_size": table.vocab_size, "bos_id": bos_of(table), "eos_id": special.eos_id() if special else 2,
-                  "recommended_bigram_vocab_size": 128 * math.ceil(5 * table.vocab_size / 128)}
+                  "recommended_bigram_vocab_size": 5 * 128 * math.ceil(table.vocab_size / 128)}
         totals = {key: stats["val"][key] + stats["train"][key] for key in ("docs", "files", "tokens")}
         model = {"model_path": f"tokenizers/{tokenizer.name}", "sha256": sha256(tokenizer)} if tokenizer else {}
         return {

@@ -535,7 +535,8 @@ def entries(request: Request, remote: manifest.Entry, where: str) -> tuple[manif
     dataset = manifest.entry(remote, "datasets", request.name)
     if dataset is None:
         there = ", ".join(sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"]))
-        raise InputError(f"--variant {request.variant}: {where} has {there}")
+        raise InputError(f"--variant {request.variant}: {where} has {there}; other tokenizations are made from the "
+                         "documents (--with-docs) by `prepare.py export`")
     tokenizer = manifest.entry(remote, "tokenizers", dataset.get("tokenizer_name"))
     stats = dataset.get("stats") or {}
     numbers = [stats.get("files_val"), stats.get("files_train"), (tokenizer or {}).get("vocab_size")]

@@ -356,6 +356,9 @@ def in_bytes(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("bytes")
     done = tool("text", corpus, "--name", "raw", "--root", root, "--tokenizer", "byte260", "--val-every", 10)
     assert done.returncode == 0 and "TOKENIZER_PATH=byte260 VOCAB_SIZE=260" in done.stdout
+    tokenizer, = manifest.read(root)["tokenizers"]
+    assert tokenizer == {"name": "pure_byte_260", "kind": "byte", "vocab_size": 260, "bos_id": 1, "eos_id": 2,
+                         "pad_id": 0, "unk_id": 3, "recommended_bigram_vocab_size": 1920}
     return root / "datasets/raw"
 
 
