@@ -14,6 +14,7 @@ nothing under a final name. Exit codes: 0 done, 6 verify found a fault, 64 refus
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     fineweb = commands.add_parser("fineweb", help="the published shards and tokenizer")
     hub.add_arguments(fineweb)
-    demo = commands.add_parser("demo", help="the CPU track's corpus")
+    demo = commands.add_parser("demo", help="the CPU track's corpus: datasets/sotu_sp1024")
+    demo.add_argument("--tokenizer", default="", choices=("byte260",), help="bytes instead: datasets/sotu_byte260")
+    demo.add_argument("--vocab-size", type=int, default=SMALL.vocab_size, help="or N pieces: datasets/sotu_spN")
     text = commands.add_parser("text", help="your own files, with defaults for small corpora")
     exported = commands.add_parser("export", help="your own files, as the challenge's data was made")
     for command in (fineweb, demo, text, exported):
@@ -77,7 +80,9 @@ def exporter(args: argparse.Namespace) -> export.Export:
     if args.workers < 1:
         raise InputError(f"--workers {args.workers}: expected 1 or more")
     if args.command == "demo":
-        return export.Export(corpora.demo_corpus(), SMALL, args.root, "sotu_sp1024", args.workers)
+        plan = dataclasses.replace(SMALL, given=args.tokenizer, vocab_size=args.vocab_size)
+        name = f"sotu_{args.tokenizer or f'sp{args.vocab_size}'}"
+        return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
     if Path(args.name).name != args.name or args.name.startswith("."):
         raise InputError(f"--name {args.name}: expected the name of a folder below datasets/")
     asked = (args.val_docs, args.val_every)

@@ -1,6 +1,7 @@
 """Shards, the token stream, batches and bytes."""
 
 import hashlib
+import json
 import pydoc_data.topics
 import struct
 
@@ -150,8 +151,9 @@ def check_table(path, texts):
         ids = table.encode(text)
         stream += [1, *ids]
         sizes.append(len(table.processor.decode(ids).encode()))
-    counted = table.count(np.array(stream))
-    assert counted.sum() == sum(sizes)
+    starts = np.flatnonzero(np.array(stream) == 1)
+    counted = np.add.reduceat(table.count(np.array([*stream, 1])), starts)     # the last charge is the added start's: 0
+    assert counted.tolist() == sizes
     assert tg.audit_bytes(np.array(stream), table, 1)[0] is None
     wrong = tg.ByteTable(table.sizes + (np.arange(table.vocab_size) == stream[5]), table.marked, table.boundary, "x",
                          table.processor)
@@ -169,9 +171,11 @@ def test_word_mark_counts_unless_a_control_token_is_before(small_tokenizer):
     assert table.count(np.array([1, word, word, byte, word, 3, word, letter, 0])).tolist() == [3, 4, 1, 4, 0, 3, 1, 0]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the official tokenizers are not here")
-def test_byte_table_of_the_official_tokenizer():
-    check_table(SHARED / "data/tokenizers/fineweb_1024_bpe.model", TEXTS)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published tokenizers are not here")
+@pytest.mark.parametrize("path", sorted((SHARED / "data/tokenizers").glob("*.model")), ids=lambda path: path.stem)
+def test_byte_table_of_the_published_tokenizers(path):
+    with open(SHARED / "data/web_val.jsonl", encoding="utf-8") as file:
+        check_table(path, [*TEXTS, *(json.loads(line)["text"] for line in file)])
 
 
 def test_bad_tokenizers(tmp_path):
