@@ -55,14 +55,14 @@ class TokenizerPlan:
 
     given: str = ""
     vocab_size: int = 1024
-    train_docs: int = 50_000                            # the first so many training documents train it
+    tokenizer_train_docs: int = 50_000                  # the first so many training documents train it
     max_sentence_length: int = OFFICIAL_SENTENCE_BYTES
 
     def identity(self) -> dict[str, Any]:
         """What of this determines the tokens, for the manifest."""
         if self.given:
             return {"tokenizer_sha256": self.given if self.given == "byte260" else sha256(Path(self.given))}
-        return {"vocab_size": self.vocab_size, "tokenizer_train_docs": self.train_docs,
+        return {"vocab_size": self.vocab_size, "tokenizer_train_docs": self.tokenizer_train_docs,
                 "max_sentence_length": self.max_sentence_length}
 
     def table(self) -> ByteTable:
@@ -347,7 +347,7 @@ class Export:
             return Path(shutil.copy(self.plan.given, self.draft / "tokenizer"))
         path = self.draft / "tokenizer" / f"{self.name}_bpe.model"
         print(f"training a tokenizer of {self.plan.vocab_size} pieces", flush=True)
-        documents = itertools.islice(self.corpus.documents("train"), self.plan.train_docs)
+        documents = itertools.islice(self.corpus.documents("train"), self.plan.tokenizer_train_docs)
         skipped = train_tokenizer(documents, self.plan.vocab_size, path, self.plan.max_sentence_length)
         print("\n".join(skipped.told()), flush=True)
         return path

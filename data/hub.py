@@ -88,21 +88,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replace", action="store_true", help="overwrite valid files of other content")
 
 
-def default_place(env: Mapping[str, str]) -> tuple[Path, str]:
-    """Data folder and variant that DATA_PATH names (default < config file < environment, as for train_gpt.py).
-
-    InputError if the last two folders of DATA_PATH are not datasets/fineweb10B_<variant>.
-    """
+def folder_of_settings(env: Mapping[str, str]) -> Path:
+    """The folder that DATA_PATH names (default < config file < environment, as for train_gpt.py)."""
     values, problems = tg.read_settings(env)
     for problem in problems:
         demand(not problem.startswith("CONFIG="), problem)
-    text = values.get("data_path", tg.Config.data_path)
-    folder = tg.SCRIPT.parent / text
+    return tg.SCRIPT.parent / values.get("data_path", tg.Config.data_path)
+
+
+def variant_of(folder: Path) -> str:
+    """The variant in a folder's name; InputError if it is none of a published dataset."""
     named = re.fullmatch(rf"fineweb10B_({VARIANT})", folder.name)
-    demand(named, f"DATA_PATH={text}: names no published dataset (fineweb10B_<variant>); --variant chooses one")
+    demand(named, f"DATA_PATH={folder}: names no published dataset (fineweb10B_<variant>); --variant chooses one")
+    return named[1]
+
+
+def root_of(folder: Path) -> Path:
+    """The data folder around a folder of shards."""
     demand(folder.parent.name == "datasets",
-           f"DATA_PATH={text}: expected <folder>/datasets/{folder.name}; --root chooses the folder")
-    return folder.parent.parent, named[1]
+           f"DATA_PATH={folder}: expected <folder>/datasets/{folder.name}; --root chooses the folder")
+    return folder.parent.parent
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ import hub
 import verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError
+from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, demand
 
 HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130
+OFFICIAL = export.TokenizerPlan()
 SMALL = export.TokenizerPlan(max_sentence_length=1 << 20)      # a small corpus cannot spare its long documents
 
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     hub.add_arguments(fineweb)
     demo = commands.add_parser("demo", help="the CPU track's corpus: datasets/sotu_sp1024")
     demo.add_argument("--tokenizer", default="", choices=("byte260",), help="bytes instead: datasets/sotu_byte260")
-    demo.add_argument("--vocab-size", type=int, default=SMALL.vocab_size, help="or N pieces: datasets/sotu_spN")
+    demo.add_argument("--vocab-size", type=int, metavar="N", help="or N pieces: datasets/sotu_spN")
     text = commands.add_parser("text", help="your own files, with defaults for small corpora")
     exported = commands.add_parser("export", help="your own files, as the challenge's data was made")
     for command in (fineweb, demo, text, exported):
@@ -60,42 +61,51 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_export_arguments(command: argparse.ArgumentParser, small: bool) -> None:
     """Options of `text` and `export`: one command, two sets of defaults."""
-    plan = SMALL if small else export.TokenizerPlan()
+    plan = SMALL if small else OFFICIAL
     command.add_argument("files", nargs="+", type=Path, help=".jsonl (field text) or .txt (running text) files")
     command.add_argument("--name", required=True, help="name of the dataset")
     command.add_argument("--tokenizer", default="", help="model file or byte260 (default: train one)")
-    command.add_argument("--vocab-size", type=int, default=plan.vocab_size, help="of the tokenizer to be trained")
-    command.add_argument("--tokenizer-train-docs", type=int, default=plan.train_docs,
-                         help="the first so many training documents train it")
-    command.add_argument("--max-sentence-length", type=int, default=plan.max_sentence_length,
-                         help="bytes; its trainer skips longer documents (official: 4192)")
+    command.add_argument("--vocab-size", type=int, help=f"of the tokenizer to be trained (default: {plan.vocab_size})")
+    command.add_argument("--tokenizer-train-docs", type=int,
+                         help=f"the first so many training documents train it ({plan.tokenizer_train_docs})")
+    command.add_argument("--max-sentence-length", type=int,
+                         help=f"bytes; its trainer skips longer documents (default: {plan.max_sentence_length})")
     split = command.add_mutually_exclusive_group()
     split.add_argument("--val-docs", type=int, help="the first so many documents validate (default of export: 50000)")
     split.add_argument("--val-every", type=int, help="every n-th document validates (default of text: 100)")
-    command.set_defaults(split=(None, 100) if small else (verify.VAL_DOCS, None))
+    command.set_defaults(plan=plan, split=(None, 100) if small else (verify.VAL_DOCS, None))
+
+
+def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.TokenizerPlan:
+    """The tokenizer that the options ask for, with what they leave open taken from a plan."""
+    names = ("vocab_size", "tokenizer_train_docs", "max_sentence_length")
+    asked = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    for name, value in asked.items():
+        option = f"--{name.replace('_', '-')} {value}"
+        demand(value > 0, f"{option}: expected 1 or more")
+        demand(not args.tokenizer, f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}")
+    return dataclasses.replace(plan, given=args.tokenizer, **asked)
 
 
 def exporter(args: argparse.Namespace) -> export.Export:
     """The job of `demo`, `text` or `export`."""
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: expected 1 or more")
+    demand(args.workers > 0, f"--workers {args.workers}: expected 1 or more")
     if args.command == "demo":
-        plan = dataclasses.replace(SMALL, given=args.tokenizer, vocab_size=args.vocab_size)
-        name = f"sotu_{args.tokenizer or f'sp{args.vocab_size}'}"
+        plan = plan_of(args, SMALL)
+        name = f"sotu_{args.tokenizer or f'sp{plan.vocab_size}'}"
         return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
-    if Path(args.name).name != args.name or args.name.startswith("."):
-        raise InputError(f"--name {args.name}: expected the name of a folder below datasets/")
+    demand(Path(args.name).name == args.name and not args.name.startswith("."),
+           f"--name {args.name}: expected the name of a folder below datasets/")
     asked = (args.val_docs, args.val_every)
     corpus = corpora.file_corpus(args.files, *(args.split if asked == (None, None) else asked))
-    plan = export.TokenizerPlan(args.tokenizer, args.vocab_size, args.tokenizer_train_docs, args.max_sentence_length)
-    return export.Export(corpus, plan, args.root, args.name, args.workers)
+    return export.Export(corpus, plan_of(args, args.plan), args.root, args.name, args.workers)
 
 
 def fetch(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """The job of `fineweb`: what the settings name, unless options say otherwise."""
-    place, variant = (None, args.variant) if args.root and args.variant else hub.default_place(env)
-    return hub.fetch(args.root or place, args.variant or variant, args.train_shards, args.with_docs, env,
-                     args.revision, args.workers, args.replace)
+    folder = hub.folder_of_settings(env)
+    return hub.fetch(args.root or hub.root_of(folder), args.variant or hub.variant_of(folder), args.train_shards,
+                     args.with_docs, env, args.revision, args.workers, args.replace)
 
 
 def main(argv: list[str], env: Mapping[str, str]) -> int:
@@ -111,7 +121,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; nothing incomplete has a final name, the same command goes on", file=sys.stderr)
+        print("interrupted; nothing incomplete has a final name, the same command finishes the work", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -725,18 +725,29 @@ def test_final_names_appear_in_order(world):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_default_place(tmp_path):
+def test_default_place(tmp_path, monkeypatch, capsys):
+    """What settings name, option by option, as the command asks for it."""
     import hub
+    import prepare
 
-    assert hub.default_place({}) == (ROOT / "data", "sp1024")
-    assert hub.default_place({"DATA_PATH": "/x/datasets/fineweb10B_byte260"}) == (Path("/x"), "byte260")
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda root, variant, *rest: asked.append((root, variant)) or {})
+
+    def place(*options, **env):
+        assert prepare.main(["fineweb", *options], env) == 0
+        return asked[-1]
+
+    assert place() == (ROOT / "data", "sp1024")
+    assert place(DATA_PATH="/x/datasets/fineweb10B_byte260") == (Path("/x"), "byte260")
     file = tmp_path / "config.env"
     file.write_text("DATA_PATH=./data/datasets/fineweb10B_sp8192\n")
-    assert hub.default_place({"CONFIG": str(file)}) == (ROOT / "data", "sp8192")
-    both = {"CONFIG": str(file), "DATA_PATH": "y/datasets/fineweb10B_sp4096"}
-    assert hub.default_place(both) == (ROOT / "y", "sp4096")
+    assert place(CONFIG=str(file)) == (ROOT / "data", "sp8192")
+    assert place(CONFIG=str(file), DATA_PATH="y/datasets/fineweb10B_sp4096") == (ROOT / "y", "sp4096")
+    assert place("--variant", "sp8192", DATA_PATH="/x/datasets/mine") == (Path("/x"), "sp8192")
+    assert place("--root", "/y", DATA_PATH="/fineweb10B_sp4096") == (Path("/y"), "sp4096")
+    assert place("--root", "/y", "--variant", "sp8192", DATA_PATH="/x") == (Path("/y"), "sp8192")
     for env, words in (({"DATA_PATH": "data/datasets/sotu_sp1024"}, "names no published dataset .*--variant"),
                        ({"DATA_PATH": "/x/fineweb10B_sp1024"}, "expected <folder>/datasets/fineweb10B_sp1024; --root"),
                        ({"CONFIG": "nowhere.env"}, "nowhere.env")):
-        with pytest.raises(tg.InputError, match=words):
-            hub.default_place(env)
+        assert prepare.main(["fineweb"], env) == 64
+        assert re.search(words, capsys.readouterr().err)

@@ -167,7 +167,7 @@ def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monk
     def broken(*args, **entries):
         raise OSError(28, "No space left on device")
 
-    args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path), "--tokenizer", "byte260", "--workers", "1"]
+    args = ["text", str(corpus), "--name", "mine", "--root", str(tmp_path), "--tokenizer", "byte260", "--workers", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "add", broken)
         assert prepare.main(args, {}) == 64 and "No space left on device; nothing" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_killed_process_of_the_pool_is_an_error(corpus, prepared, tmp_path, mo
     real = export.Exporter.encoded
     monkeypatch.setattr(export.Exporter, "encoded", lambda self, documents: (
         [self.pool.submit(int).result(), kill(self)] and None or real(self, documents)))
-    args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path), "--tokenizer",
+    args = ["text", str(corpus), "--name", "mine", "--root", str(tmp_path), "--tokenizer",
             str(prepared / "tokenizers/mine_bpe.model"), "--workers", "1"]
     assert prepare.main(args, {}) == 64 and "a process was killed" in capsys.readouterr().err
     assert not shard_bytes(tmp_path)
@@ -249,6 +249,9 @@ def test_odd_documents(tmp_path):
     ("a.txt", "tiny", ["--val-every", "1"], "--val-every 1: expected 2 or more"),
     ("a.txt", "tiny", ["--val-docs", "0"], "--val-docs 0: expected 1 or more"),
     ("a.txt", "tiny", ["--workers", "0"], "--workers 0: expected 1 or more"),
+    ("a.txt", "tiny", ["--vocab-size", "0"], "--vocab-size 0: expected 1 or more"),
+    ("a.txt", "tiny", ["--tokenizer-train-docs", "-1"], "--tokenizer-train-docs -1: expected 1 or more"),
+    ("a.txt", "tiny", ["--tokenizer", "byte260", "--vocab-size", "400"], "not for --tokenizer byte260"),
     ("a.txt", "tiny", ["--name", "../x"], "--name ../x: expected the name of a folder"),
     ("a.txt", "tiny", ["--tokenizer", "none.model"], "none.model: no such tokenizer file"),
     ("a.txt", "tiny tiny\n" * 2000, ["--max-sentence-length", "10"], "every document is longer than --max-sentence-"),
