@@ -110,8 +110,9 @@ def drive(call: Call) -> int:
     os.environ.update(call.env)
     sys.path.insert(0, str(ROOT / "data"))
     import hub  # not before: it reads HF_ENDPOINT
+    import transfer
 
-    hub.BACKOFF_SECONDS = 0.01
+    transfer.BACKOFF_SECONDS = 0.01
     if call.free:
         shutil.disk_usage = lambda path: SimpleNamespace(free=call.free)
     if not call.links:

@@ -1,0 +1,356 @@
+"""Downloads from a dataset repository of the Hugging Face hub that end whole, or go on where they stopped.
+
+`Repository` lists the files of one commit with sizes and hashes; `Downloads` brings files into a folder of partial
+files; `persist` repeats what a network may spoil; `Progress` runs threads that stop at once. Knows nothing of datasets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import queue
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging, parse_ratelimit_headers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+from train_gpt import InputError, demand
+
+T, R = TypeVar("T"), TypeVar("R")
+
+ATTEMPTS = 6                        # in a row that bring not one byte
+BACKOFF_SECONDS = 1.0               # the first pause; it doubles
+LONGEST_PAUSE = 300.0
+STOP_SECONDS = 1.0                  # a thread that waits for the network longer than this ends with the process
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Incomplete(Exception):
+    """A download ended without an error and has the wrong size."""
+
+
+class Stopped(Exception):
+    """The job ends; a thread gives up where it is."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patience
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """A line on stderr, above the bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def is_transient(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx2.TransportError | Incomplete)
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP status {error.response.status_code}"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def pause_after(error: Exception, failures: int) -> float:
+    """Seconds until the next attempt: what the server asks for, else twice the last pause, with jitter."""
+    pause = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
+    if isinstance(error, HfHubHTTPError):
+        asked, limit = error.response.headers.get("Retry-After", ""), parse_ratelimit_headers(error.response.headers)
+        if asked.isdigit():
+            pause = float(asked)
+        elif limit and not limit.remaining:
+            pause = float(limit.reset_in_seconds)
+    return min(pause, LONGEST_PAUSE)
+
+
+def explained(error: Exception) -> str:
+    """Why a request will not be repeated, and what to do about it."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "cannot be asked, HF_HUB_OFFLINE is set, and not all that is wanted is here"
+    if isinstance(error, RevisionNotFoundError):
+        return "no such revision; --revision takes a branch, a tag or a commit"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return (f"not found or not open to you ({reason(error)}); MATCHED_FINEWEB_REPO_ID names the repository, "
+                "a private or gated one needs HF_TOKEN")
+    return reason(error) + ("; the same command goes on where this one stopped" if is_transient(error) else "")
+
+
+def persist(what: str, operation: Callable[[], R], size: Callable[[], int] = lambda: 0,
+            wait: Callable[[float], None] = time.sleep) -> R:
+    """The operation's result, after as many attempts as it takes while they still bring something.
+
+    Transient failures are repeated until ATTEMPTS in a row did not let `size` grow; then, and for all others,
+    InputError says why.
+    """
+    failures, reached = 0, size()
+    while True:
+        try:
+            return operation()
+        except InputError:
+            raise
+        except (httpx2.HTTPError, Incomplete, OfflineModeIsEnabled, ValueError) as error:
+            failures = 1 if size() > reached else failures + 1
+            reached = size()
+            if not is_transient(error) or failures >= ATTEMPTS:
+                raise InputError(f"{what}: {explained(error)}") from None
+            pause = pause_after(error, failures)
+            say(f"{what}: {reason(error)}; goes on in {pause:.0f} s")
+        wait(pause)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One bar in bytes for all threads, and the flag that ends them."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.left, self.bar = label, total, total, None
+        self.stopped, self.lock = threading.Event(), threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Books bytes (negative: lost again); Stopped if the job ends."""
+        if self.stopped.is_set():
+            raise Stopped
+        with self.lock:
+            self.left -= count
+            if self.bar is not None:
+                self.bar.update(count)
+
+    def wait(self, seconds: float) -> None:
+        if self.stopped.wait(seconds):
+            raise Stopped
+
+    def run(self, work: Callable[[T], R], items: Sequence[T], workers: int, finish: Callable[[T, R], None]) -> None:
+        """work(item) in threads, finish(item, result) here and in the order of the items; the first failure ends all.
+
+        The threads are daemons: one that waits for the network must not keep an interrupted process alive.
+        """
+        jobs, done = queue.SimpleQueue(), queue.SimpleQueue()
+        for job in enumerate(items):
+            jobs.put(job)
+
+        def worker() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not self.stopped.is_set():
+                    number, item = jobs.get_nowait()
+                    try:
+                        done.put((number, work(item), None))
+                    except Exception as error:
+                        done.put((number, None, error))
+
+        threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))]
+        self.bar = tqdm(desc=self.label, total=self.total, initial=self.total - self.left, unit="B", unit_scale=True,
+                        mininterval=1, disable=not items)
+        results: dict[int, R] = {}
+        try:
+            for thread in threads:
+                thread.start()
+            for number, item in enumerate(items):
+                while number not in results:
+                    finished, result, error = done.get()
+                    if error:
+                        raise error
+                    results[finished] = result
+                finish(item, results.pop(number))
+        finally:
+            self.stop(threads)
+
+    def stop(self, threads: Sequence[threading.Thread]) -> None:
+        self.stopped.set()
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The repository and its files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    path: str                       # below the data folder
+    size: int                       # bytes
+    hash: str                       # SHA-256 of a large file (LFS), git's SHA-1 of a small one
+    lfs: bool
+
+
+class Repository:
+    """A dataset repository at one commit, seen as the data folder that it mirrors."""
+
+    def __init__(self, repo: str, prefix: str, revision: str):
+        logging.set_verbosity_error()
+        self.id, self.prefix, self.api = repo, prefix, HfApi()
+        self.where = f"{constants.ENDPOINT}/datasets/{self.id}"
+        self.commit = persist(f"{self.where} at {revision}", lambda: self.api.dataset_info(
+            self.id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).sha)
+        # Compressed bodies have no size that a download could be resumed by.
+        self.headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+
+    def remote(self, path: str) -> str:
+        return "/".join(filter(None, (self.prefix, path)))
+
+    def url(self, path: str) -> str:
+        return hf_hub_url(self.id, self.remote(path), repo_type="dataset", revision=self.commit)
+
+    def cached(self, path: str) -> Path | None:
+        """The file in the hub's own cache."""
+        found = try_to_load_from_cache(self.id, self.remote(path), revision=self.commit, repo_type="dataset")
+        return Path(found).resolve() if isinstance(found, str) else None
+
+    def files(self, folder: str = "") -> dict[str, RemoteFile]:
+        """The files of one folder by their paths below the data folder; none if there is no such folder."""
+        def tree() -> list[Any]:
+            try:
+                return [*self.api.list_repo_tree(self.id, self.remote(folder) or None, repo_type="dataset",
+                                                 revision=self.commit)]
+            except EntryNotFoundError:
+                return []
+
+        listed = {}
+        for found in persist(f"{self.where}, folder {self.remote(folder)!r}", tree):
+            path = found.path.removeprefix(f"{self.prefix}/")
+            if isinstance(found, RepoFile) and path == f"{folder}/{Path(path).name}".lstrip("/"):
+                digest = found.lfs.sha256 if found.lfs else found.blob_id
+                listed[path] = RemoteFile(path, found.size, digest, found.lfs is not None)
+        return listed
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def digests(path: Path, lfs: bool, tick: Callable[[int], None]) -> tuple[str, str]:
+    """SHA-256 of a file, and its hash of the kind that the hub lists; tick(bytes) on the way."""
+    listed = hashlib.sha1(b"blob %d\0" % size_of(path))
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            if not lfs:
+                listed.update(block)
+            tick(len(block))
+    return sha256.hexdigest(), (sha256 if lfs else listed).hexdigest()
+
+
+def check_content(path: Path, vocab_size: int | None = None) -> None:
+    """InputError unless a shard's header fits its size, and a tokenizer can be read and has that vocabulary."""
+    if path.suffix == ".bin":
+        tg.read_shard(path)
+    elif path.suffix == ".model":
+        found = tg.ByteTable.from_sentencepiece(path).vocab_size
+        demand(vocab_size in (None, found), f"{path}: {found} tokens, the manifest says {vocab_size}")
+
+
+class Downloads:
+    """Files on their way into the partial folder."""
+
+    def __init__(self, source: Repository, folder: Path, files: Sequence[RemoteFile], vocab_size: int | None = None):
+        self.source, self.folder, self.files, self.vocab_size = source, folder, files, vocab_size
+        with contextlib.suppress(OSError):          # another file system: the worker copies
+            for file in files:
+                self.take_cached(file, os.link)
+        self.progress = Progress("downloading", sum(file.size for file in files))
+        self.progress.add(sum(min(file.size, size_of(self.partial(file))) for file in files))
+
+    def partial(self, file: RemoteFile) -> Path:
+        return self.folder / f"{file.hash[:16]}_{Path(file.path).name}"
+
+    def take_cached(self, file: RemoteFile, take: Callable[[Path, Path], Any]) -> int:
+        """Links or copies a file from the hub's cache unless a part of it is here already; returns its bytes."""
+        cached, partial = self.source.cached(file.path), self.partial(file)
+        if not cached or size_of(cached) != file.size or partial.exists():
+            return 0
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        take(cached, partial)
+        return file.size
+
+    def transfer(self, file: RemoteFile) -> None:
+        """Appends the missing bytes to the partial file; Incomplete if the server sends fewer or more."""
+        path, start = self.partial(file), size_of(self.partial(file))
+        if start > file.size:
+            self.discard(file)
+            start = 0
+        if start == file.size:
+            path.touch()
+            return
+        headers = {**self.source.headers, **({"Range": f"bytes={start}-"} if start else {})}
+        with get_session().stream("GET", self.source.url(file.path), headers=headers,
+                                  timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:
+                self.discard(file)                  # the whole file comes, from its beginning
+            with open(path, "ab", buffering=0) as out:
+                for chunk in response.iter_bytes():
+                    self.write(out, chunk)
+                    if out.tell() > file.size:
+                        break
+        if size_of(path) != file.size:
+            raise Incomplete(f"{size_of(path)} bytes instead of {file.size}")
+
+    def write(self, out: Any, chunk: bytes) -> None:
+        """All of a chunk: an unbuffered file takes what fits on the disk, and complains only when nothing fits."""
+        rest = memoryview(chunk)
+        while rest:
+            count = out.write(rest)
+            rest = rest[count:]
+            self.progress.add(count)
+
+    def discard(self, file: RemoteFile) -> None:
+        lost = min(file.size, size_of(self.partial(file)))
+        self.partial(file).unlink()
+        self.progress.add(-lost)
+
+    def obtain(self, file: RemoteFile) -> str:
+        """A file, whole and right, in the partial folder; returns its SHA-256. Wrong content gets a second chance."""
+        path, what = self.partial(file), f"{self.source.id}: {file.path}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.progress.add(self.take_cached(file, shutil.copyfile))
+            for again in (True, False):
+                persist(what, lambda: self.transfer(file), lambda: size_of(path), self.progress.wait)
+                sha256, found = digests(path, file.lfs, lambda _: self.progress.add(0))
+                if found == file.hash:
+                    check_content(path, self.vocab_size)
+                    return sha256
+                self.discard(file)
+                complaint = f"{what}: the content has the hash {found}, the hub lists {file.hash}"
+                if again:
+                    say(f"{complaint}; downloading it again")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise InputError(f"{self.folder}: {os.strerror(error.errno)}, {self.progress.left} bytes are still missing;"
+                             " what is there is kept, and the same command goes on with it") from None
+        raise InputError(f"{complaint}, twice; nothing has its name")
