@@ -332,6 +332,8 @@ def _cross_checks(c: Config, world: int) -> list[str]:
         (c.tokenizer_path != "byte260" and not c.tokenizer_path.endswith(".model"),
          f"TOKENIZER_PATH={c.tokenizer_path!r}: expected a SentencePiece .model file or byte260"),
         (c.beta1 == 1 or c.beta2 == 1, "BETA1 and BETA2 must be below 1"),
+        (0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+         f"{shown('gptq_reserve_seconds')} must be below {shown('max_wallclock_seconds')}"),
         (c.ngram_buckets & (c.ngram_buckets - 1), f"{shown('ngram_buckets')} must be a power of two"),
         (not c.ngram_primes or not all(0 < prime < 2 ** 32 for prime in c.ngram_primes),
          f"{shown('ngram_primes')}: expected numbers from 1 to 2^32 - 1"),

@@ -277,6 +277,8 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
 def command_new(args: argparse.Namespace) -> int:
     if not (args.seeds or args.collect):
         raise RecordError("new: --seeds or --collect is needed")
+    if args.collect and args.packed:
+        raise RecordError("--packed: finished runs ran the script as it is; `record.py pack` it and run that instead")
     args.track = args.track.removeprefix("track_")
     final = args.records / f"track_{args.track}" / f"{args.date}_{args.name}"
     if final.exists():

@@ -337,6 +337,7 @@ def test_collecting_finished_runs(place, made):
 @pytest.mark.parametrize("arguments, words", [
     (["--config", "missing.env", "--seeds", "1"], "missing.env"),
     (["--collect", "."], "no run with a result.json"),
+    (["--collect", ".", "--packed"], "--packed: finished runs ran the script as it is"),
     (["--seeds", "1,1"], "different whole numbers"), ([], "--seeds or --collect"),
 ])
 def test_unusable_input(place, arguments, words, capsys, monkeypatch, tmp_path):

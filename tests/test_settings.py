@@ -64,6 +64,7 @@ def test_all_problems_at_once(tmp_path):
     (dict(QUANT_POLICY="mlp:9"), "2 to 8 bits"),
     (dict(NUM_HEADS="0"), "expected 1 or more"),
     (dict(SMEAR_BOS_MASK="1"), "needs SMEAR=1"),
+    (dict(GPTQ_RESERVE_SECONDS="600"), "GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600.0"),
     (dict(CONFIG="/no/such/file"), "no such file"),
 ])
 def test_bad_values_are_named(setting, part, tmp_path):
