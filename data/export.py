@@ -353,17 +353,16 @@ class Export:
         return path
 
     def place_tokenizer(self, path: Path) -> None:
-        """Gives the model its final name; InputError if another model that a dataset uses has it."""
+        """Gives the model its final name; InputError if another model has it that is not this dataset's alone."""
         place = self.root / "tokenizers" / path.name
         if place.exists() and sha256(place) != sha256(path):
-            used = [entry["name"] for entry in manifest.read(self.root)["datasets"]
-                    if entry.get("tokenizer_name") == path.stem and entry["name"] != self.name]
-            if used or self.plan.given:
-                raise InputError(f"{place}: another tokenizer of that name is there"
-                                 f"{', used by ' + ', '.join(used) if used else ''}; rename the new one")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
-        path.parent.rmdir()
+            users = [entry["name"] for entry in manifest.read(self.root)["datasets"]
+                     if entry.get("tokenizer_name") == path.stem]
+            if users != [self.name] or self.plan.given:
+                raise InputError(f"{place}: another tokenizer of that name is there, used by "
+                                 f"{', '.join(users) or 'none that the manifest lists'}; move one of them away")
+        manifest.give_name(path, place)
+        shutil.rmtree(path.parent)
 
     def entries(self, tokenizer: Path | None, stats: dict[str, dict[str, int]]) -> dict[str, manifest.Entry]:
         """The official manifest's fields, what made the data, and every file's size and hash."""

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
-import os
 import re
 import shutil
 import sys
@@ -289,19 +287,6 @@ def sums_of_present(request: Request, wanted: Sequence[RemoteFile], workers: int
     return sums
 
 
-def give_name(path: Path, name: Path) -> None:
-    """Renames a file; onto another disk (a linked tokenizers folder, say) by a copy that is renamed there."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(path, name)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        draft = name.with_name(f".{name.name}.tmp")
-        shutil.copyfile(path, draft)
-        os.replace(draft, name)
-
-
 def fetch_missing(request: Request, source: Repository, files: Sequence[RemoteFile], vocab_size: int,
                   workers: int) -> dict[str, str]:
     """Downloads files; returns path -> SHA-256. InputError if the disk has no room for them."""
@@ -313,7 +298,7 @@ def fetch_missing(request: Request, source: Repository, files: Sequence[RemoteFi
           f"{free / 1e9:.3f} GB are free in {request.root}", flush=True)
 
     def finish(file: RemoteFile, sha256: str) -> None:
-        give_name(job.partial(file), request.root / file.path)
+        manifest.give_name(job.partial(file), request.root / file.path)
         sums[file.path] = sha256
 
     job.progress.run(job.obtain, files, workers, finish)

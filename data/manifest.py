@@ -8,7 +8,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +80,16 @@ def cut(root: Path, files: dict[str, Entry]) -> list[str]:
     """Those of the recorded files that are missing or have another size."""
     return [path for path, known in files.items()
             if not (root / path).is_file() or (root / path).stat().st_size != known["size"]]
+
+
+def give_name(path: Path, name: Path) -> None:
+    """Renames a file; onto another disk (a linked tokenizers folder, say) by a copy that is renamed there."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(path, name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        draft = name.with_name(f".{name.name}.tmp")
+        shutil.copyfile(path, draft)
+        os.replace(draft, name)

@@ -6,6 +6,7 @@ import pydoc_data.topics
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,24 @@ def test_another_tokenizer_of_the_same_name_is_refused(prepared, corpus, tmp_pat
     assert prepare.main(args, {}) == 64
     assert "another tokenizer of that name is there, used by mine" in capsys.readouterr().err
     assert shard_bytes(prepared) == before
+
+
+def test_a_tokenizer_that_nobody_listed_is_not_overwritten(corpus, tmp_path, capsys):
+    own = tmp_path / "tokenizers/mine_bpe.model"
+    own.parent.mkdir()
+    own.write_bytes(b"someone's work")
+    args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path), "--workers", "1"]
+    assert prepare.main(args, {}) == 64
+    assert "another tokenizer of that name is there, used by none that the manifest lists" in capsys.readouterr().err
+    assert list(shard_bytes(tmp_path).values()) == [b"someone's work"]
+
+
+def test_a_dataset_that_was_removed_is_made_anew_with_its_tokenizer(tmp_path):
+    for documents in (DOCUMENTS[:40], DOCUMENTS[20:]):
+        text = jsonl(tmp_path / "docs.jsonl", documents)
+        assert prepare.main([*map(str, TEXT), str(text), "--root", str(tmp_path), "--workers", "1"], {}) == 0
+        assert prepare.main(["verify", str(tmp_path / "datasets/mine"), "--documents", str(text)], {}) == 0
+        shutil.rmtree(tmp_path / "datasets/mine")
 
 
 def test_demo_split_and_hash_are_checked(monkeypatch):
