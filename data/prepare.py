@@ -21,10 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import corpora
-import export
-import hub
-import verify
+try:
+    import corpora
+    import export
+    import hub
+    import verify
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, demand

@@ -418,6 +418,16 @@ def test_shards_of_another_tokenizer_are_refused(prepared, tmp_path):
     assert tg.ByteTable.load(tg.Config(**{**vars(cfg), "tokenizer_path": right})).vocab_size == 500
 
 
+def test_a_missing_package_is_named():
+    script = ("import runpy, sys\nsys.modules['filelock'] = None\nsys.argv = ['prepare.py', 'demo']\n"
+              f"sys.path.insert(0, {str(ROOT / 'data')!r})\n"
+              f"runpy.run_path({str(ROOT / 'data/prepare.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean_env(), timeout=60,
+                          check=False)
+    assert done.returncode == 1 and "filelock" in done.stderr and "requirements-dev.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_manifest_that_is_none_is_named(tmp_path):
     for text, message in (("{", "not JSON"), ("[]", "expected an object"), ('{"datasets": [1]}', "expected an object")):
         (tmp_path / "manifest.json").write_text(text)

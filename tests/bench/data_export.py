@@ -1,6 +1,6 @@
 """How fast `data/prepare.py export` is and how much memory it takes, by size of the text; not part of the test run.
 
-    python tests/bench/export.py SOURCE.jsonl 10 100 1000      # sizes in MB; --tokenizer MODEL, --workers 2
+    python tests/bench/data_export.py SOURCE.jsonl 10 100 1000      # sizes in MB; --tokenizer MODEL, --workers 2
 
 The source's documents are repeated, each time with another number in front, until the size is reached. Memory is the
 sum over all processes of what each holds for itself (proportional set size), sampled ten times a second.
