@@ -111,7 +111,7 @@ def fetch(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
                      args.with_docs, env, args.revision, args.workers, args.replace)
 
 
-def main(argv: list[str], env: Mapping[str, str]) -> int:
+def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     """Runs a command; returns its exit code."""
     args = build_parser().parse_args(argv)
     try:
@@ -129,4 +129,4 @@ def main(argv: list[str], env: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    sys.exit(main(sys.argv[1:]))
