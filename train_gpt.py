@@ -611,8 +611,7 @@ def find_path(text: str) -> Path:
     for base in (Path.cwd(), *SCRIPT.parents):
         if (base / text).exists():
             return base / text
-    raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} up; data/prepare.py "
-                     "fetches or makes data (see data/README.md)")
+    raise InputError(f"{text}: not found from {Path.cwd()}, nor from {SCRIPT.parent} up; see data/README.md")
 
 def shard_paths(cfg: Config, split: str) -> list[Path]:
     folder, pattern = find_path(cfg.data_path), f"fineweb_{split}_*.bin"
@@ -709,10 +708,13 @@ def tokenizer_hash(cfg: Config) -> str:
 
 def maker_of_shards(cfg: Config) -> str | None:
     """The hash of the tokenizer that made the shards, if a manifest.json (data/prepare.py) records it."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        told = json.loads((find_path(cfg.data_path).parent.parent / "manifest.json").read_text())
-        dataset, = (entry for entry in told["datasets"] if entry["name"] == Path(cfg.data_path).name)
-        return {entry["name"]: entry.get("sha256") for entry in told["tokenizers"]}[dataset["tokenizer_name"]]
+    for place in (os.path.abspath, os.path.realpath):                   # links may lead to or from a manifest
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            folder = Path(place(find_path(cfg.data_path)))
+            told = json.loads((folder.parent.parent / "manifest.json").read_text())
+            dataset, = (entry for entry in told["datasets"] if entry["name"] == folder.name)
+            made_by = {entry["name"]: entry for entry in told["tokenizers"]}[dataset["tokenizer_name"]]
+            return "byte260" if made_by.get("kind") == "byte" else made_by.get("sha256")
     return None
 
 # What tells data apart: fields of the result, and a log line that `data/prepare.py verify` also prints.
@@ -721,7 +723,7 @@ def tokenizer_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], s
     return dict(tokenizer_sha256=digest), f"val_bpb:enabled tokenizer_kind={kind} tokenizer_path=" \
         f"{cfg.tokenizer_path} sha256:{digest}"
 def shards_identity(cfg: Config, split: str, tokens: int) -> tuple[dict[str, Any], str]:
-    name, paths = Path(cfg.data_path).name, shard_paths(cfg, split)
+    name, paths = find_path(cfg.data_path).resolve().name, shard_paths(cfg, split)
     hashes = [sha256(path) for path in (paths if split == "val" else sorted({paths[0], paths[-1]}))]
     told = dict(dataset=name, shards=len(paths), tokens=tokens, sha256=hashes)
     return {f"{split}_{key}": value for key, value in told.items()}, f"{split}_loader:dataset:{name} " \

@@ -105,13 +105,13 @@ def text_of(line: str, place: str) -> str:
     try:
         # A lone surrogate (half of an escaped pair) is no text: it becomes a question mark.
         return json.loads(line)["text"].encode("utf-8", "replace").decode()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{place}: expected a JSON object with a field text") from None
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of a .jsonl file (one object with `text` a line) or of a running .txt file; blank ones left out."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             texts = chunked(line.rstrip("\n") for line in file) if path.suffix == ".txt" else \
                 (text_of(line, f"{path} line {number}") for number, line in enumerate(file, 1) if line.strip())
@@ -126,7 +126,7 @@ def file_corpus(paths: Sequence[Path], val_docs: int | None = None, val_every: i
         if path.suffix not in (".txt", ".jsonl"):
             raise InputError(f"{path}: expected a .txt or .jsonl file")
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if val_docs is not None and val_docs < 1:
         raise InputError(f"--val-docs {val_docs}: expected 1 or more")
     if val_every is not None and val_every < 2:

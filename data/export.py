@@ -13,9 +13,11 @@ import io
 import itertools
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +33,7 @@ from corpora import Corpus
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import SHARD_HEADER_BYTES, ByteTable, InputError, atomic_write, sha256, shard_header
+from train_gpt import SHARD_HEADER_BYTES, ByteTable, InputError, atomic_write, refusing, sha256, shard_header
 
 SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 1 << 18               # text handed to a process at a time
@@ -142,7 +144,14 @@ _table: ByteTable | None = None
 def _load_table(tokenizer: str) -> None:
     global _table  # noqa: PLW0603 - one tokenizer a worker process
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _table = TokenizerPlan(tokenizer).table()
+
+
+def _end_with_parent() -> None:
+    """A killed parent closes no queue: its processes would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def document_hash(tokens: np.ndarray) -> bytes:
@@ -150,15 +159,16 @@ def document_hash(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.astype("<u2", copy=False).tobytes(), digest_size=16).digest()
 
 
-def _encode(texts: list[str]) -> list[tuple[np.ndarray, bytes, int]]:
-    """Documents -> their tokens after a document start (uint16), their hash, their bytes of text.
+def _encode(texts: list[str]) -> list[tuple[np.ndarray, bytes, int, int]]:
+    """Documents -> their tokens after a document start (uint16), their hash, their bytes of text, bytes charged.
 
     The document start is a control token, which no text is encoded to: documents stay apart.
     """
     parts = []
     for text in texts:
         tokens = np.array([bos_of(_table), *_table.encode(text)], dtype=np.uint16)
-        parts.append((tokens, document_hash(tokens[1:]), len(text.encode())))
+        charged = int(_table.count(tokens).sum(dtype=np.int64))
+        parts.append((tokens, document_hash(tokens[1:]), len(text.encode()), charged))
     return parts
 
 
@@ -220,7 +230,7 @@ class Exporter:
     def __exit__(self, *failure: Any) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def encoded(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bytes, int]]:
+    def encoded(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bytes, int, int]]:
         """_encode of all documents, in their order; a bounded window of batches is in flight, so memory is constant."""
         batches, window = _batches(documents), deque()
         while True:
@@ -231,12 +241,12 @@ class Exporter:
             yield from window.popleft().result()
 
     def write(self, split: str, documents: Iterable[str], bar: tqdm) -> dict[str, int]:
-        """All documents of a split as shards; returns how many documents, files, tokens, bytes, and how many left out.
+        """All documents of a split as shards; returns how many documents, files, tokens, bytes and charged bytes.
 
-        Validation documents are remembered; training documents equal to one of them are left out.
+        Validation documents are remembered; training documents equal to one of them are left out, and counted.
         """
-        writer, stats = ShardWriter(self.folder, split), {"docs": 0, "bytes": 0, "left_out": 0}
-        for tokens, digest, size in self.encoded(documents):
+        writer, stats = ShardWriter(self.folder, split), {"docs": 0, "bytes": 0, "charged": 0, "left_out": 0}
+        for tokens, digest, size, charged in self.encoded(documents):
             bar.update(size)
             if split == "val":
                 self.seen.add(digest)
@@ -245,6 +255,7 @@ class Exporter:
                 continue
             writer.add(tokens)
             stats["docs"], stats["bytes"] = stats["docs"] + 1, stats["bytes"] + size
+            stats["charged"] += charged
         writer.close()
         return {**stats, "files": writer.files, "tokens": writer.tokens}
 
@@ -277,45 +288,56 @@ class Export:
         return {**self.corpus.source, **self.plan.identity(), "shard_tokens": SHARD_TOKENS}
 
     def settings(self) -> dict[str, Any]:
-        """What train_gpt.py needs to use the dataset."""
+        """What train_gpt.py needs to use the dataset; KeyError if its entries lack something."""
         found = manifest.read(self.root)
         dataset = manifest.entry(found, "datasets", self.name)
-        tokenizer = manifest.entry(found, "tokenizers", dataset["tokenizer_name"])
-        path = tokenizer.get("model_path")
-        needed = {"DATA_PATH": self.final, "TOKENIZER_PATH": self.root / path if path else "byte260",
+        tokenizer = manifest.entry(found, "tokenizers", dataset["tokenizer_name"]) or {}
+        needed = {"DATA_PATH": self.final, "TOKENIZER_PATH": manifest.model_of(self.root, tokenizer),
                   "VOCAB_SIZE": dataset["vocab_size"]}
+        path, known = needed["TOKENIZER_PATH"], tokenizer.get("sha256")
+        if path != "byte260" and not (Path(path).is_file() and sha256(Path(path)) == known):
+            raise InputError(f"{path}: missing, or not the tokenizer that made {self.final} (SHA-256 {known})")
         return needed if dataset["bos_id"] == 1 else {**needed, "BOS_ID": dataset["bos_id"]}
 
-    def is_done(self) -> bool:
-        """Whether this very dataset is there, whole; InputError if another one has its name."""
+    def finished(self) -> dict[str, Any] | None:
+        """The settings if this very dataset is there, whole; InputError if another one has its name."""
         entry = manifest.entry(manifest.read(self.root), "datasets", self.name)
-        if not self.final.exists():
-            return False
+        if not os.path.lexists(self.final):
+            return None
         if entry is None or entry.get("made_from") != self.made_from:
             raise InputError(f"{self.final}: holds other data than asked for; remove it or choose another --name")
-        cut = manifest.cut(self.root, entry["files"])
-        if cut:
-            raise InputError(f"{self.root / cut[0]}: missing or cut; remove {self.final} and run this again")
-        return True
+        with refusing(f"{self.root / 'manifest.json'}: the entry {self.name} is damaged", KeyError, TypeError):
+            cut = manifest.cut(self.root, entry["files"])
+            if cut:
+                raise InputError(f"{self.root / cut[0]}: missing or cut; remove {self.final} and run this again")
+            return self.settings()
 
     def run(self) -> dict[str, Any]:
         """Exports unless it is done already; returns the settings that train_gpt.py needs."""
-        with manifest.locked(self.root, self.name):
-            if self.is_done():
-                print(f"{self.final}: already there")
-                return self.settings()
-            shutil.rmtree(self.draft, ignore_errors=True)               # a killed process left it
-            self.draft.mkdir(parents=True)
-            try:
-                self.make()
-            except OSError as error:
-                raise InputError(f"{self.final}: {error.strerror or error}; nothing of it was kept") from None
-            except BrokenProcessPool:
-                raise InputError(f"{self.final}: a process was killed (out of memory?); fewer --workers need less; "
-                                 "nothing of it was kept") from None
-            finally:
-                shutil.rmtree(self.draft, ignore_errors=True)
-        return self.settings()
+        done = self.finished()                                          # needs no right to write
+        if not done:
+            with manifest.locked(self.root, self.name):
+                done = self.finished()
+                if not done:
+                    self.attempt()
+                    return self.settings()
+        print(f"{self.final}: already there")
+        return done
+
+    def attempt(self) -> None:
+        """Makes the dataset, or says why not and removes the draft."""
+        shutil.rmtree(self.draft, ignore_errors=True)                   # a killed process left it
+        self.draft.mkdir(parents=True)
+        try:
+            self.make()
+        except OSError as error:
+            raise InputError(f"{error.filename or self.final}: {error.strerror or error}; {self.name} was not "
+                             "made") from None
+        except BrokenProcessPool:
+            raise InputError(f"{self.final}: a process was killed (out of memory?); fewer --workers need less; it was "
+                             "not made") from None
+        finally:
+            shutil.rmtree(self.draft, ignore_errors=True)
 
     def make(self) -> None:
         """Tokenizer, shards, manifest; the folder's final name last, since a folder that is there must be whole."""
@@ -329,10 +351,9 @@ class Export:
                                  f"({stats['val']['docs']} validate; see --val-docs, --val-every)")
         if stats["train"]["left_out"]:
             print(f"note: {stats['train']['left_out']} training documents equal a validation document: left out")
-        entries = self.entries(tokenizer, stats)
-        if tokenizer is not None:
-            self.place_tokenizer(tokenizer)
-        manifest.add(self.root, **entries)
+        with manifest.adding(self.root, *self.entries(tokenizer, stats)):
+            if tokenizer is not None:
+                self.place_tokenizer(tokenizer)
         self.draft.rename(self.final)
         for split, counts in stats.items():
             print(f"{split}: {counts['docs']} documents, {counts['tokens']} tokens, {counts['files']} files")
@@ -353,19 +374,16 @@ class Export:
         return path
 
     def place_tokenizer(self, path: Path) -> None:
-        """Gives the model its final name; InputError if another model has it that is not this dataset's alone."""
+        """Gives the model its final name; InputError if another model has it: nobody knows who still needs that."""
         place = self.root / "tokenizers" / path.name
         if place.exists() and sha256(place) != sha256(path):
-            users = [entry["name"] for entry in manifest.read(self.root)["datasets"]
-                     if entry.get("tokenizer_name") == path.stem]
-            if users != [self.name] or self.plan.given:
-                raise InputError(f"{place}: another tokenizer of that name is there, used by "
-                                 f"{', '.join(users) or 'none that the manifest lists'}; move one of them away")
+            raise InputError(f"{place}: another tokenizer of that name is there; choose another name, or move it away "
+                             "if nothing was made with it")
         manifest.give_name(path, place)
         shutil.rmtree(path.parent)
 
-    def entries(self, tokenizer: Path | None, stats: dict[str, dict[str, int]]) -> dict[str, manifest.Entry]:
-        """The official manifest's fields, what made the data, and every file's size and hash."""
+    def entries(self, tokenizer: Path | None, stats: dict[str, dict[str, int]]) -> list[manifest.Entry]:
+        """Dataset and tokenizer: the official manifest's fields, what made them, and every file's size and hash."""
         table, folder = TokenizerPlan(str(tokenizer or "byte260")).table(), f"datasets/{self.name}"
         kind, name = ("sentencepiece_bpe", tokenizer.stem) if tokenizer else ("byte", "pure_byte_260")
         special = table.processor
@@ -373,14 +391,15 @@ class Export:
                   "recommended_bigram_vocab_size": 5 * 128 * math.ceil(table.vocab_size / 128)}
         totals = {key: stats["val"][key] + stats["train"][key] for key in ("docs", "files", "tokens")}
         model = {"model_path": f"tokenizers/{tokenizer.name}", "sha256": sha256(tokenizer)} if tokenizer else {}
-        return {
-            "tokenizers": {"name": name, "kind": kind, **common, "pad_id": special.pad_id() if special else 0,
-                           "unk_id": special.unk_id() if special else 3, **model},
-            "datasets": {"name": self.name, "tokenizer_name": name, "tokenizer_kind": kind, "path": folder,
-                         "train_glob": f"{folder}/fineweb_train_*.bin", "val_glob": f"{folder}/fineweb_val_*.bin",
-                         **common, "stats": {f"{key}_{split}": counts[key] for key in totals
-                                             for split, counts in (("total", totals), *stats.items())},
-                         "text_bytes": {split: counts["bytes"] for split, counts in stats.items()},
-                         "left_out": stats["train"]["left_out"], "made_from": self.made_from,
-                         "files": {f"{folder}/{file.name}": {"size": file.stat().st_size, "sha256": sha256(file)}
-                                   for file in sorted(self.draft.glob("fineweb_*.bin"))}}}
+        return [
+            {"name": self.name, "tokenizer_name": name, "tokenizer_kind": kind, "path": folder,
+             "train_glob": f"{folder}/fineweb_train_*.bin", "val_glob": f"{folder}/fineweb_val_*.bin", **common,
+             "stats": {f"{key}_{split}": counts[key] for key in totals
+                       for split, counts in (("total", totals), *stats.items())},
+             "text_bytes": {split: counts["bytes"] for split, counts in stats.items()},
+             "charged_bytes": {split: counts["charged"] for split, counts in stats.items()},
+             "left_out": stats["train"]["left_out"], "made_from": self.made_from,
+             "files": {f"{folder}/{file.name}": {"size": file.stat().st_size, "sha256": sha256(file)}
+                       for file in sorted(self.draft.glob("fineweb_*.bin"))}},
+            {"name": name, "kind": kind, **common, "pad_id": special.pad_id() if special else 0,
+             "unk_id": special.unk_id() if special else 3, **model}]

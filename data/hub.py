@@ -141,9 +141,8 @@ def of_split(split: str, paths: Iterable[str]) -> list[str]:
 
 def settings(request: Request, dataset: manifest.Entry, tokenizer: manifest.Entry) -> Settings:
     """What train_gpt.py needs to use a dataset."""
-    model = tokenizer.get("model_path")
     needed = {"DATA_PATH": request.root / "datasets" / request.name,
-              "TOKENIZER_PATH": request.root / model if model else "byte260", "VOCAB_SIZE": tokenizer["vocab_size"]}
+              "TOKENIZER_PATH": manifest.model_of(request.root, tokenizer), "VOCAB_SIZE": tokenizer["vocab_size"]}
     return needed if dataset.get("bos_id", 1) == 1 else {**needed, "BOS_ID": dataset["bos_id"]}
 
 
@@ -157,7 +156,8 @@ def local_entry(request: Request) -> manifest.Entry:
     entry = manifest.entry(manifest.read(request.root), "datasets", request.name) or {}
     published = entry.get("published", {})
     same = (published.get("repo_id"), published.get("remote_root")) == (request.repo, request.prefix)
-    return entry if same else {"files": {}, "published": {"docs": {}}}
+    return {**entry, "files": entry.get("files", {}), "published": {"docs": {}, **published}} if same else \
+        {"files": {}, "published": {"docs": {}}}
 
 
 def recorded(request: Request) -> Settings | None:
@@ -170,13 +170,16 @@ def recorded(request: Request) -> Settings | None:
     tokenizer = manifest.entry(manifest.read(request.root), "tokenizers", dataset.get("tokenizer_name"))
     if not files or tokenizer is None:
         return None
-    if request.revision not in ("main", published["revision"], published["asked_for"]):
-        return None
-    wanted = {*request.paths(dataset, tokenizer, published["files_train"]), *request.shards_here()}
-    if not wanted <= set(files) or manifest.cut(request.root, {path: files[path] for path in wanted}):
-        return None
-    print(f"{request.root / 'datasets' / request.name}: already there ({request.repo} at {published['revision']:.12})")
-    return settings(request, dataset, tokenizer)
+    with contextlib.suppress(KeyError, TypeError, AttributeError):      # a damaged record is none
+        if request.revision not in ("main", published["revision"], published["asked_for"]):
+            return None
+        wanted = {*request.paths(dataset, tokenizer, published["files_train"]), *request.shards_here()}
+        if not wanted <= set(files) or manifest.cut(request.root, {path: files[path] for path in wanted}):
+            return None
+        needed, commit = settings(request, dataset, tokenizer), published["revision"]
+        print(f"{request.root / 'datasets' / request.name}: already there ({request.repo} at {commit:.12})")
+        return needed
+    return None
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,9 @@ def choose(request: Request, source: Repository) -> Offer:
         demand(path in paths, f"{request.root / path}: not one of the files that {source.where} has, and training "
                "would read it; move it away, or choose another --root")
     check_totals(request, dataset, {path: listed[path] for path in paths})
+    model = listed.get(tokenizer.get("model_path", ""))
+    manifest.refuse_other_tokenizer(request.root, dataset,
+                                    {**tokenizer, **({"sha256": model.hash} if model and model.lfs else {})})
     published = {"repo_id": source.id, "revision": source.commit, "asked_for": request.revision,
                  "remote_root": source.prefix, "files_train": train_files,
                  **{field: remote[field] for field in TOP_FIELDS if field in remote}}
@@ -311,9 +317,11 @@ def record(request: Request, offer: Offer, sums: Mapping[str, str]) -> None:
     docs = {path: files.pop(path) for path in request.docs}
     published = {**offer.published, "docs": {**local_entry(request)["published"]["docs"], **docs}}
     model = offer.tokenizer.get("model_path")
-    with tg.refusing(f"{request.root / 'manifest.json'}: cannot be written", OSError):
-        manifest.add(request.root, datasets={**offer.dataset, "published": published, "files": files},
-                     tokenizers={**offer.tokenizer, **({"sha256": sums[model]} if model else {})})
+    dataset = {**offer.dataset, "published": published, "files": files}
+    tokenizer = {**offer.tokenizer, **({"sha256": sums[model]} if model else {})}
+    with tg.refusing(f"{request.root / 'manifest.json'}: cannot be written", OSError), \
+            manifest.adding(request.root, dataset, tokenizer):
+        pass
 
 
 def download(request: Request, workers: int, replace: bool) -> Settings:

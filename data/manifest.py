@@ -23,6 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import InputError, atomic_write, sha256  # noqa: F401 - one place for those who read manifests
 
 Entry = dict[str, Any]
+# What is read from entries, if it is there, and its type in JSON.
+FIELDS = {
+    "tokenizers": {"name": str, "kind": str, "vocab_size": int, "bos_id": int, "model_path": str, "sha256": str},
+    "datasets": {"name": str, "tokenizer_name": str, "vocab_size": int, "bos_id": int, "stats": dict, "files": dict,
+                 "charged_bytes": dict, "text_bytes": dict, "made_from": dict, "published": dict}}
 
 
 def read(root: Path) -> Entry:
@@ -39,10 +44,17 @@ def read(root: Path) -> Entry:
 
 def checked(manifest: Any, name: str) -> Entry:
     """The manifest itself, if it has the two lists of named entries; else InputError with its name."""
-    lists = [manifest.get(kind) if isinstance(manifest, dict) else None for kind in ("tokenizers", "datasets")]
+    lists = [manifest.get(kind) if isinstance(manifest, dict) else None for kind in FIELDS]
     if not all(isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
                for entries in lists):
         raise InputError(f"{name}: expected an object with the lists tokenizers and datasets of named entries")
+    for kind, fields in FIELDS.items():
+        for found in manifest[kind]:
+            wrong = next((field for field, wanted in fields.items()
+                          if field in found and not isinstance(found[field], wanted)), None)
+            if wrong:
+                raise InputError(f"{name}: {wrong} of {found['name']!r} in {kind} is {found[wrong]!r:.60}, "
+                                 f"expected {fields[wrong].__name__}")
     return manifest
 
 
@@ -51,13 +63,36 @@ def entry(manifest: Entry, kind: str, name: str | None) -> Entry | None:
     return next((found for found in manifest[kind] if found["name"] == name), None)
 
 
-def add(root: Path, **entries: Entry) -> None:
-    """Puts entries (datasets=..., tokenizers=...) in the manifest in place of older ones of the same name."""
-    with locked(root, "manifest"):
+def model_of(root: Path, tokenizer: Entry) -> str:
+    """What TOKENIZER_PATH must be for a tokenizer's entry; KeyError if it names no model."""
+    in_bytes = tokenizer.get("kind", "byte") == "byte" and "model_path" not in tokenizer
+    return "byte260" if in_bytes and tokenizer["vocab_size"] == 260 else str(root / tokenizer["model_path"])
+
+
+def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None:
+    """InputError if other datasets were made with another tokenizer of that name: they would get this one."""
+    manifest = read(root)
+    old = entry(manifest, "tokenizers", tokenizer["name"]) or {}
+    users = [other["name"] for other in manifest["datasets"]
+             if other.get("tokenizer_name") == tokenizer["name"] and other["name"] != dataset["name"]]
+    differ = [key for key in ("kind", "vocab_size", "model_path", "sha256")
+              if key in old and key in tokenizer and old[key] != tokenizer[key]]
+    if users and differ:
+        raise InputError(f"{root / 'manifest.json'}: {', '.join(users)} was made with another tokenizer named "
+                         f"{tokenizer['name']} (another {' and '.join(differ)}); give the new one another name")
+
+
+@contextlib.contextmanager
+def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
+    """Puts the entries in the manifest, in place of older ones of the same names, when the block has ended well."""
+    with locked(root, "manifest file"):                     # no dataset has a space in its name
+        refuse_other_tokenizer(root, dataset, tokenizer)
+        yield
         manifest = read(root)
-        for kind, new in entries.items():
+        for kind, new in (("datasets", dataset), ("tokenizers", tokenizer)):
             manifest[kind] = [old for old in manifest[kind] if old["name"] != new["name"]] + [new]
-        atomic_write(root / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        text = json.dumps(manifest, indent=1) + "\n"
+        atomic_write((root / "manifest.json").resolve(), text.encode())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +30,8 @@ try:
     import verify
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
+except ValueError as unusable:                      # huggingface_hub reads its address when it is imported
+    sys.exit(f"error: HF_ENDPOINT: {unusable}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, demand
@@ -35,11 +39,19 @@ from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, demand
 HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130
 OFFICIAL = export.TokenizerPlan()
+LARGEST = {"vocab_size": 1 << 16, "tokenizer_train_docs": 1 << 40, "max_sentence_length": 1 << 30}
 SMALL = export.TokenizerPlan(max_sentence_length=1 << 20)      # a small corpus cannot spare its long documents
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are refusals like all others."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{self.prog}: {message} (--help lists the options)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fineweb = commands.add_parser("fineweb", help="the published shards and tokenizer")
     hub.add_arguments(fineweb)
@@ -81,11 +93,10 @@ def add_export_arguments(command: argparse.ArgumentParser, small: bool) -> None:
 
 def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.TokenizerPlan:
     """The tokenizer that the options ask for, with what they leave open taken from a plan."""
-    names = ("vocab_size", "tokenizer_train_docs", "max_sentence_length")
-    asked = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    asked = {name: value for name in LARGEST if (value := getattr(args, name, None)) is not None}
     for name, value in asked.items():
         option = f"--{name.replace('_', '-')} {value}"
-        demand(value > 0, f"{option}: expected 1 or more")
+        demand(0 < value <= LARGEST[name], f"{option}: expected 1 to {LARGEST[name]}")
         demand(not args.tokenizer, f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}")
     return dataclasses.replace(plan, given=args.tokenizer, **asked)
 
@@ -97,8 +108,8 @@ def exporter(args: argparse.Namespace) -> export.Export:
         plan = plan_of(args, SMALL)
         name = f"sotu_{args.tokenizer or f'sp{plan.vocab_size}'}"
         return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
-    demand(Path(args.name).name == args.name and not args.name.startswith("."),
-           f"--name {args.name}: expected the name of a folder below datasets/")
+    demand(re.fullmatch(r"\w[\w.+-]*", args.name),
+           f"--name {args.name!r}: expected a folder name below datasets/ of letters, digits and _ . + -")
     asked = (args.val_docs, args.val_every)
     corpus = corpora.file_corpus(args.files, *(args.split if asked == (None, None) else asked))
     return export.Export(corpus, plan_of(args, args.plan), args.root, args.name, args.workers)
@@ -113,13 +124,16 @@ def fetch(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
 
 def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     """Runs a command; returns its exit code."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         if args.command == "verify":
             return OK if verify.verify(args.folder, args.tokenizer, args.documents) else AUDIT_FAILED
         needed = fetch(args, env) if args.command == "fineweb" else exporter(args).run()
-        print(" ".join(f"{name}={value}" for name, value in needed.items()))
+        print(" ".join(f"{name}={shlex.quote(str(value))}" for name, value in needed.items()))
         return OK
+    except BrokenPipeError:                         # the reader has seen enough (verify ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -129,4 +143,5 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

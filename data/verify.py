@@ -8,8 +8,10 @@ which train_gpt.py's log identifies the same data. Sources of the checks: spec r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ import train_gpt as tg
 from train_gpt import ByteTable, InputError, sha256
 
 SPLITS = ("val", "train")
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError)     # what an entry that lacks something ends in
 VAL_DOCS, VAL_BYTES = 50_000, 151_080_891               # of the published validation set (spec: rules, section 5.3)
 
 
@@ -74,8 +77,7 @@ class Dataset:
             return self.tokenizer
         if not self.tokenizer_entry:
             raise NotTested("no manifest entry names the tokenizer (--tokenizer gives it)")
-        path = self.tokenizer_entry.get("model_path")
-        return str(self.root / path) if path else "byte260"
+        return manifest.model_of(self.root, self.tokenizer_entry)
 
     @functools.cached_property
     def bos(self) -> int:
@@ -129,7 +131,10 @@ def check_shards(data: Dataset) -> str:
         paths = data.paths(split)
         if not paths and split == "val":                                # to score an artifact, no others are needed
             raise Fault("no fineweb_val_*.bin")
-        numbers = [int(number) for path in paths for number in re.findall(r"_(\d+)\.bin$", path.name)]
+        odd = next((path for path in paths if not re.search(r"_\d{6}\.bin$", path.name)), None)
+        if odd:
+            raise Fault(f"{odd}: no shard's name (fineweb_{split}_NNNNNN.bin), and training would read it")
+        numbers = [int(path.stem[-6:]) for path in paths]
         if numbers != list(range(len(paths))):
             gap = next(n for n in itertools.count() if n not in numbers)
             raise Fault(f"fineweb_{split}_{gap:06d}.bin is missing ({len(paths)} files, the last is {paths[-1].name})")
@@ -199,11 +204,15 @@ def check_tokenizer(data: Dataset) -> str:
     here = path if path == "byte260" else sha256(Path(path))
     if not told:
         raise NotTested(f"no manifest entry says which tokenizer made these shards (given: {table.name})")
-    if (table.vocab_size, bos_of(table)) != (told["vocab_size"], told["bos_id"]):
-        raise Fault(f"{path}: {table.vocab_size} tokens, document start {bos_of(table)}; "
-                    f"the manifest says {told['vocab_size']}, {told['bos_id']}")
-    if here != told.get("sha256", here):
-        raise Fault(f"{path}: SHA-256 {here}, the manifest says {told['sha256']}")
+    for entry in (data.entry, told):
+        if (table.vocab_size, bos_of(table)) != (entry["vocab_size"], entry["bos_id"]):
+            raise Fault(f"{path}: {table.vocab_size} tokens, document start {bos_of(table)}; "
+                        f"the manifest says {entry['vocab_size']}, {entry['bos_id']}")
+    wanted = manifest.model_of(data.root, told)
+    for recorded in (wanted if wanted == "byte260" else told.get("sha256", here),
+                     data.entry.get("made_from", {}).get("tokenizer_sha256", here)):
+        if here != recorded:
+            raise Fault(f"{path}: SHA-256 {here}, the manifest says {recorded}")
     if "sha256" not in told and here != "byte260":
         raise NotTested(f"the manifest records no hash of {path}; its {table.vocab_size} tokens agree")
     return f"{table.name}, {table.vocab_size} tokens, sha256 {here:.16}"
@@ -218,9 +227,10 @@ def check_bytes(data: Dataset) -> str:
         if complaint:
             raise Fault(f"{split} {complaint}")
         charged[split] = int(data.table.count(tokens).sum(dtype=np.int64))
-    text = (data.entry or {}).get("text_bytes", {}).get("val")
-    if text and abs(charged["val"] / text - 1) > 0.01:
-        raise Fault(f"validation charges {charged['val']} bytes, its text had {text}")
+    entry = data.entry or {}
+    told, text = (entry.get(key, {}).get("val") for key in ("charged_bytes", "text_bytes"))
+    if told not in (None, charged["val"]):
+        raise Fault(f"validation charges {charged['val']} bytes, {told} when it was made")
     return f"validation charges {charged['val']} bytes" + (f", its raw text has {text}" if text else "")
 
 
@@ -258,6 +268,8 @@ def source_of(data: Dataset) -> Corpus:
         paths = [data.root / "docs_selected.jsonl"]
     if not paths:
         raise NotTested("no documents here (--documents gives the files)")
+    if not data.count_documents("val"):
+        raise NotTested("validation has no document start")
     every = told.get("val_every")
     return file_corpus(paths, val_docs=None if every else data.count_documents("val"), val_every=every)
 
@@ -284,29 +296,34 @@ CHECKS: dict[str, Callable[[Dataset], str]] = {
 
 def identities(data: Dataset) -> list[str]:
     """The lines by which train_gpt.py's log identifies this data; none where it would not read it."""
-    try:
+    with contextlib.suppress(InputError, NotTested, OSError, *DAMAGED):
         cfg = tg.Config(data_path=str(data.folder), tokenizer_path=data.tokenizer_path)
         totals = {split: sum(map(len, shards)) for split, shards in data.shards.items() if shards}
         return [tg.tokenizer_identity(cfg, data.table)[1],
                 *(tg.shards_identity(cfg, split, total)[1] for split, total in totals.items())]
-    except (InputError, NotTested):
-        return []
+    return []
 
 
 def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) -> bool:
     """Prints identities and one line a check; returns whether none failed."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    data, good = Dataset(folder.resolve(), tokenizer, documents), True
-    print("\n".join(identities(data)))
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if tokenizer:
+        TokenizerPlan(tokenizer).table()
+    if documents:
+        file_corpus(documents, val_docs=1)
+    places = [Path(os.path.abspath(folder)), folder.resolve()]          # links may lead to or from a manifest
+    candidates = [Dataset(place, tokenizer, documents) for place in places]
+    data, good = next((data for data in candidates if data.entry), candidates[0]), True
+    print("".join(f"{line}\n" for line in identities(data)), end="")
     for name, check in CHECKS.items():
         try:
             verdict, text = "PASS", check(data)
         except NotTested as reason:
             verdict, text = "SKIPPED", str(reason)
-        except (Fault, InputError) as fault:
+        except (Fault, InputError, OSError) as fault:
             verdict, text, good = "FAIL", str(fault), False
-        except (KeyError, TypeError) as error:
+        except DAMAGED as error:
             verdict, text, good = "FAIL", f"the manifest's entry is damaged ({error!r})", False
         print(f"{name:10} {verdict:8} {text}", flush=True)
     return good

@@ -1,5 +1,6 @@
 """The data tool's exports on real files and processes."""
 
+import contextlib
 import json
 import os
 import pydoc_data.topics
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import corpora
 import export
@@ -36,6 +38,14 @@ def command(*args):
 def tool(*args, **more):
     return subprocess.run(command(*args), capture_output=True, text=True, env=clean_env(), timeout=300, check=False,
                           **more)
+
+
+def alive():
+    """/proc/N/stat of every process that could be read, zombies left out."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if stat.read_text().split()[2] != "Z":
+                yield stat
 
 
 def jsonl(path, documents):
@@ -146,8 +156,12 @@ def test_a_killed_export_leaves_nothing_and_is_done_again(prepared, corpus, tmp_
     while not draft.is_file():
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 20
+    while any(stat.read_text().split()[4] == str(process.pid) for stat in alive()):         # its whole group
+        assert time.monotonic() < deadline, "processes of a killed export live on"
+        time.sleep(0.05)
     assert not (tmp_path / "datasets/mine").exists() and not (tmp_path / "manifest.json").exists()
     done = tool(*args)
     assert done.returncode == 0, done.stderr
@@ -170,8 +184,9 @@ def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monk
 
     args = ["text", str(corpus), "--name", "mine", "--root", str(tmp_path), "--tokenizer", "byte260", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "add", broken)
-        assert prepare.main(args, {}) == 64 and "No space left on device; nothing" in capsys.readouterr().err
+        patch.setattr(manifest, "atomic_write", broken)
+        assert prepare.main(args, {}) == 64
+        assert "datasets/mine: No space left on device; mine was not made" in capsys.readouterr().err
     assert not shard_bytes(tmp_path)
     assert prepare.main(args, {}) == 0
 
@@ -196,7 +211,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(corpus, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     done = tool("text", corpus, "--name", "mine", "--root", tmp_path, "--tokenizer", "byte260", preexec_fn=little_room)
-    assert done.returncode == 64 and re.search(r"datasets/mine: File too large; nothing of it was kept", done.stderr)
+    assert done.returncode == 64 and "datasets/mine: File too large; mine was not made" in done.stderr
     assert not shard_bytes(tmp_path)
 
 
@@ -250,10 +265,16 @@ def test_odd_documents(tmp_path):
     ("a.txt", "tiny", ["--val-every", "1"], "--val-every 1: expected 2 or more"),
     ("a.txt", "tiny", ["--val-docs", "0"], "--val-docs 0: expected 1 or more"),
     ("a.txt", "tiny", ["--workers", "0"], "--workers 0: expected 1 or more"),
-    ("a.txt", "tiny", ["--vocab-size", "0"], "--vocab-size 0: expected 1 or more"),
-    ("a.txt", "tiny", ["--tokenizer-train-docs", "-1"], "--tokenizer-train-docs -1: expected 1 or more"),
+    ("a.txt", "tiny", ["--vocab-size", "0"], "--vocab-size 0: expected 1 to 65536"),
+    ("a.txt", "tiny", ["--vocab-size", "70000"], "--vocab-size 70000: expected 1 to 65536"),
+    ("a.txt", "tiny", ["--tokenizer-train-docs", "-1"], "--tokenizer-train-docs -1: expected 1 to"),
     ("a.txt", "tiny", ["--tokenizer", "byte260", "--vocab-size", "400"], "not for --tokenizer byte260"),
-    ("a.txt", "tiny", ["--name", "../x"], "--name ../x: expected the name of a folder"),
+    ("a.txt", "tiny", ["--name", "../x"], "--name '../x': expected a folder name"),
+    ("a.txt", "tiny", ["--name", ""], "--name '': expected a folder name"),
+    ("a.txt", "tiny", ["--name", "a b"], "--name 'a b': expected a folder name"),
+    ("a.txt", "tiny", ["--val-docs", "3", "--val-every", "3"], "text: argument --val-every: not allowed with"),
+    ("deep.jsonl", '{"text": ' + "[" * 100_000, [], "deep.jsonl line 1: expected a JSON object"),
+    ("..", None, [], "expected a .txt or .jsonl"),
     ("a.txt", "tiny", ["--tokenizer", "none.model"], "none.model: no such tokenizer file"),
     ("a.txt", "tiny tiny\n" * 2000, ["--max-sentence-length", "10"], "every document is longer than --max-sentence-"),
 ])
@@ -287,7 +308,8 @@ def test_another_tokenizer_of_the_same_name_is_refused(prepared, corpus, tmp_pat
             "--tokenizer", str(tmp_path / "mine_bpe.model")]
     before = shard_bytes(prepared)
     assert prepare.main(args, {}) == 64
-    assert "another tokenizer of that name is there, used by mine" in capsys.readouterr().err
+    assert "mine was made with another tokenizer named mine_bpe (another vocab_size and sha256)" in \
+        capsys.readouterr().err
     assert shard_bytes(prepared) == before
 
 
@@ -297,16 +319,60 @@ def test_a_tokenizer_that_nobody_listed_is_not_overwritten(corpus, tmp_path, cap
     own.write_bytes(b"someone's work")
     args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path), "--workers", "1"]
     assert prepare.main(args, {}) == 64
-    assert "another tokenizer of that name is there, used by none that the manifest lists" in capsys.readouterr().err
+    assert "another tokenizer of that name is there" in capsys.readouterr().err
     assert list(shard_bytes(tmp_path).values()) == [b"someone's work"]
 
 
-def test_a_dataset_that_was_removed_is_made_anew_with_its_tokenizer(tmp_path):
-    for documents in (DOCUMENTS[:40], DOCUMENTS[20:]):
-        text = jsonl(tmp_path / "docs.jsonl", documents)
-        assert prepare.main([*map(str, TEXT), str(text), "--root", str(tmp_path), "--workers", "1"], {}) == 0
+def test_a_dataset_that_was_removed_is_made_anew(tmp_path, capsys):
+    """With its own tokenizer; a model that differs stays, since nobody knows who needs it."""
+    text = jsonl(tmp_path / "docs.jsonl", DOCUMENTS[:40])
+    args = [*map(str, TEXT), str(text), "--root", str(tmp_path), "--workers", "1"]
+    for _ in range(2):
+        assert prepare.main(args, {}) == 0
         assert prepare.main(["verify", str(tmp_path / "datasets/mine"), "--documents", str(text)], {}) == 0
         shutil.rmtree(tmp_path / "datasets/mine")
+    before = tg.sha256(tmp_path / "tokenizers/mine_bpe.model")
+    jsonl(text, DOCUMENTS[20:])
+    assert prepare.main(args, {}) == 64 and "mine_bpe.model: another tokenizer" in capsys.readouterr().err
+    assert tg.sha256(tmp_path / "tokenizers/mine_bpe.model") == before
+
+
+def test_a_tokenizer_that_is_gone_or_damaged_is_noticed(prepared, corpus, tmp_path, capsys):
+    shutil.copytree(prepared, tmp_path / "data")
+    model = tmp_path / "data/tokenizers/mine_bpe.model"
+    for damage in (lambda: model.write_bytes(b"x"), model.unlink):
+        damage()
+        assert prepare.main([*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")], {}) == 64
+        assert f"{model}: missing, or not the tokenizer that made" in capsys.readouterr().err
+
+
+def test_a_second_call_needs_no_right_to_write(prepared, corpus, tmp_path, monkeypatch, capsys):
+    def forbidden(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest, "locked", forbidden)
+    assert prepare.main([*map(str, TEXT), str(corpus), "--root", str(prepared)], {}) == 0
+    assert "already there" in capsys.readouterr().out
+
+
+def test_damaged_entries_are_named(prepared, corpus, tmp_path, capsys):
+    shutil.copytree(prepared, tmp_path / "data")
+    path, args = tmp_path / "data/manifest.json", [*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")]
+    good = json.loads(path.read_text())
+    for kind, key, value in (("datasets", "files", 3), ("datasets", "stats", []), ("tokenizers", "model_path", 1),
+                             ("datasets", "bos_id", "1"), ("datasets", "made_from", None),
+                             ("datasets", "tokenizer_name", ...), ("datasets", "files", {"x": {}}),
+                             ("datasets", "files", ...), ("tokenizers", "model_path", ...)):
+        broken = json.loads(json.dumps(good))
+        if value is ...:
+            del broken[kind][0][key]
+        else:
+            broken[kind][0][key] = value
+        path.write_text(json.dumps(broken))
+        assert prepare.main(args, {}) == 64, (key, value)
+        assert re.search("manifest.json: (the entry mine is damaged|.* expected)|x: missing", capsys.readouterr().err)
+        assert prepare.main(["verify", str(tmp_path / "data/datasets/mine")], {}) in (0, 6, 64)
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_demo_split_and_hash_are_checked(monkeypatch):
@@ -416,6 +482,71 @@ def test_shards_of_another_tokenizer_are_refused(prepared, tmp_path):
         tg.ByteTable.load(cfg)
     right = str(prepared / "tokenizers/mine_bpe.model")
     assert tg.ByteTable.load(tg.Config(**{**vars(cfg), "tokenizer_path": right})).vocab_size == 500
+
+
+def other_model(path, size):
+    export.train_tokenizer(DOCUMENTS[:40], size, path, 1 << 20)
+    return str(path)
+
+
+@pytest.mark.parametrize("spelling", ["{root}/datasets/mine/", "{root}/datasets/mine/../mine", "{root}/link",
+                                      "{root}/linked/mine", "."])
+def test_the_manifest_is_found_however_the_folder_is_spelt(spelling, prepared, tmp_path, monkeypatch, capsys):
+    """Also through a link to the dataset, and where the folder of datasets is itself a link."""
+    root = tmp_path / "data"
+    shutil.copytree(prepared, root)
+    (root / "datasets").rename(tmp_path / "elsewhere")
+    (root / "datasets").symlink_to(tmp_path / "elsewhere")
+    shutil.copytree(prepared, tmp_path / "plain")
+    (root / "link").symlink_to(tmp_path / "plain/datasets/mine")
+    (root / "linked").symlink_to(tmp_path / "plain/datasets")
+    monkeypatch.chdir(tmp_path / "plain/datasets/mine")
+    path = spelling.format(root=root)
+    cfg = tg.Config(data_path=path, tokenizer_path=other_model(tmp_path / "other.model", 500), vocab_size=500)
+    with pytest.raises(tg.InputError, match="another tokenizer"):
+        tg.ByteTable.load(cfg)
+    assert tg.shards_identity(cfg, "val", 1)[0]["val_dataset"] == "mine"
+    assert prepare.main(["verify", path], {}) == 0
+    assert "hashes     PASS" in capsys.readouterr().out
+
+
+def test_byte_shards_want_bytes(in_bytes, tmp_path, capsys):
+    model = other_model(tmp_path / "sp.model", 400)
+    with pytest.raises(tg.InputError, match="another tokenizer .sha256 byte260. made the shards"):
+        tg.ByteTable.load(tg.Config(data_path=str(in_bytes), tokenizer_path=model, vocab_size=400))
+    assert prepare.main(["verify", str(in_bytes), "--tokenizer", model], {}) == 6
+    assert re.search("tokenizer +FAIL", capsys.readouterr().out)
+
+
+def test_a_name_stands_for_one_tokenizer(corpus, tmp_path, capsys):
+    """A second dataset may not give the first one's tokenizer another content, wherever the file is."""
+    root, models = tmp_path / "data", [tmp_path / "1/x.model", tmp_path / "2/x.model", tmp_path / "3/x.spm"]
+    for path, size in zip(models, (420, 430, 440)):
+        path.parent.mkdir()
+        other_model(path, size)
+
+    def make(name, model):
+        return prepare.main(["text", str(corpus), "--name", name, "--tokenizer", str(model), "--root", str(root),
+                             "--workers", "1"], {})
+
+    assert make("a", models[0]) == 0
+    (root / "tokenizers/x.model").rename(root / "tokenizers/moved.model")
+    for model in models[1:]:
+        capsys.readouterr()
+        assert make("b", model) == 64 and "a was made with another tokenizer named x" in capsys.readouterr().err
+        assert not (root / "datasets/b").exists() and not (root / "tokenizers" / model.name).exists()
+
+
+def test_text_that_the_normaliser_shrinks_is_no_fault(tmp_path, capsys):
+    """Indented text charges a seventh less than its raw bytes: the record is of the bytes charged."""
+    source = ROOT / "train_gpt.py"
+    shutil.copy(source, tmp_path / "code.txt")
+    args = ["text", str(tmp_path / "code.txt"), "--name", "code", "--vocab-size", "600", "--val-every", "10"]
+    assert prepare.main([*args, "--root", str(tmp_path), "--workers", "1"], {}) == 0
+    told, = manifest.read(tmp_path)["datasets"]
+    assert told["charged_bytes"]["val"] < 0.95 * told["text_bytes"]["val"]
+    checked = ["verify", str(tmp_path / "datasets/code"), "--documents", str(tmp_path / "code.txt")]
+    assert prepare.main(checked, {}) == 0 and "bytes      PASS" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named():
