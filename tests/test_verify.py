@@ -194,6 +194,15 @@ def test_a_wrong_byte_table_is_found(folder, capsys, monkeypatch):
     assert code == 6 and "counted" in found["bytes"][1]
 
 
+def test_one_byte_more_than_recorded_is_found(folder, capsys):
+    path = folder.parent.parent / "manifest.json"
+    told = json.loads(path.read_text())
+    told["datasets"][0]["charged_bytes"]["val"] -= 1
+    path.write_text(json.dumps(told))
+    code, found = run(capsys, folder)
+    assert code == 6 and re.search(r"validation charges \d+ bytes, \d+ when it was made", found["bytes"][1])
+
+
 def test_a_damaged_manifest_entry_is_a_fault(folder, capsys):
     path = folder.parent.parent / "manifest.json"
     told = json.loads(path.read_text())
