@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,17 @@ from corpora import Corpus
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import SHARD_HEADER_BYTES, ByteTable, InputError, atomic_write, refusing, sha256, shard_header
+from train_gpt import (
+    SHARD_HEADER_BYTES,
+    ByteTable,
+    Config,
+    InputError,
+    atomic_write,
+    refusing,
+    sha256,
+    shard_header,
+    tokenizer_hash,
+)
 
 SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 1 << 18               # text handed to a process at a time
@@ -63,7 +73,7 @@ class TokenizerPlan:
     def identity(self) -> dict[str, Any]:
         """What of this determines the tokens, for the manifest."""
         if self.given:
-            return {"tokenizer_sha256": self.given if self.given == "byte260" else sha256(Path(self.given))}
+            return {"tokenizer_sha256": tokenizer_hash(Config(tokenizer_path=self.given))}
         return {"vocab_size": self.vocab_size, "tokenizer_train_docs": self.tokenizer_train_docs,
                 "max_sentence_length": self.max_sentence_length}
 
@@ -274,10 +284,10 @@ class Export:
     root: Path
     name: str
     workers: int
-    draft: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.draft = self.root / "datasets" / f".{self.name}.tmp"
+    @property
+    def draft(self) -> Path:
+        return self.root / "datasets" / f".{self.name}.tmp"
 
     @property
     def final(self) -> Path:
@@ -292,12 +302,11 @@ class Export:
         found = manifest.read(self.root)
         dataset = manifest.entry(found, "datasets", self.name)
         tokenizer = manifest.entry(found, "tokenizers", dataset["tokenizer_name"]) or {}
-        needed = {"DATA_PATH": self.final, "TOKENIZER_PATH": manifest.model_of(self.root, tokenizer),
-                  "VOCAB_SIZE": dataset["vocab_size"]}
+        needed = manifest.settings(self.root, dataset, tokenizer)
         path, known = needed["TOKENIZER_PATH"], tokenizer.get("sha256")
         if path != "byte260" and not (Path(path).is_file() and sha256(Path(path)) == known):
             raise InputError(f"{path}: missing, or not the tokenizer that made {self.final} (SHA-256 {known})")
-        return needed if dataset["bos_id"] == 1 else {**needed, "BOS_ID": dataset["bos_id"]}
+        return needed
 
     def finished(self) -> dict[str, Any] | None:
         """The settings if this very dataset is there, whole; InputError if another one has its name."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import shutil
 import sys
@@ -139,13 +138,6 @@ def of_split(split: str, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if re.search(rf"/fineweb_{split}_\d+\.bin$", path)]
 
 
-def settings(request: Request, dataset: manifest.Entry, tokenizer: manifest.Entry) -> Settings:
-    """What train_gpt.py needs to use a dataset."""
-    needed = {"DATA_PATH": request.root / "datasets" / request.name,
-              "TOKENIZER_PATH": manifest.model_of(request.root, tokenizer), "VOCAB_SIZE": tokenizer["vocab_size"]}
-    return needed if dataset.get("bos_id", 1) == 1 else {**needed, "BOS_ID": dataset["bos_id"]}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole job
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,7 +168,7 @@ def recorded(request: Request) -> Settings | None:
         wanted = {*request.paths(dataset, tokenizer, published["files_train"]), *request.shards_here()}
         if not wanted <= set(files) or manifest.cut(request.root, {path: files[path] for path in wanted}):
             return None
-        needed, commit = settings(request, dataset, tokenizer), published["revision"]
+        needed, commit = manifest.settings(request.root, dataset, tokenizer), published["revision"]
         print(f"{request.root / 'datasets' / request.name}: already there ({request.repo} at {commit:.12})")
         return needed
     return None
@@ -199,9 +191,7 @@ def read_manifest(request: Request, source: Repository, top: Mapping[str, Remote
            "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX say where to look")
     job = Downloads(source, request.partial, [top["manifest.json"]])
     job.obtain(top["manifest.json"])
-    with tg.refusing(f"{name}: not JSON", ValueError):
-        found = json.loads(job.partial(top["manifest.json"]).read_bytes())
-    return manifest.checked(found, name)
+    return manifest.parsed(job.partial(top["manifest.json"]).read_bytes(), name)
 
 
 def entries(request: Request, remote: manifest.Entry, where: str) -> tuple[manifest.Entry, manifest.Entry]:
@@ -335,7 +325,7 @@ def download(request: Request, workers: int, replace: bool) -> Settings:
     shutil.rmtree(request.partial, ignore_errors=True)
     with contextlib.suppress(OSError):              # another variant is under way
         request.partial.parent.rmdir()
-    return settings(request, offer.dataset, offer.tokenizer)
+    return manifest.settings(request.root, offer.dataset, offer.tokenizer)
 
 
 def fetch(root: Path, variant: str, train_shards: int | None, with_docs: bool, env: Mapping[str, str],

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import InputError, atomic_write, sha256  # noqa: F401 - one place for those who read manifests
+from train_gpt import InputError, atomic_write
 
 Entry = dict[str, Any]
 # What is read from entries, if it is there, and its type in JSON.
@@ -35,15 +35,15 @@ def read(root: Path) -> Entry:
     path = root / "manifest.json"
     if not path.is_file():
         return {"version": "10B", "tokenizers": [], "datasets": []}
+    return parsed(path.read_bytes(), str(path))
+
+
+def parsed(text: bytes, name: str) -> Entry:
+    """A manifest from its text; InputError with its name unless it has the two lists of named entries."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    return checked(found, str(path))
-
-
-def checked(manifest: Any, name: str) -> Entry:
-    """The manifest itself, if it has the two lists of named entries; else InputError with its name."""
+        raise InputError(f"{name}: not JSON ({error})") from None
     lists = [manifest.get(kind) if isinstance(manifest, dict) else None for kind in FIELDS]
     if not all(isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
                for entries in lists):
@@ -67,6 +67,14 @@ def model_of(root: Path, tokenizer: Entry) -> str:
     """What TOKENIZER_PATH must be for a tokenizer's entry; KeyError if it names no model."""
     in_bytes = tokenizer.get("kind", "byte") == "byte" and "model_path" not in tokenizer
     return "byte260" if in_bytes and tokenizer["vocab_size"] == 260 else str(root / tokenizer["model_path"])
+
+
+def settings(root: Path, dataset: Entry, tokenizer: Entry) -> dict[str, Any]:
+    """What train_gpt.py needs to use a dataset; KeyError if its entries lack something."""
+    needed = {"DATA_PATH": root / "datasets" / dataset["name"], "TOKENIZER_PATH": model_of(root, tokenizer),
+              "VOCAB_SIZE": tokenizer["vocab_size"]}
+    bos = dataset["bos_id"] if "bos_id" in dataset else tokenizer.get("bos_id", 1)
+    return needed if bos == 1 else {**needed, "BOS_ID": bos}
 
 
 def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None:

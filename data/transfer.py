@@ -277,7 +277,7 @@ class Downloads:
     """Files on their way into the partial folder."""
 
     def __init__(self, source: Repository, folder: Path, files: Sequence[RemoteFile], vocab_size: int | None = None):
-        self.source, self.folder, self.files, self.vocab_size = source, folder, files, vocab_size
+        self.source, self.folder, self.vocab_size = source, folder, vocab_size
         with contextlib.suppress(OSError):          # another file system: the worker copies
             for file in files:
                 self.take_cached(file, os.link)

@@ -116,8 +116,16 @@ class Dataset:
             raise NotTested("there are tokens beyond the tokenizer's")
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
-    def count_documents(self, split: str) -> int:
-        return sum(int((tokens == self.bos).sum()) for tokens in self.shards[split])
+    @functools.cached_property
+    def documents_in(self) -> dict[str, int]:
+        """Split -> number of document starts."""
+        return {split: sum(int((tokens == self.bos).sum()) for tokens in shards)
+                for split, shards in self.shards.items()}
+
+    @functools.cached_property
+    def charged(self) -> int:
+        """Bytes that validation is charged for."""
+        return int(self.table.count(self.spelled("val")).sum(dtype=np.int64))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,10 +147,7 @@ def check_shards(data: Dataset) -> str:
             gap = next(n for n in itertools.count() if n not in numbers)
             raise Fault(f"fineweb_{split}_{gap:06d}.bin is missing ({len(paths)} files, the last is {paths[-1].name})")
         for path in paths:
-            try:
-                count = len(tg.read_shard(path))
-            except InputError as error:
-                raise Fault(str(error)) from None
+            count = len(tg.read_shard(path))
             with open(path, "rb") as file:
                 if file.read(tg.SHARD_HEADER_BYTES) != tg.shard_header(count):
                     raise Fault(f"{path}: header fields after the token count are not zero")
@@ -155,7 +160,7 @@ def check_manifest(data: Dataset) -> str:
         raise NotTested(f"no entry {data.folder.name} in {data.root / 'manifest.json'}")
     stats, published = data.entry["stats"], "made_from" not in data.entry
     for split, shards in data.shards.items():
-        found = {"files": len(shards), "tokens": sum(map(len, shards)), "docs": data.count_documents(split)}
+        found = {"files": len(shards), "tokens": sum(map(len, shards)), "docs": data.documents_in[split]}
         if split == "train" and published and found["files"] < stats["files_train"]:
             continue
         for key, value in found.items():
@@ -187,21 +192,20 @@ def check_hashes(data: Dataset) -> str:
 def check_tokens(data: Dataset) -> str:
     """Every token below the vocabulary size; each split begins with a document start."""
     size = data.entry["vocab_size"] if data.entry and not data.tokenizer else data.table.vocab_size
-    documents = {}
     for split, shards in data.shards.items():
         for path, tokens in zip(data.paths(split), shards):
             if tokens.max() >= size:
                 raise Fault(f"{path}: token {tokens.max()}, but the vocabulary has {size}")
         if shards and shards[0][0] != data.bos:
             raise Fault(f"{data.paths(split)[0]}: begins with token {shards[0][0]}, not the document start {data.bos}")
-        documents[split] = data.count_documents(split)
+    documents = data.documents_in
     return f"all below {size}; {documents['val']} validation and {documents['train']} training documents"
 
 
 def check_tokenizer(data: Dataset) -> str:
     """The tokenizer's file against the manifest: hash, vocabulary, document start."""
     path, table, told = data.tokenizer_path, data.table, data.tokenizer_entry
-    here = path if path == "byte260" else sha256(Path(path))
+    here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
     if not told:
         raise NotTested(f"no manifest entry says which tokenizer made these shards (given: {table.name})")
     for entry in (data.entry, told):
@@ -220,26 +224,23 @@ def check_tokenizer(data: Dataset) -> str:
 
 def check_bytes(data: Dataset) -> str:
     """Bytes charged by the byte table against decoded text, by document: all of validation, some of training."""
-    charged = {}
     for split, limit in (("val", None), ("train", 1 << 20)):
         tokens = data.spelled(split, limit)
         complaint, _ = tg.audit_bytes(np.append(tokens, data.bos), data.table, data.bos, len(tokens) + 1)
         if complaint:
             raise Fault(f"{split} {complaint}")
-        charged[split] = int(data.table.count(tokens).sum(dtype=np.int64))
     entry = data.entry or {}
     told, text = (entry.get(key, {}).get("val") for key in ("charged_bytes", "text_bytes"))
-    if told not in (None, charged["val"]):
-        raise Fault(f"validation charges {charged['val']} bytes, {told} when it was made")
-    return f"validation charges {charged['val']} bytes" + (f", its raw text has {text}" if text else "")
+    if told not in (None, data.charged):
+        raise Fault(f"validation charges {data.charged} bytes, {told} when it was made")
+    return f"validation charges {data.charged} bytes" + (f", its raw text has {text}" if text else "")
 
 
 def check_published(data: Dataset) -> str:
     """The whole fixed validation set (M1): its documents and, whatever the tokenizer, its bytes of text."""
     if not data.folder.name.startswith("fineweb10B_"):
         raise NotTested("not named as the challenge's data (fineweb10B_*)")
-    documents = data.count_documents("val")
-    charged = int(data.table.count(data.spelled("val")).sum(dtype=np.int64))
+    documents, charged = data.documents_in["val"], data.charged
     if documents != VAL_DOCS or abs(charged / VAL_BYTES - 1) > 1e-3:
         raise Fault(f"validation has {documents} documents and {charged} bytes; the challenge's has {VAL_DOCS} "
                     f"documents and about {VAL_BYTES} bytes")
@@ -268,10 +269,10 @@ def source_of(data: Dataset) -> Corpus:
         paths = [data.root / "docs_selected.jsonl"]
     if not paths:
         raise NotTested("no documents here (--documents gives the files)")
-    if not data.count_documents("val"):
+    if not data.documents_in["val"]:
         raise NotTested("validation has no document start")
     every = told.get("val_every")
-    return file_corpus(paths, val_docs=None if every else data.count_documents("val"), val_every=every)
+    return file_corpus(paths, val_docs=None if every else data.documents_in["val"], val_every=every)
 
 
 def check_documents(data: Dataset) -> str:
