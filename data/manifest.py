@@ -1,8 +1,11 @@
-"""manifest.json: which datasets and tokenizers a data folder holds, under the names of the challenge's own exporter.
+"""manifest.json: which datasets and tokenizers a data folder holds.
 
-`datasets` and `tokenizers` are lists of entries with a `name`. Beyond the exporter's fields an entry may have `files`
-(path below the data folder -> size in bytes and SHA-256), a tokenizer `sha256`, a dataset `made_from` (own exports) or
-`published` (downloads: repository, commit). Entries of several sources stand side by side in one manifest.
+Under the names of the challenge's own exporter.
+
+`datasets` and `tokenizers` are lists of entries with a `name`. Beyond the exporter's fields an
+entry may have `files` (path below the data folder -> size in bytes and SHA-256), a tokenizer
+`sha256`, a dataset `made_from` (own exports) or `published` (downloads: repository, commit).
+Entries of several sources stand side by side in one manifest.
 """
 
 from __future__ import annotations
@@ -25,13 +28,31 @@ from train_gpt import InputError, atomic_write
 Entry = dict[str, Any]
 # What is read from entries, if it is there, and its type in JSON.
 FIELDS = {
-    "tokenizers": {"name": str, "kind": str, "vocab_size": int, "bos_id": int, "model_path": str, "sha256": str},
-    "datasets": {"name": str, "tokenizer_name": str, "vocab_size": int, "bos_id": int, "stats": dict, "files": dict,
-                 "charged_bytes": dict, "text_bytes": dict, "made_from": dict, "published": dict}}
+    "tokenizers": {
+        "name": str,
+        "kind": str,
+        "vocab_size": int,
+        "bos_id": int,
+        "model_path": str,
+        "sha256": str,
+    },
+    "datasets": {
+        "name": str,
+        "tokenizer_name": str,
+        "vocab_size": int,
+        "bos_id": int,
+        "stats": dict,
+        "files": dict,
+        "charged_bytes": dict,
+        "text_bytes": dict,
+        "made_from": dict,
+        "published": dict,
+    },
+}
 
 
 def read(root: Path) -> Entry:
-    """The manifest of a data folder, empty if there is none; InputError if it cannot be understood."""
+    """A data folder's manifest, empty if there is none; InputError if it cannot be understood."""
     path = root / "manifest.json"
     if not path.is_file():
         return {"version": "10B", "tokenizers": [], "datasets": []}
@@ -39,22 +60,37 @@ def read(root: Path) -> Entry:
 
 
 def parsed(text: bytes, name: str) -> Entry:
-    """A manifest from its text; InputError with its name unless it has the two lists of named entries."""
+    """A manifest from its text.
+
+    InputError with its name unless it has the two lists of named entries.
+    """
     try:
         manifest = json.loads(text)
     except ValueError as error:
         raise InputError(f"{name}: not JSON ({error})") from None
     lists = [manifest.get(kind) if isinstance(manifest, dict) else None for kind in FIELDS]
-    if not all(isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
-               for entries in lists):
-        raise InputError(f"{name}: expected an object with the lists tokenizers and datasets of named entries")
+    if not all(
+        isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
+        for entries in lists
+    ):
+        raise InputError(
+            f"{name}: expected an object with the lists tokenizers and datasets of named entries"
+        )
     for kind, fields in FIELDS.items():
         for found in manifest[kind]:
-            wrong = next((field for field, wanted in fields.items()
-                          if field in found and not isinstance(found[field], wanted)), None)
+            wrong = next(
+                (
+                    field
+                    for field, wanted in fields.items()
+                    if field in found and not isinstance(found[field], wanted)
+                ),
+                None,
+            )
             if wrong:
-                raise InputError(f"{name}: {wrong} of {found['name']!r} in {kind} is {found[wrong]!r:.60}, "
-                                 f"expected {fields[wrong].__name__}")
+                raise InputError(
+                    f"{name}: {wrong} of {found['name']!r} in {kind} is {found[wrong]!r:.60}, "
+                    f"expected {fields[wrong].__name__}"
+                )
     return manifest
 
 
@@ -66,34 +102,55 @@ def entry(manifest: Entry, kind: str, name: str | None) -> Entry | None:
 def model_of(root: Path, tokenizer: Entry) -> str:
     """What TOKENIZER_PATH must be for a tokenizer's entry; KeyError if it names no model."""
     in_bytes = tokenizer.get("kind", "byte") == "byte" and "model_path" not in tokenizer
-    return "byte260" if in_bytes and tokenizer["vocab_size"] == 260 else str(root / tokenizer["model_path"])
+    return (
+        "byte260"
+        if in_bytes and tokenizer["vocab_size"] == 260
+        else str(root / tokenizer["model_path"])
+    )
 
 
 def settings(root: Path, dataset: Entry, tokenizer: Entry) -> dict[str, Any]:
     """What train_gpt.py needs to use a dataset; KeyError if its entries lack something."""
-    needed = {"DATA_PATH": root / "datasets" / dataset["name"], "TOKENIZER_PATH": model_of(root, tokenizer),
-              "VOCAB_SIZE": tokenizer["vocab_size"]}
+    needed = {
+        "DATA_PATH": root / "datasets" / dataset["name"],
+        "TOKENIZER_PATH": model_of(root, tokenizer),
+        "VOCAB_SIZE": tokenizer["vocab_size"],
+    }
     bos = dataset["bos_id"] if "bos_id" in dataset else tokenizer.get("bos_id", 1)
     return needed if bos == 1 else {**needed, "BOS_ID": bos}
 
 
 def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None:
-    """InputError if other datasets were made with another tokenizer of that name: they would get this one."""
+    """InputError if other datasets were made with another tokenizer of that name.
+
+    They would get this one.
+    """
     manifest = read(root)
     old = entry(manifest, "tokenizers", tokenizer["name"]) or {}
-    users = [other["name"] for other in manifest["datasets"]
-             if other.get("tokenizer_name") == tokenizer["name"] and other["name"] != dataset["name"]]
-    differ = [key for key in ("kind", "vocab_size", "model_path", "sha256")
-              if key in old and key in tokenizer and old[key] != tokenizer[key]]
+    users = [
+        other["name"]
+        for other in manifest["datasets"]
+        if other.get("tokenizer_name") == tokenizer["name"] and other["name"] != dataset["name"]
+    ]
+    differ = [
+        key
+        for key in ("kind", "vocab_size", "model_path", "sha256")
+        if key in old and key in tokenizer and old[key] != tokenizer[key]
+    ]
     if users and differ:
-        raise InputError(f"{root / 'manifest.json'}: {', '.join(users)} was made with another tokenizer named "
-                         f"{tokenizer['name']} (another {' and '.join(differ)}); give the new one another name")
+        raise InputError(
+            f"{root / 'manifest.json'}: {', '.join(users)} was made with another tokenizer named "
+            f"{tokenizer['name']} (another {' and '.join(differ)}); give the new one another name"
+        )
 
 
 @contextlib.contextmanager
 def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
-    """Puts the entries in the manifest, in place of older ones of the same names, when the block has ended well."""
-    with locked(root, "manifest file"):                     # no dataset has a space in its name
+    """Puts the entries in the manifest when the block has ended well.
+
+    They take the place of older ones of the same names.
+    """
+    with locked(root, "manifest file"):  # no dataset has a space in its name
         refuse_other_tokenizer(root, dataset, tokenizer)
         yield
         manifest = read(root)
@@ -105,7 +162,10 @@ def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Only one process at a time is inside for a name; the others say that they wait. A dead process frees its lock."""
+    """Only one process at a time is inside for a name; the others say that they wait.
+
+    A dead process frees its lock.
+    """
     lock = FileLock(root / "datasets" / f".{name}.lock")
     (root / "datasets").mkdir(parents=True, exist_ok=True)
     try:
@@ -121,12 +181,18 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 def cut(root: Path, files: dict[str, Entry]) -> list[str]:
     """Those of the recorded files that are missing or have another size."""
-    return [path for path, known in files.items()
-            if not (root / path).is_file() or (root / path).stat().st_size != known["size"]]
+    return [
+        path
+        for path, known in files.items()
+        if not (root / path).is_file() or (root / path).stat().st_size != known["size"]
+    ]
 
 
 def give_name(path: Path, name: Path) -> None:
-    """Renames a file; onto another disk (a linked tokenizers folder, say) by a copy that is renamed there."""
+    """Renames a file, also onto another disk (a linked tokenizers folder, say).
+
+    There by a copy that is renamed.
+    """
     name.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(path, name)

@@ -1,14 +1,16 @@
-"""Makes, fetches and verifies training data: tokenizer and token shards in the format that train_gpt.py reads.
+"""Makes, fetches and verifies training data: tokenizer and token shards as train_gpt.py reads them.
 
-    python data/prepare.py fineweb                    # the challenge's shards and tokenizer, for 8xH100
-    python data/prepare.py demo                       # 12 MB of US annual messages, for the CPU track
+    python data/prepare.py fineweb                # the challenge's shards and tokenizer, for 8xH100
+    python data/prepare.py demo                   # 12 MB of US annual messages, for the CPU track
     python data/prepare.py text BOOKS.txt MORE.jsonl --name mine
-    python data/prepare.py export docs_selected.jsonl --name mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
+    python data/prepare.py export docs_selected.jsonl --name mine \\
+        --tokenizer data/tokenizers/fineweb_1024_bpe.model
     python data/prepare.py verify data/datasets/mine
 
-Everything goes below --root (default: the folder of this file): datasets/<name>/fineweb_{train,val}_*.bin,
-tokenizers/ and manifest.json. A second call finds its own result and does nothing; a call that was interrupted leaves
-nothing under a final name. Exit codes: 0 done, 6 verify found a fault, 64 refused, 130 interrupted.
+Everything goes below --root (default: the folder of this file):
+datasets/<name>/fineweb_{train,val}_*.bin, tokenizers/ and manifest.json. A second call finds its
+own result and does nothing; a call that was interrupted leaves nothing under a final name. Exit
+codes: 0 done, 6 verify found a fault, 64 refused, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,17 +32,18 @@ try:
     import verify
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
-except ValueError as unusable:                      # huggingface_hub reads its address when it is imported
+except ValueError as unusable:  # huggingface_hub reads its address when it is imported
     sys.exit(f"error: HF_ENDPOINT: {unusable}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, demand
+from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, check
 
 HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130
 OFFICIAL = export.TokenizerPlan()
 LARGEST = {"vocab_size": 1 << 16, "tokenizer_train_docs": 1 << 40, "max_sentence_length": 1 << 30}
-SMALL = export.TokenizerPlan(max_sentence_length=1 << 20)      # a small corpus cannot spare its long documents
+# A small corpus cannot spare its long documents.
+SMALL = export.TokenizerPlan(max_sentence_length=1 << 20)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,38 +59,72 @@ def build_parser() -> argparse.ArgumentParser:
     fineweb = commands.add_parser("fineweb", help="the published shards and tokenizer")
     hub.add_arguments(fineweb)
     demo = commands.add_parser("demo", help="the CPU track's corpus: datasets/sotu_sp1024")
-    demo.add_argument("--tokenizer", default="", choices=("byte260",), help="bytes instead: datasets/sotu_byte260")
+    demo.add_argument(
+        "--tokenizer", default="", choices=("byte260",), help="bytes instead: datasets/sotu_byte260"
+    )
     demo.add_argument("--vocab-size", type=int, metavar="N", help="or N pieces: datasets/sotu_spN")
     text = commands.add_parser("text", help="your own files, with defaults for small corpora")
-    exported = commands.add_parser("export", help="your own files, as the challenge's data was made")
+    exported = commands.add_parser(
+        "export", help="your own files, as the challenge's data was made"
+    )
     for command in (fineweb, demo, text, exported):
-        command.add_argument("--root", type=Path, default=None if command is fineweb else HERE,
-                             help="data folder (default: data/)")
+        command.add_argument(
+            "--root",
+            type=Path,
+            default=None if command is fineweb else HERE,
+            help="data folder (default: data/)",
+        )
     for command in (demo, text, exported):
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+        command.add_argument(
+            "--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)"
+        )
     for command, small in ((text, True), (exported, False)):
         add_export_arguments(command, small)
     checked = commands.add_parser("verify", help="check a folder of shards")
     checked.add_argument("folder", type=Path, help="datasets/<name>")
-    checked.add_argument("--tokenizer", default="", help="model file or byte260 (default: the manifest's)")
-    checked.add_argument("--documents", type=Path, nargs="+", default=[], help="the text that made the shards")
+    checked.add_argument(
+        "--tokenizer", default="", help="model file or byte260 (default: the manifest's)"
+    )
+    checked.add_argument(
+        "--documents", type=Path, nargs="+", default=[], help="the text that made the shards"
+    )
     return parser
 
 
 def add_export_arguments(command: argparse.ArgumentParser, small: bool) -> None:
     """Options of `text` and `export`: one command, two sets of defaults."""
     plan = SMALL if small else OFFICIAL
-    command.add_argument("files", nargs="+", type=Path, help=".jsonl (field text) or .txt (running text) files")
+    command.add_argument(
+        "files", nargs="+", type=Path, help=".jsonl (field text) or .txt (running text) files"
+    )
     command.add_argument("--name", required=True, help="name of the dataset")
-    command.add_argument("--tokenizer", default="", help="model file or byte260 (default: train one)")
-    command.add_argument("--vocab-size", type=int, help=f"of the tokenizer to be trained (default: {plan.vocab_size})")
-    command.add_argument("--tokenizer-train-docs", type=int,
-                         help=f"the first so many training documents train it ({plan.tokenizer_train_docs})")
-    command.add_argument("--max-sentence-length", type=int,
-                         help=f"bytes; its trainer skips longer documents (default: {plan.max_sentence_length})")
+    command.add_argument(
+        "--tokenizer", default="", help="model file or byte260 (default: train one)"
+    )
+    command.add_argument(
+        "--vocab-size",
+        type=int,
+        help=f"of the tokenizer to be trained (default: {plan.vocab_size})",
+    )
+    command.add_argument(
+        "--tokenizer-train-docs",
+        type=int,
+        help=f"the first so many training documents train it ({plan.tokenizer_train_docs})",
+    )
+    command.add_argument(
+        "--max-sentence-length",
+        type=int,
+        help=f"bytes; its trainer skips longer documents (default: {plan.max_sentence_length})",
+    )
     split = command.add_mutually_exclusive_group()
-    split.add_argument("--val-docs", type=int, help="the first so many documents validate (default of export: 50000)")
-    split.add_argument("--val-every", type=int, help="every n-th document validates (default of text: 100)")
+    split.add_argument(
+        "--val-docs",
+        type=int,
+        help="the first so many documents validate (default of export: 50000)",
+    )
+    split.add_argument(
+        "--val-every", type=int, help="every n-th document validates (default of text: 100)"
+    )
     command.set_defaults(plan=plan, split=(None, 100) if small else (verify.VAL_DOCS, None))
 
 
@@ -96,20 +133,26 @@ def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.Toke
     asked = {name: value for name in LARGEST if (value := getattr(args, name, None)) is not None}
     for name, value in asked.items():
         option = f"--{name.replace('_', '-')} {value}"
-        demand(0 < value <= LARGEST[name], f"{option}: expected 1 to {LARGEST[name]}")
-        demand(not args.tokenizer, f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}")
+        check(0 < value <= LARGEST[name], f"{option}: expected 1 to {LARGEST[name]}")
+        check(
+            not args.tokenizer,
+            f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}",
+        )
     return dataclasses.replace(plan, given=args.tokenizer, **asked)
 
 
 def exporter(args: argparse.Namespace) -> export.Export:
     """The job of `demo`, `text` or `export`."""
-    demand(args.workers > 0, f"--workers {args.workers}: expected 1 or more")
+    check(args.workers > 0, f"--workers {args.workers}: expected 1 or more")
     if args.command == "demo":
         plan = plan_of(args, SMALL)
         name = f"sotu_{args.tokenizer or f'sp{plan.vocab_size}'}"
         return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
-    demand(re.fullmatch(r"\w[\w.+-]*", args.name),
-           f"--name {args.name!r}: expected a folder name below datasets/ of letters, digits and _ . + -")
+    check(
+        re.fullmatch(r"\w[\w.+-]*", args.name),
+        f"--name {args.name!r}: expected a folder name below datasets/ of letters, digits and _ . "
+        "+ -",
+    )
     asked = (args.val_docs, args.val_every)
     corpus = corpora.file_corpus(args.files, *(args.split if asked == (None, None) else asked))
     return export.Export(corpus, plan_of(args, args.plan), args.root, args.name, args.workers)
@@ -118,8 +161,16 @@ def exporter(args: argparse.Namespace) -> export.Export:
 def fetch(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """The job of `fineweb`: what the settings name, unless options say otherwise."""
     folder = hub.folder_of_settings(env)
-    return hub.fetch(args.root or hub.root_of(folder), args.variant or hub.variant_of(folder), args.train_shards,
-                     args.with_docs, env, args.revision, args.workers, args.replace)
+    return hub.fetch(
+        args.root or hub.root_of(folder),
+        args.variant or hub.variant_of(folder),
+        args.train_shards,
+        args.with_docs,
+        env,
+        args.revision,
+        args.workers,
+        args.replace,
+    )
 
 
 def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
@@ -127,18 +178,23 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.command == "verify":
-            return OK if verify.verify(args.folder, args.tokenizer, args.documents) else AUDIT_FAILED
+            return (
+                OK if verify.verify(args.folder, args.tokenizer, args.documents) else AUDIT_FAILED
+            )
         needed = fetch(args, env) if args.command == "fineweb" else exporter(args).run()
         print(" ".join(f"{name}={shlex.quote(str(value))}" for name, value in needed.items()))
         return OK
-    except BrokenPipeError:                         # the reader has seen enough (verify ... | head)
+    except BrokenPipeError:  # the reader has seen enough (verify ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted; nothing incomplete has a final name, the same command finishes the work", file=sys.stderr)
+        print(
+            "interrupted; nothing incomplete has a final name, the same command finishes the work",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 

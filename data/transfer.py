@@ -1,7 +1,8 @@
-"""Downloads from a dataset repository of the Hugging Face hub that end whole, or go on where they stopped.
+"""Downloads from a Hugging Face dataset repository.
 
-`Repository` lists the files of one commit with sizes and hashes; `Downloads` brings files into a folder of partial
-files; `persist` repeats what a network may spoil; `Progress` runs threads that stop at once. Knows nothing of datasets.
+They end whole, or go on where they stopped. `Repository` lists the files of one commit with sizes
+and hashes; `Downloads` brings files into a folder of partial files; `persist` repeats what a
+network may spoil; `Progress` runs threads that stop at once. Knows nothing of datasets.
 """
 
 from __future__ import annotations
@@ -31,19 +32,25 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, logging, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    logging,
+    parse_ratelimit_headers,
+)
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from train_gpt import InputError, demand
+from train_gpt import InputError, check
 
 T, R = TypeVar("T"), TypeVar("R")
 
-ATTEMPTS = 6                        # in a row that bring not one byte
-BACKOFF_SECONDS = 1.0               # the first pause; it doubles
+ATTEMPTS = 6  # in a row that bring not one byte
+BACKOFF_SECONDS = 1.0  # the first pause; it doubles
 LONGEST_PAUSE = 300.0
-STOP_SECONDS = 1.0                  # a thread that waits for the network longer than this ends with the process
+STOP_SECONDS = 1.0  # a thread that waits for the network longer than this ends with the process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,9 +62,9 @@ class Stopped(Exception):
     """The job ends; a thread gives up where it is."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Patience
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -78,10 +85,14 @@ def reason(error: Exception) -> str:
 
 
 def pause_after(error: Exception, failures: int) -> float:
-    """Seconds until the next attempt: what the server asks for, else twice the last pause, with jitter."""
+    """Seconds until the next attempt.
+
+    What the server asks for, else twice the last pause, with jitter.
+    """
     pause = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
     if isinstance(error, HfHubHTTPError):
-        asked, limit = error.response.headers.get("Retry-After", ""), parse_ratelimit_headers(error.response.headers)
+        asked = error.response.headers.get("Retry-After", "")
+        limit = parse_ratelimit_headers(error.response.headers)
         if asked.isdigit():
             pause = float(asked)
         elif limit and not limit.remaining:
@@ -97,17 +108,25 @@ def explained(error: Exception) -> str:
         return "no such revision; --revision takes a branch, a tag or a commit"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
-        return (f"not found or not open to you ({reason(error)}); MATCHED_FINEWEB_REPO_ID names the repository, "
-                "a private or gated one needs HF_TOKEN")
-    return reason(error) + ("; the same command goes on where this one stopped" if is_transient(error) else "")
+        return (
+            f"not found or not open to you ({reason(error)}); MATCHED_FINEWEB_REPO_ID names the "
+            "repository, a private or gated one needs HF_TOKEN"
+        )
+    return reason(error) + (
+        "; the same command goes on where this one stopped" if is_transient(error) else ""
+    )
 
 
-def persist(what: str, operation: Callable[[], R], size: Callable[[], int] = lambda: 0,
-            wait: Callable[[float], None] = time.sleep) -> R:
+def persist(
+    what: str,
+    operation: Callable[[], R],
+    size: Callable[[], int] = lambda: 0,
+    wait: Callable[[float], None] = time.sleep,
+) -> R:
     """The operation's result, after as many attempts as it takes while they still bring something.
 
-    Transient failures are repeated until ATTEMPTS in a row did not let `size` grow; then, and for all others,
-    InputError says why.
+    Transient failures are repeated until ATTEMPTS in a row did not let `size` grow; then, and for
+    all others, InputError says why.
     """
     failures, reached = 0, size()
     while True:
@@ -125,9 +144,9 @@ def persist(what: str, operation: Callable[[], R], size: Callable[[], int] = lam
         wait(pause)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Threads
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -150,10 +169,19 @@ class Progress:
         if self.stopped.wait(seconds):
             raise Stopped
 
-    def run(self, work: Callable[[T], R], items: Sequence[T], workers: int, finish: Callable[[T, R], None]) -> None:
-        """work(item) in threads, finish(item, result) here and in the order of the items; the first failure ends all.
+    def run(
+        self,
+        work: Callable[[T], R],
+        items: Sequence[T],
+        workers: int,
+        finish: Callable[[T, R], None],
+    ) -> None:
+        """work(item) in threads, finish(item, result) here and in the order of the items.
 
-        The threads are daemons: one that waits for the network must not keep an interrupted process alive.
+        The first failure ends all.
+
+        The threads are daemons: one that waits for the network must not keep an interrupted process
+        alive.
         """
         jobs, done = queue.SimpleQueue(), queue.SimpleQueue()
         for job in enumerate(items):
@@ -168,9 +196,18 @@ class Progress:
                     except Exception as error:
                         done.put((number, None, error))
 
-        threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))]
-        self.bar = tqdm(desc=self.label, total=self.total, initial=self.total - self.left, unit="B", unit_scale=True,
-                        mininterval=1, disable=not items)
+        threads = [
+            threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))
+        ]
+        self.bar = tqdm(
+            desc=self.label,
+            total=self.total,
+            initial=self.total - self.left,
+            unit="B",
+            unit_scale=True,
+            mininterval=1,
+            disable=not items,
+        )
         results: dict[int, R] = {}
         try:
             for thread in threads:
@@ -193,16 +230,16 @@ class Progress:
         self.bar.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The repository and its files
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    path: str                       # below the data folder
-    size: int                       # bytes
-    hash: str                       # SHA-256 of a large file (LFS), git's SHA-1 of a small one
+    path: str  # below the data folder
+    size: int  # bytes
+    hash: str  # SHA-256 of a large file (LFS), git's SHA-1 of a small one
     lfs: bool
 
 
@@ -213,8 +250,14 @@ class Repository:
         logging.set_verbosity_error()
         self.id, self.prefix, self.api = repo, prefix, HfApi()
         self.where = f"{constants.ENDPOINT}/datasets/{self.id}"
-        self.commit = persist(f"{self.where} at {revision}", lambda: self.api.dataset_info(
-            self.id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).sha)
+        self.commit = persist(
+            f"{self.where} at {revision}",
+            lambda: (
+                self.api.dataset_info(
+                    self.id, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+                ).sha
+            ),
+        )
         # Compressed bodies have no size that a download could be resumed by.
         self.headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
 
@@ -226,15 +269,27 @@ class Repository:
 
     def cached(self, path: str) -> Path | None:
         """The file in the hub's own cache."""
-        found = try_to_load_from_cache(self.id, self.remote(path), revision=self.commit, repo_type="dataset")
+        found = try_to_load_from_cache(
+            self.id, self.remote(path), revision=self.commit, repo_type="dataset"
+        )
         return Path(found).resolve() if isinstance(found, str) else None
 
     def files(self, folder: str = "") -> dict[str, RemoteFile]:
-        """The files of one folder by their paths below the data folder; none if there is no such folder."""
+        """The files of one folder by their paths below the data folder.
+
+        None if there is no such folder.
+        """
+
         def tree() -> list[Any]:
             try:
-                return [*self.api.list_repo_tree(self.id, self.remote(folder) or None, repo_type="dataset",
-                                                 revision=self.commit)]
+                return [
+                    *self.api.list_repo_tree(
+                        self.id,
+                        self.remote(folder) or None,
+                        repo_type="dataset",
+                        revision=self.commit,
+                    )
+                ]
             except EntryNotFoundError:
                 return []
 
@@ -265,20 +320,31 @@ def digests(path: Path, lfs: bool, tick: Callable[[int], None]) -> tuple[str, st
 
 
 def check_content(path: Path, vocab_size: int | None = None) -> None:
-    """InputError unless a shard's header fits its size, and a tokenizer can be read and has that vocabulary."""
+    """InputError unless the file is right.
+
+    A shard's header must fit its size; a tokenizer must be readable and have that vocabulary.
+    """
     if path.suffix == ".bin":
         tg.read_shard(path)
     elif path.suffix == ".model":
         found = tg.ByteTable.from_sentencepiece(path).vocab_size
-        demand(vocab_size in (None, found), f"{path}: {found} tokens, the manifest says {vocab_size}")
+        check(
+            vocab_size in (None, found), f"{path}: {found} tokens, the manifest says {vocab_size}"
+        )
 
 
 class Downloads:
     """Files on their way into the partial folder."""
 
-    def __init__(self, source: Repository, folder: Path, files: Sequence[RemoteFile], vocab_size: int | None = None):
+    def __init__(
+        self,
+        source: Repository,
+        folder: Path,
+        files: Sequence[RemoteFile],
+        vocab_size: int | None = None,
+    ):
         self.source, self.folder, self.vocab_size = source, folder, vocab_size
-        with contextlib.suppress(OSError):          # another file system: the worker copies
+        with contextlib.suppress(OSError):  # another file system: the worker copies
             for file in files:
                 self.take_cached(file, os.link)
         self.progress = Progress("downloading", sum(file.size for file in files))
@@ -288,7 +354,10 @@ class Downloads:
         return self.folder / f"{file.hash[:16]}_{Path(file.path).name}"
 
     def take_cached(self, file: RemoteFile, take: Callable[[Path, Path], Any]) -> int:
-        """Links or copies a file from the hub's cache unless a part of it is here already; returns its bytes."""
+        """Links or copies a file from the hub's cache unless a part of it is here already.
+
+        Returns its bytes.
+        """
         cached, partial = self.source.cached(file.path), self.partial(file)
         if not cached or size_of(cached) != file.size or partial.exists():
             return 0
@@ -297,7 +366,7 @@ class Downloads:
         return file.size
 
     def transfer(self, file: RemoteFile) -> None:
-        """Appends the missing bytes to the partial file; Incomplete if the server sends fewer or more."""
+        """Appends the missing bytes to the partial file; Incomplete if fewer or more are sent."""
         path, start = self.partial(file), size_of(self.partial(file))
         if start > file.size:
             self.discard(file)
@@ -306,11 +375,15 @@ class Downloads:
             path.touch()
             return
         headers = {**self.source.headers, **({"Range": f"bytes={start}-"} if start else {})}
-        with get_session().stream("GET", self.source.url(file.path), headers=headers,
-                                  timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        with get_session().stream(
+            "GET",
+            self.source.url(file.path),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        ) as response:
             hf_raise_for_status(response)
             if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:
-                self.discard(file)                  # the whole file comes, from its beginning
+                self.discard(file)  # the whole file comes, from its beginning
             with open(path, "ab", buffering=0) as out:
                 for chunk in response.iter_bytes():
                     self.write(out, chunk)
@@ -320,7 +393,10 @@ class Downloads:
             raise Incomplete(f"{size_of(path)} bytes instead of {file.size}")
 
     def write(self, out: Any, chunk: bytes) -> None:
-        """All of a chunk: an unbuffered file takes what fits on the disk, and complains only when nothing fits."""
+        """Writes all of a chunk.
+
+        An unbuffered file takes what fits on the disk, and complains only when nothing fits.
+        """
         rest = memoryview(chunk)
         while rest:
             count = out.write(rest)
@@ -333,13 +409,18 @@ class Downloads:
         self.progress.add(-lost)
 
     def obtain(self, file: RemoteFile) -> str:
-        """A file, whole and right, in the partial folder; returns its SHA-256. Wrong content gets a second chance."""
+        """A file, whole and right, in the partial folder; returns its SHA-256.
+
+        Wrong content gets a second chance.
+        """
         path, what = self.partial(file), f"{self.source.id}: {file.path}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.progress.add(self.take_cached(file, shutil.copyfile))
             for again in (True, False):
-                persist(what, lambda: self.transfer(file), lambda: size_of(path), self.progress.wait)
+                persist(
+                    what, lambda: self.transfer(file), lambda: size_of(path), self.progress.wait
+                )
                 sha256, found = digests(path, file.lfs, lambda _: self.progress.add(0))
                 if found == file.hash:
                     check_content(path, self.vocab_size)
@@ -351,6 +432,8 @@ class Downloads:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            raise InputError(f"{self.folder}: {os.strerror(error.errno)}, {self.progress.left} bytes are still missing;"
-                             " what is there is kept, and the same command goes on with it") from None
+            raise InputError(
+                f"{self.folder}: {os.strerror(error.errno)}, {self.progress.left} bytes are still "
+                "missing; what is there is kept, and the same command goes on with it"
+            ) from None
         raise InputError(f"{complaint}, twice; nothing has its name")

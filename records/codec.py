@@ -1,17 +1,21 @@
-"""A real compressor out of any true score: what a predictor claims in bits, an arithmetic coder writes in bits.
+"""A real compressor out of any true score.
+
+What a predictor claims in bits, an arithmetic coder writes in bits.
 
     export ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=...
     python records/codec.py compress speech.txt                         # -> speech.txt.pgolf
     python records/codec.py decompress speech.txt.pgolf -o copy.txt
     python records/codec.py verify                                      # the proof
 
-Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose the predictor (the
-last true stage that a run with them would score). The artifact is not part of the compressed file; its hash is.
+Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose
+the predictor (the last true stage that a run with them would score). The artifact is not part of
+the compressed file; its hash is.
 
-`verify` compresses documents of the validation set, decompresses them in a fresh process, compares the text byte for
-byte and the size with the bits that the harness of train_gpt.py charges for the same tokens. Encoder and decoder run
-the same loop, `walk`, token after token: one thread, the same shapes, whole frequencies. They agree on machines that
-compute alike, not across CPU models or versions of torch; the header says what made a file.
+`verify` compresses documents of the validation set, decompresses them in a fresh process, compares
+the text byte for byte and the size with the bits that the harness of train_gpt.py charges for the
+same tokens. Encoder and decoder run the same loop, `walk`, token after token: one thread, the same
+shapes, whole frequencies. They agree on machines that compute alike, not across CPU models or
+versions of torch; the header says what made a file.
 """
 
 from __future__ import annotations
@@ -45,12 +49,15 @@ import train_gpt as tg
 MAGIC, PRECISION, SCALE = b"PGOLFTXT", 62, 1 << 30
 
 
-# --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) ------------------------------------
+# --- arithmetic coding: intervals of whole numbers (Witten, Neal and Cleary 1987) -----------------
+
 
 def frequencies(log_p: torch.Tensor) -> np.ndarray:
     """Cumulative whole frequencies of a distribution, [V + 1]; every token has at least 1."""
     p = np.exp(log_p.numpy().astype(np.float64))
-    tg.demand(abs(p.sum() - 1) < 1e-6, f"the probabilities sum to {p.sum()}: no code can be made of them")
+    tg.check(
+        abs(p.sum() - 1) < 1e-6, f"the probabilities sum to {p.sum()}: no code can be made of them"
+    )
     return np.concatenate(([0], np.cumsum(np.floor(p * SCALE).astype(np.int64) + 1)))
 
 
@@ -65,21 +72,24 @@ class Encoder:
         self.pending = 0
 
     def encode(self, cumulative: np.ndarray, symbol: int) -> None:
-        below, upto, total = int(cumulative[symbol]), int(cumulative[symbol + 1]), int(cumulative[-1])
+        below = int(cumulative[symbol])
+        upto = int(cumulative[symbol + 1])
+        total = int(cumulative[-1])
         width, half, quarter = self.high - self.low + 1, 1 << PRECISION - 1, 1 << PRECISION - 2
-        self.low, self.high = self.low + width * below // total, self.low + width * upto // total - 1
+        self.high = self.low + width * upto // total - 1
+        self.low = self.low + width * below // total
         while True:
-            if self.high < half or self.low >= half:                     # the first bit is settled
+            if self.high < half or self.low >= half:  # the first bit is settled
                 self._emit(int(self.low >= half))
-            elif self.low >= quarter and self.high < 3 * quarter:        # only that the second is its opposite
-                self.pending += 1
+            elif self.low >= quarter and self.high < 3 * quarter:
+                self.pending += 1  # only that the second is its opposite
                 self.low, self.high = self.low - quarter, self.high - quarter
             else:
                 return
             self.low, self.high = 2 * self.low % (2 * half), 2 * self.high % (2 * half) + 1
 
     def finish(self) -> bytes:
-        self.pending += 1                                                # two bits name a point inside the interval
+        self.pending += 1  # two bits name a point inside the interval
         self._emit(int(self.low >= 1 << PRECISION - 2))
         return np.packbits(np.frombuffer(bytes(self.bits), np.uint8)).tobytes()
 
@@ -99,44 +109,62 @@ class Decoder:
         symbol = int(np.searchsorted(cumulative, point, side="right")) - 1
         below, upto = int(cumulative[symbol]), int(cumulative[symbol + 1])
         half, quarter = 1 << PRECISION - 1, 1 << PRECISION - 2
-        self.low, self.high = self.low + width * below // total, self.low + width * upto // total - 1
+        self.high = self.low + width * upto // total - 1
+        self.low = self.low + width * below // total
         while True:
             if self.high < half or self.low >= half:
                 pass
             elif self.low >= quarter and self.high < 3 * quarter:
-                self.low, self.high, self.value = self.low - quarter, self.high - quarter, self.value - quarter
+                self.low -= quarter
+                self.high -= quarter
+                self.value -= quarter
             else:
                 return symbol
             self.low, self.high = 2 * self.low % (2 * half), 2 * self.high % (2 * half) + 1
             self.value = (2 * self.value + next(self.bits, 0)) % (2 * half)
 
 
-# --- text and tokens -------------------------------------------------------------------------------------------------
+# --- text and tokens ------------------------------------------------------------------------------
+
 
 def kept_as_is(table: tg.ByteTable, character: str) -> bool:
     """Whether the tokenizer neither changes a character nor spells it in byte pieces."""
     sp, text = table.processor, f"a{character}a"
-    return sp.decode(sp.encode(text)) == text and not any(sp.is_byte(t) or sp.is_unknown(t) for t in sp.encode(text))
+    return sp.decode(sp.encode(text)) == text and not any(
+        sp.is_byte(t) or sp.is_unknown(t) for t in sp.encode(text)
+    )
 
 
 def tokens_of(text: str, table: tg.ByteTable) -> list[int]:
-    """Tokens from which `text_of` gives exactly this text: what the tokenizer would change goes in as byte pieces."""
+    """Tokens from which `text_of` gives exactly this text.
+
+    What the tokenizer would change goes in as byte pieces.
+    """
     if not table.processor:
         return table.encode(text)
-    pieces, tokens, at = [table.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], [], 0
+    pieces = [table.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    tokens = []
+    at = 0
     lost = "".join(c for c in sorted(set(text)) if c == " " or not kept_as_is(table, c))
     word = f"[^ {re.escape(lost)}]+"
     for words in re.finditer(f"{word}(?: {word})*", text):
-        tokens += [pieces[byte] for byte in text[at:words.start()].encode()] + table.processor.encode(words[0])
+        tokens += [
+            pieces[byte] for byte in text[at : words.start()].encode()
+        ] + table.processor.encode(words[0])
         at = words.end()
     tokens += [pieces[byte] for byte in text[at:].encode()]
-    return tokens if text_of(tokens, table) == text.encode() else [pieces[byte] for byte in text.encode()]
+    return (
+        tokens
+        if text_of(tokens, table) == text.encode()
+        else [pieces[byte] for byte in text.encode()]
+    )
 
 
 def text_of(tokens: list[int], table: tg.ByteTable) -> bytes:
-    """The bytes of tokens, as many as the table counts: a word mark is no space at the start or after a control token.
+    """The bytes of tokens, as many as the table counts.
 
-    If the tokenizer begins every text with a mark, neither is one after a byte piece, where `tokens_of` begins anew.
+    A word mark is no space at the start or after a control token. If the tokenizer begins every
+    text with a mark, neither is one after a byte piece, where `tokens_of` begins anew.
     """
     if not table.processor:
         return table.decode(tokens)
@@ -147,27 +175,40 @@ def text_of(tokens: list[int], table: tg.ByteTable) -> bytes:
         if byte:
             parts.append(bytes([int(piece[3:5], 16)]))
         elif not table.boundary[token]:
-            parts.append((piece.removeprefix("\u2581") if bare else piece).replace("\u2581", " ").encode())
+            parts.append(
+                (piece.removeprefix("\u2581") if bare else piece).replace("\u2581", " ").encode()
+            )
         bare = table.boundary[token] or byte and begins
     return b"".join(parts)
 
 
 def documents_of(tokens: np.ndarray, table: tg.ByteTable, bos: int) -> bytes:
-    """Text of tokens that begin with a document start; documents end in a newline, but for the last."""
+    """Text of tokens that begin with a document start.
+
+    Documents end in a newline, but for the last.
+    """
     parts = np.split(tokens, np.flatnonzero(tokens == bos))[1:]
     return b"\n".join(text_of(part[1:], table) for part in parts)
 
 
-# --- one token at a time ---------------------------------------------------------------------------------------------
+# --- one token at a time --------------------------------------------------------------------------
 
-def walk(predictor: Any, count: int, first: int, cfg: tg.Config) -> Generator[torch.Tensor, int, None]:
-    """The harness with the tokens still to come: yields log p over V, is sent the token, `count` times.
 
-    The predictor learns as it does in tg.evaluate: from the same batches, at the end of the same chunks.
+def walk(
+    predictor: Any, count: int, first: int, cfg: tg.Config
+) -> Generator[torch.Tensor, int, None]:
+    """The harness with the tokens still to come.
+
+    It yields log p over V and is sent the token, `count` times. The predictor learns as it does in
+    tg.evaluate: from the same batches, at the end of the same chunks.
     """
     tokens = np.zeros(count + 1, np.uint16)
     tokens[0] = first
-    steps = _documents(predictor, tokens, cfg) if predictor.shares == "rows" else _chunks(predictor, tokens, cfg)
+    steps = (
+        _documents(predictor, tokens, cfg)
+        if predictor.shares == "rows"
+        else _chunks(predictor, tokens, cfg)
+    )
     for known in steps:
         tokens[known] = yield predictor.next(tokens[:known])
 
@@ -178,7 +219,10 @@ def _learn(predictor: Any, tokens: np.ndarray, batch: tg.Batch, plan: Any, cfg: 
 
 
 def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
-    """How many tokens are known, before each next one; learns when a chunk of windows is complete."""
+    """How many tokens are known, before each next one.
+
+    Learns when a chunk of windows is complete.
+    """
     plan, rt = predictor.plan(tokens), predictor.rt
     rows = predictor.rows(cfg)
     chunks = list(plan.units(rows, predictor.chunk))
@@ -186,15 +230,23 @@ def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]
         lo, hi = plan.span(units)
         yield from range(lo + 1, hi + 1)
         for unit in units if predictor.chunk else ():
-            _learn(predictor, tokens[:hi + 1], plan.batch(tokens, unit, rows, rt, predictor.reach), plan, cfg)
-        predictor.observe(tokens[lo:hi + 1], number / (len(chunks) - 1) if len(chunks) > 1 else 1.0)
+            _learn(
+                predictor,
+                tokens[: hi + 1],
+                plan.batch(tokens, unit, rows, rt, predictor.reach),
+                plan,
+                cfg,
+            )
+        predictor.observe(
+            tokens[lo : hi + 1], number / (len(chunks) - 1) if len(chunks) > 1 else 1.0
+        )
 
 
 def _documents(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
     """The same for chunks of documents: a document ends where the next one starts."""
     for known in range(1, len(tokens)):
         yield known
-        seen = tokens[:known + 1]
+        seen = tokens[: known + 1]
         plan, (members, chunk) = predictor.plan(seen), predictor.unit_of(seen)
         ended = tokens[known] == cfg.bos_id or known == len(tokens) - 1
         if ended or (known - plan.starts[members[0]]) % plan.chunk == 0:
@@ -222,13 +274,14 @@ def decode(predictor: Any, data: bytes, count: int, first: int, cfg: tg.Config) 
     return np.array(tokens)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
+
 
 class Codec:
     """Artifact, tokenizer and predictor that the settings name."""
 
     def __init__(self, env: dict[str, str]):
-        torch.set_num_threads(1)                                         # sums must not depend on the machine's load
+        torch.set_num_threads(1)  # sums must not depend on the machine's load
         cfg = tg.load_config({"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"})
         self.cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
         self.rt, self.table = tg.Runtime(self.cfg, {}), tg.ByteTable.load(self.cfg)
@@ -238,10 +291,14 @@ class Codec:
         """A fresh one: the last true stage of a run with these settings."""
         stages = [build for wanted, build in tg.PREDICTORS.values() if wanted(self.cfg)]
         for build in reversed(stages):
-            predictor = build(tg.load_artifact(self.cfg, self.blob, self.rt), self.rt, self.cfg, self.table)
+            predictor = build(
+                tg.load_artifact(self.cfg, self.blob, self.rt), self.rt, self.cfg, self.table
+            )
             if not predictor.fault:
                 return predictor
-        raise tg.InputError("these settings score nothing that is a true score: no code can be made of it")
+        raise tg.InputError(
+            "these settings score nothing that is a true score: no code can be made of it"
+        )
 
     def text(self, tokens: np.ndarray) -> bytes:
         return documents_of(tokens, self.table, self.cfg.bos_id)
@@ -249,54 +306,92 @@ class Codec:
     def identity(self) -> dict[str, Any]:
         """What must be the same for the decoder."""
         settings = {name.upper(): value for name, value in self.cfg.group("score").items()}
-        return json.loads(json.dumps(dict(
-            artifact_sha256=hashlib.sha256(self.blob).hexdigest(), tokenizer=tg.tokenizer_hash(self.cfg),
-            torch=torch.__version__, SEED=self.cfg.seed, **settings)))
+        return json.loads(
+            json.dumps(
+                dict(
+                    artifact_sha256=hashlib.sha256(self.blob).hexdigest(),
+                    tokenizer=tg.tokenizer_hash(self.cfg),
+                    torch=torch.__version__,
+                    SEED=self.cfg.seed,
+                    **settings,
+                )
+            )
+        )
 
     def compress(self, tokens: np.ndarray) -> bytes:
-        header = json.dumps({
-            **self.identity(), "machine": self.rt.device_name(), "targets": len(tokens) - 1, "first": int(tokens[0]),
-            "text_sha256": hashlib.sha256(self.text(tokens)).hexdigest()}).encode()
+        header = json.dumps(
+            {
+                **self.identity(),
+                "machine": self.rt.device_name(),
+                "targets": len(tokens) - 1,
+                "first": int(tokens[0]),
+                "text_sha256": hashlib.sha256(self.text(tokens)).hexdigest(),
+            }
+        ).encode()
         data = encode(self.predictor(), tokens, self.cfg)
-        return MAGIC + struct.pack("<I", len(header)) + header + hashlib.sha256(header + data).digest() + data
+        return (
+            MAGIC
+            + struct.pack("<I", len(header))
+            + header
+            + hashlib.sha256(header + data).digest()
+            + data
+        )
 
     def decompress(self, blob: bytes) -> bytes:
         """The text, checked."""
-        tg.demand(blob[:len(MAGIC)] == MAGIC, f"not a compressed text: begins with {blob[:len(MAGIC)]!r}")
+        tg.check(
+            blob[: len(MAGIC)] == MAGIC,
+            f"not a compressed text: begins with {blob[: len(MAGIC)]!r}",
+        )
         try:
-            size, = struct.unpack_from("<I", blob, len(MAGIC))
+            (size,) = struct.unpack_from("<I", blob, len(MAGIC))
             at = len(MAGIC) + 4 + size
-            header, digest, data = json.loads(blob[len(MAGIC) + 4:at]), blob[at:at + 32], blob[at + 32:]
+            header = json.loads(blob[len(MAGIC) + 4 : at])
+            digest = blob[at : at + 32]
+            data = blob[at + 32 :]
         except (ValueError, RecursionError, struct.error) as error:
             raise tg.InputError(f"compressed text: unreadable header ({error})") from None
-        tg.demand(hashlib.sha256(blob[len(MAGIC) + 4:at] + data).digest() == digest,
-                  "compressed text: wrong checksum, it is damaged")
-        told = [f"{name}: {tg.as_typed(header.get(name))}; here it is {tg.as_typed(here)}"
-                for name, here in self.identity().items() if header.get(name) != here]
-        tg.demand(not told, f"compressed with another {', another '.join(told)}")
-        text = self.text(decode(self.predictor(), data, header["targets"], header["first"], self.cfg))
-        tg.demand(hashlib.sha256(text).hexdigest() == header["text_sha256"], "decoded to another text: this machine "
-                  f"({self.rt.device_name()}) computes other probabilities than the one that compressed it "
-                  f"({header['machine']})")
+        tg.check(
+            hashlib.sha256(blob[len(MAGIC) + 4 : at] + data).digest() == digest,
+            "compressed text: wrong checksum, it is damaged",
+        )
+        told = [
+            f"{name}: {tg.as_typed(header.get(name))}; here it is {tg.as_typed(here)}"
+            for name, here in self.identity().items()
+            if header.get(name) != here
+        ]
+        tg.check(not told, f"compressed with another {', another '.join(told)}")
+        text = self.text(
+            decode(self.predictor(), data, header["targets"], header["first"], self.cfg)
+        )
+        tg.check(
+            hashlib.sha256(text).hexdigest() == header["text_sha256"],
+            "decoded to another text: this machine "
+            f"({self.rt.device_name()}) computes other probabilities than the one that compressed "
+            f"it ({header['machine']})",
+        )
         return text
 
     def claimed_bits(self, tokens: np.ndarray) -> float:
         """What the harness charges for the same tokens."""
         with tempfile.TemporaryDirectory() as folder:
-            ledger = tg.Ledger(Path(folder), self.rt)
-            ledger.writes = False
+            run_log = tg.RunLog(Path(folder), self.rt)
+            run_log.writes = False
             cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
-            score = tg.evaluate(self.predictor(), tokens, self.table, cfg, self.rt, ledger)
+            score = tg.evaluate(self.predictor(), tokens, self.table, cfg, self.rt, run_log)
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
 
     def payload_bits(self, blob: bytes) -> int:
-        size, = struct.unpack_from("<I", blob, len(MAGIC))
+        (size,) = struct.unpack_from("<I", blob, len(MAGIC))
         return 8 * (len(blob) - len(MAGIC) - 4 - size - 32)
 
 
 def others(text: bytes) -> str:
-    return f"zstd -22 {len(zstandard.ZstdCompressor(level=22).compress(text))}, xz -9e " \
-           f"{len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}, bzip2 -9 {len(bz2.compress(text, 9))} bytes"
+    return (
+        f"zstd -22 {len(zstandard.ZstdCompressor(level=22).compress(text))}, xz -9e "
+        f"{len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}, bzip2 -9 "
+        f"{len(bz2.compress(text, 9))} bytes"
+    )
 
 
 def compress_file(codec: Codec, source: Path, target: Path) -> None:
@@ -305,42 +400,66 @@ def compress_file(codec: Codec, source: Path, target: Path) -> None:
         tokens = np.array([codec.cfg.bos_id, *tokens_of(text.decode(), codec.table)])
     except UnicodeDecodeError as error:
         raise tg.InputError(f"{source}: not UTF-8 text ({error})") from None
-    tg.demand(len(tokens) > 1, f"{source}: empty")
-    tg.demand(codec.text(tokens) == text, f"{source}: the tokenizer {codec.table.name} cannot spell this text")
+    tg.check(len(tokens) > 1, f"{source}: empty")
+    tg.check(
+        codec.text(tokens) == text,
+        f"{source}: the tokenizer {codec.table.name} cannot spell this text",
+    )
     blob = codec.compress(tokens)
     tg.atomic_write(target, blob)
     bits = codec.payload_bits(blob)
-    print(f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code "
-          f"({bits / len(text):.4f} bits per byte), {len(blob)} with the header, {time.perf_counter() - begun:.1f} s\n"
-          f"for comparison: {others(text)}")
+    print(
+        f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {bits // 8} bytes of code "
+        f"({bits / len(text):.4f} bits per byte), {len(blob)} with the header, "
+        f"{time.perf_counter() - begun:.1f} s\nfor comparison: {others(text)}"
+    )
 
 
 def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> bool:
-    """Compresses sampled validation documents, decompresses them in a fresh process; whether all is as claimed."""
-    tg.demand(documents > 0 and limit > 0, "--documents and --tokens: expected 1 or more")
+    """Compresses sampled validation documents, decompresses them in a fresh process.
+
+    Returns whether all is as claimed.
+    """
+    tg.check(documents > 0 and limit > 0, "--documents and --tokens: expected 1 or more")
     stream, bos = tg.load_validation(codec.cfg), codec.cfg.bos_id
-    every = [part for part in np.split(stream, np.flatnonzero(stream == bos)) if len(part) > 1 and part[0] == bos]
-    tg.demand(every, f"{codec.cfg.data_path}: no document starts with BOS_ID={bos} in the validation tokens")
+    every = [
+        part
+        for part in np.split(stream, np.flatnonzero(stream == bos))
+        if len(part) > 1 and part[0] == bos
+    ]
+    tg.check(
+        every,
+        f"{codec.cfg.data_path}: no document starts with BOS_ID={bos} in the validation tokens",
+    )
     chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, documents).astype(int))]
-    tokens = np.concatenate(chosen)[:limit + 1]
+    tokens = np.concatenate(chosen)[: limit + 1]
     text, blob = codec.text(tokens), codec.compress(tokens)
     coded, claimed = codec.payload_bits(blob), codec.claimed_bits(tokens)
     with tempfile.TemporaryDirectory() as folder:
         packed, plain = Path(folder) / "text.pgolf", Path(folder) / "text"
         packed.write_bytes(blob)
-        done = subprocess.run([sys.executable, __file__, "decompress", str(packed), "-o", str(plain)], env=env,
-                              check=False, stdout=subprocess.DEVNULL)
+        done = subprocess.run(
+            [sys.executable, __file__, "decompress", str(packed), "-o", str(plain)],
+            env=env,
+            check=False,
+            stdout=subprocess.DEVNULL,
+        )
         same = done.returncode == 0 and plain.read_bytes() == text
     fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
-    print(f"{name}: {(tokens == bos).sum()} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
-          f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "
-          f"{'ok' if fits else 'TOO LONG'}\ndecoded in a fresh process: {'identical' if same else 'DIFFERENT'}\n"
-          f"for comparison: {others(text)}, this one {coded // 8} bytes")
+    print(
+        f"{name}: {(tokens == bos).sum()} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
+        f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "
+        f"{'ok' if fits else 'TOO LONG'}\n"
+        f"decoded in a fresh process: {'identical' if same else 'DIFFERENT'}\n"
+        f"for comparison: {others(text)}, this one {coded // 8} bytes"
+    )
     return fits and same
 
 
 def main(arguments: list[str], env: dict[str, str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("compress", "decompress"):
         command = commands.add_parser(name)
@@ -355,10 +474,17 @@ def main(arguments: list[str], env: dict[str, str]) -> int:
         if options.command == "verify":
             return 0 if verify(codec, env, options.documents, options.tokens) else 1
         if options.command == "compress":
-            compress_file(codec, options.file, options.output or options.file.with_name(options.file.name + ".pgolf"))
+            compress_file(
+                codec,
+                options.file,
+                options.output or options.file.with_name(options.file.name + ".pgolf"),
+            )
             return 0
         target = options.output or options.file.with_suffix("")
-        tg.demand(options.output or options.file.suffix == ".pgolf", f"{options.file}: no .pgolf to take off; name -o")
+        tg.check(
+            options.output or options.file.suffix == ".pgolf",
+            f"{options.file}: no .pgolf to take off; name -o",
+        )
         tg.atomic_write(target, codec.decompress(options.file.read_bytes()))
         return 0
     except (tg.InputError, OSError) as error:

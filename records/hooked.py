@@ -1,7 +1,11 @@
-"""Runs a script under watch: what it opens and whom it calls is written down, and the forbidden is refused.
+"""Runs a script under watch.
 
-    python hooked.py REPORT MARK SCRIPT            opening a path that contains MARK fails, and so does the network
-    python hooked.py REPORT MARK SCRIPT artifact   ... until the script has opened a .ptz file for writing
+What it opens and whom it calls is written down, and the forbidden is refused.
+
+    python hooked.py REPORT MARK SCRIPT            opening a path that contains MARK fails,
+                                                   and so does the network
+    python hooked.py REPORT MARK SCRIPT artifact   ... until the script has opened a .ptz file
+                                                   for writing
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ def install(report: str, mark: str, until_artifact: bool) -> None:
                 written.append(path)
             elif mark in path and not (until_artifact and written):
                 refuse(f"opened {os.path.basename(path)}")
-        elif event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
+        elif (
+            event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK
+        ):
             refuse(f"connected to {args[1][0]}")
 
     sys.addaudithook(hook)

@@ -1,15 +1,18 @@
 """From a run to a submission.
 
     python records/record.py new NAME --track cpu_1mb --config my/config.env --seeds 42,1337,2024
-    python records/record.py new NAME --track 10min_16mb --config my/config.env --seeds 42,1337,2024 --nproc 8
-    python records/record.py new NAME --track 10min_16mb --collect logs/my_runs     # finished runs, no new ones
+    python records/record.py new NAME --track 10min_16mb --config my/config.env \\
+        --seeds 42,1337,2024 --nproc 8
+    python records/record.py new NAME --track 10min_16mb \\
+        --collect logs/my_runs     # finished runs, no new ones
     python records/record.py check records/track_cpu_1mb/2026-11-23_NAME
     python records/record.py compare old/folder new/folder
     python records/record.py pack train_gpt.py --config my/config.env -o packed.py
 
-`new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and only then puts it
-under records/. Interrupted, the same command goes on after the last finished seed. `check` executes the folder's script
-(--no-run: it does not) and ends with 0 if nothing failed, else 1; 64 means that a given input was unusable.
+`new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and
+only then puts it under records/. Interrupted, the same command goes on after the last finished
+seed. `check` executes the folder's script (--no-run: it does not) and ends with 0 if nothing
+failed, else 1; 64 means that a given input was unusable.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class RecordError(Exception):
     """Something given to the tool is unusable, or a run failed; the message names it."""
 
 
-# --- pack -------------------------------------------------------------------------------------------------------------
+# --- pack -----------------------------------------------------------------------------------------
 
 
 def short_config(text: str) -> str:
@@ -69,8 +72,12 @@ def command_pack(args: argparse.Namespace) -> int:
     out = args.output or args.file.with_suffix(".packed.py")
     wrapper = wrap(source, config)
     train_gpt.atomic_write(out, wrapper.encode())
-    print(f"{args.file}: {len(source.encode())} bytes{f' + {len(config.encode())} of settings' if config else ''} -> "
-          f"{out}: {len(wrapper.encode())} bytes; unpacks to the same bytes (sha256 {sha256(args.file)[:16]})")
+    print(
+        f"{args.file}: {len(source.encode())} "
+        f"bytes{f' + {len(config.encode())} of settings' if config else ''} -> {out}: "
+        f"{len(wrapper.encode())} bytes; unpacks to the same bytes (sha256 "
+        f"{sha256(args.file)[:16]})"
+    )
     return OK
 
 
@@ -81,13 +88,17 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path}: cannot be read ({error})") from None
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def run_settings(folder: Folder) -> dict[str, str] | None:
-    """Settings in effect as the first log prints them, without those that only say where and how."""
+    """Settings in effect as the first log has them, without those that only say where and how."""
     told = next((run.settings for run in folder.runs if run.settings), None)
-    return None if told is None else {name: text for name, text in told.items() if name not in RUN_SETTINGS}
+    return (
+        None
+        if told is None
+        else {name: text for name, text in told.items() if name not in RUN_SETTINGS}
+    )
 
 
 def check_folder(path: Path, data: Path | None = None, may_run: bool = True) -> list[Finding]:
@@ -98,11 +109,18 @@ def check_folder(path: Path, data: Path | None = None, may_run: bool = True) -> 
     if folder.script is None:
         return findings
     siblings = [p.name for p in folder.files if p.parent == folder.path and p != folder.script]
-    static = static_checks(folder.source[0], requirements=folder.requirements, siblings=siblings,
-                           run_settings=run_settings(folder), config=folder.config)
+    static = static_checks(
+        folder.source[0],
+        requirements=folder.requirements,
+        siblings=siblings,
+        run_settings=run_settings(folder),
+        config=folder.config,
+    )
     imported = import_check(case)
-    findings += [imported if imported and (finding.id, finding.verdict) == ("S8", "PASS") else finding
-                 for finding in static]
+    findings += [
+        imported if imported and (finding.id, finding.verdict) == ("S8", "PASS") else finding
+        for finding in static
+    ]
     return findings + [guarded(name, check, case) for name, check in RERUNS.items()]
 
 
@@ -115,7 +133,7 @@ def command_check(args: argparse.Namespace) -> int:
     return FAILED if worst_verdict(findings) == "FAIL" else OK
 
 
-# --- compare ----------------------------------------------------------------------------------------------------------
+# --- compare --------------------------------------------------------------------------------------
 
 
 def command_compare(args: argparse.Namespace) -> int:
@@ -127,19 +145,27 @@ def command_compare(args: argparse.Namespace) -> int:
     return OK
 
 
-# --- new: the runs ----------------------------------------------------------------------------------------------------
+# --- new: the runs --------------------------------------------------------------------------------
 
 
 def machine_lock(wait: bool) -> AbstractContextManager:
-    """The lock, already held, that keeps two timed runs off one machine; the system frees it when its holder dies."""
+    """The lock, already held, that keeps two timed runs off one machine.
+
+    The system frees it when its holder dies.
+    """
     try:
         return filelock.FileLock(LOCK).acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
-        raise RecordError(f"{LOCK.name}: another timed run is using this machine; wait for it, or --wait") from None
+        raise RecordError(
+            f"{LOCK.name}: another timed run is using this machine; wait for it, or --wait"
+        ) from None
 
 
 def start_work(work: Path, args: argparse.Namespace) -> None:
-    """The snapshot of script and settings that every seed runs; an earlier snapshot must be the same."""
+    """The snapshot of script and settings that every seed runs.
+
+    An earlier snapshot must be the same.
+    """
     config = short_config(read_text(args.config)) if args.config else ""
     source = read_text(args.script)
     files = {"train_gpt.py": wrap(source, config) if args.packed else source}
@@ -149,7 +175,10 @@ def start_work(work: Path, args: argparse.Namespace) -> None:
         raise RecordError(f"{work}: was begun with a config.env; take another NAME")
     for name, text in files.items():
         if (work / name).is_file() and (work / name).read_bytes() != text.encode():
-            raise RecordError(f"{work / name}: left by runs of another {name}; take another NAME, or move {work} away")
+            raise RecordError(
+                f"{work / name}: left by runs of another {name}; take another NAME, or move {work} "
+                "away"
+            )
         train_gpt.atomic_write(work / name, text.encode())
 
 
@@ -163,9 +192,14 @@ def read_result(out: Path) -> dict[str, Any]:
 def is_finished(out: Path, script_hash: str, seed: int) -> bool:
     """Whether a folder holds a whole, successful run of this script with this seed."""
     result = read_result(out)
-    return result.get("exit_code") == 0 and result.get("status") in FINISHED and \
-        result.get("code_sha256") == script_hash and result.get("seed") == seed and \
-        (out / "model.ptz").is_file() and (out / "train.log").is_file()
+    return (
+        result.get("exit_code") == 0
+        and result.get("status") in FINISHED
+        and result.get("code_sha256") == script_hash
+        and result.get("seed") == seed
+        and (out / "model.ptz").is_file()
+        and (out / "train.log").is_file()
+    )
 
 
 def set_aside(out: Path) -> None:
@@ -182,16 +216,20 @@ def run_seed(work: Path, seed: int, nproc: int) -> None:
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "SEED": str(seed), "OUT_DIR": out.name}
     done = subprocess.run([*launcher(nproc), "train_gpt.py"], cwd=work, check=False, env=env)
     if done.returncode or not is_finished(out, sha256(work / "train_gpt.py"), seed):
-        raise RecordError(f"seed {seed} ended with exit code {done.returncode}; see {out / 'train.log'}. "
-                          "Nothing was recorded; the finished seeds are kept, the same command goes on")
+        raise RecordError(
+            f"seed {seed} ended with exit code {done.returncode}; see {out / 'train.log'}. "
+            "Nothing was recorded; the finished seeds are kept, the same command goes on"
+        )
 
 
 def make_runs(work: Path, args: argparse.Namespace) -> list[Path]:
     """Runs what is not finished yet. Returns the output folder of every seed."""
     given = sorted(name for name in os.environ if name in train_gpt.FIELDS or name == "CONFIG")
     if given:
-        raise RecordError(f"{', '.join(given)}: set in the environment, would not be in the record; "
-                          "put it into --config")
+        raise RecordError(
+            f"{', '.join(given)}: set in the environment, would not be in the record; "
+            "put it into --config"
+        )
     with machine_lock(args.wait):
         start_work(work, args)
         script = sha256(work / "train_gpt.py")
@@ -204,54 +242,88 @@ def make_runs(work: Path, args: argparse.Namespace) -> list[Path]:
 
 
 def collect_runs(work: Path, args: argparse.Namespace) -> list[Path]:
-    """Finished runs below the given folders, of one script; the settings come from their results."""
-    outs = sorted({p.parent for base in args.collect for p in [*base.glob("result.json"), *base.glob("*/result.json")]})
+    """Finished runs below the given folders, of one script.
+
+    The settings come from their results.
+    """
+    outs = sorted(
+        {
+            p.parent
+            for base in args.collect
+            for p in [*base.glob("result.json"), *base.glob("*/result.json")]
+        }
+    )
     chosen = [out for out in outs if not args.seeds or read_result(out).get("seed") in args.seeds]
     if not chosen:
-        raise RecordError(f"{', '.join(map(str, args.collect))}: no run with a result.json" +
-                          (f" and seed {args.seeds}" if args.seeds else ""))
+        raise RecordError(
+            f"{', '.join(map(str, args.collect))}: no run with a result.json"
+            + (f" and seed {args.seeds}" if args.seeds else "")
+        )
     script = args.script
     for out in chosen:
         result = read_result(out)
         if not is_finished(out, sha256(script), result.get("seed")):
-            raise RecordError(f"{out}: not a finished run of {script} (status {result.get('status')}, exit code "
-                              f"{result.get('exit_code')}, script sha256 {str(result.get('code_sha256'))[:12]}, "
-                              f"here {sha256(script)[:12]})")
+            raise RecordError(
+                f"{out}: not a finished run of {script} (status {result.get('status')}, exit code "
+                f"{result.get('exit_code')}, script sha256 {str(result.get('code_sha256'))[:12]}, "
+                f"here {sha256(script)[:12]})"
+            )
     train_gpt.atomic_write(work / "train_gpt.py", script.read_bytes())
     if unpack_source(read_text(script))[1] == 0:
-        train_gpt.atomic_write(work / "config.env", collected_config(chosen[0], args.config).encode())
+        train_gpt.atomic_write(
+            work / "config.env", collected_config(chosen[0], args.config).encode()
+        )
     return chosen
 
 
 def collected_config(out: Path, given: Path | None) -> str:
-    """The settings of a finished run: the given file, else the config.env the run had beside it, else its overrides."""
+    """The settings of a finished run.
+
+    The given file, else the config.env the run had beside it, else its overrides.
+    """
     beside = out.parent / "config.env"
     if given or beside.is_file():
         return read_text(given or beside)
     overrides = read_result(out).get("overrides", {})
-    return config_text({name: text for name, text in overrides.items() if name not in RUN_SETTINGS - {"DEVICE"}})
+    return config_text(
+        {name: text for name, text in overrides.items() if name not in RUN_SETTINGS - {"DEVICE"}}
+    )
 
 
 def all_runs(outs: Sequence[Path], places: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every run of this script with these settings that left a log, included in the record or not."""
+    """Every run of this script with these settings that left a log, in the record or not."""
     first, found, included = read_result(outs[0]), [], {out.resolve() for out in outs}
-    logs = sorted({p.parent.resolve() for place in places if place.is_dir() for p in place.rglob("result.json")})
+    logs = sorted(
+        {
+            p.parent.resolve()
+            for place in places
+            if place.is_dir()
+            for p in place.rglob("result.json")
+        }
+    )
+    keys = ("code_sha256", "config_sha256")
     for out in logs:
         result = read_result(out)
-        if (result.get("code_sha256"), result.get("config_sha256")) == (first["code_sha256"], first["config_sha256"]) \
-                and result.get("mode") == "train":
-            found.append({"seed": result.get("seed"), "status": result.get("status"),
-                          "exit_code": result.get("exit_code"), "run": out.name,
-                          "val_bpb": result.get("result", {}).get("val_bpb"),
-                          "included": out in included})
+        same = [result.get(key) for key in keys] == [first[key] for key in keys]
+        if same and result.get("mode") == "train":
+            found.append(
+                {
+                    "seed": result.get("seed"),
+                    "status": result.get("status"),
+                    "exit_code": result.get("exit_code"),
+                    "run": out.name,
+                    "val_bpb": result.get("result", {}).get("val_bpb"),
+                    "included": out in included,
+                }
+            )
     return sorted(found, key=lambda row: (not row["included"], row["seed"], row["run"]))
 
 
-# --- new: the folder --------------------------------------------------------------------------------------------------
+# --- new: the folder ------------------------------------------------------------------------------
 
 
 def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> None:
-    """Script, settings, logs, artifacts, requirements, JSON, README and plot into an empty folder."""
+    """Script, settings, logs, artifacts, requirements, JSON, README, plot into an empty folder."""
     for name in ("train_gpt.py", "config.env"):
         if (work / name).is_file():
             shutil.copy(work / name, draft / name)
@@ -261,10 +333,20 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
         shutil.copy(out / "model.ptz", draft / f"model_seed{seed}.ptz")
     shutil.copy(ROOT / "requirements.txt", draft / "requirements.txt")
     folder = Folder(draft)
-    typed = {"author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb,
-             "date": args.date, "technique_summary": args.technique, "attribution": {}, "track": args.track,
-             "all_runs": all_runs(outs, [work, ROOT / "logs", *args.collect]),
-             "matmul_gflops": pages.matmul_gflops() if folder.runs[0].result["machine"]["type"] == "cpu" else None}
+    typed = {
+        "author": args.author,
+        "github_id": args.github_id,
+        "name": args.name,
+        "blurb": args.blurb,
+        "date": args.date,
+        "technique_summary": args.technique,
+        "attribution": {},
+        "track": args.track,
+        "all_runs": all_runs(outs, [work, ROOT / "logs", *args.collect]),
+        "matmul_gflops": pages.matmul_gflops()
+        if folder.runs[0].result["machine"]["type"] == "cpu"
+        else None,
+    }
     try:
         told = summarize(folder, typed)
     except (ValueError, KeyError) as error:
@@ -278,7 +360,10 @@ def command_new(args: argparse.Namespace) -> int:
     if not (args.seeds or args.collect):
         raise RecordError("new: --seeds or --collect is needed")
     if args.collect and args.packed:
-        raise RecordError("--packed: finished runs ran the script as it is; `record.py pack` it and run that instead")
+        raise RecordError(
+            "--packed: finished runs ran the script as it is; `record.py pack` it and run that "
+            "instead"
+        )
     args.track = args.track.removeprefix("track_")
     final = args.records / f"track_{args.track}" / f"{args.date}_{args.name}"
     if final.exists():
@@ -295,7 +380,9 @@ def command_new(args: argparse.Namespace) -> int:
         print(render(findings))
         train_gpt.atomic_write(work / "check.json", as_json(findings, folder=final.name).encode())
         if worst_verdict(findings) == "FAIL":
-            print(f"no record was made; the runs are in {work}, the report is {work / 'check.json'}")
+            print(
+                f"no record was made; the runs are in {work}, the report is {work / 'check.json'}"
+            )
             return FAILED
         train_gpt.atomic_write(draft / "check.json", as_json(findings, folder=final.name).encode())
         draft.rename(final)
@@ -303,7 +390,7 @@ def command_new(args: argparse.Namespace) -> int:
     return OK
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def seed_list(text: str) -> list[int]:
@@ -315,7 +402,9 @@ def seed_list(text: str) -> list[int]:
 
 def record_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text, re.A):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected letters, digits, dot, dash and underscore")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected letters, digits, dot, dash and underscore"
+        )
     return text
 
 
@@ -339,27 +428,50 @@ def parser() -> Parser:
     new = commands.add_parser("new", help="make a record folder from runs")
     new.set_defaults(call=command_new)
     new.add_argument("name", metavar="NAME", type=record_name)
-    new.add_argument("--track", required=True,
-                     help="folder records/track_<this>: 10min_16mb, non_record_16mb, cpu_1mb, ...")
-    new.add_argument("--config", type=Path, help="file of NAME=value lines; empty = the script's defaults")
+    new.add_argument(
+        "--track",
+        required=True,
+        help="folder records/track_<this>: 10min_16mb, non_record_16mb, cpu_1mb, ...",
+    )
+    new.add_argument(
+        "--config", type=Path, help="file of NAME=value lines; empty = the script's defaults"
+    )
     new.add_argument("--seeds", type=seed_list, default=[], help="42,1337,2024")
-    new.add_argument("--collect", type=Path, nargs="+", default=[], help="folders of finished runs instead of new ones")
+    new.add_argument(
+        "--collect",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of finished runs instead of new ones",
+    )
     new.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
     new.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
-    new.add_argument("--packed", action="store_true", help="ship one self-extracting script with the settings inside")
-    new.add_argument("--wait", action="store_true", help="wait while another timed run uses the machine")
+    new.add_argument(
+        "--packed",
+        action="store_true",
+        help="ship one self-extracting script with the settings inside",
+    )
+    new.add_argument(
+        "--wait", action="store_true", help="wait while another timed run uses the machine"
+    )
     for option in ("author", "github-id", "blurb", "technique"):
         new.add_argument(f"--{option}", default="")
     new.add_argument("--date", type=iso_date, default=datetime.date.today().isoformat())
     new.add_argument("--records", type=Path, default=HERE, help="where the track folders are")
-    new.add_argument("--work", type=Path, default=ROOT / "logs" / "records", help="where runs are kept")
+    new.add_argument(
+        "--work", type=Path, default=ROOT / "logs" / "records", help="where runs are kept"
+    )
     check = commands.add_parser("check", help="check a record folder, ours or other people's")
     check.set_defaults(call=command_check)
     check.add_argument("folder", type=Path)
     check.add_argument("--json", action="store_true")
     for command in (new, check):
-        command.add_argument("--data", type=Path, help="folder of shards, if the logged DATA_PATH is not here")
-        command.add_argument("--no-run", action="store_true", help="execute nothing: R6, R10, R12 are skipped")
+        command.add_argument(
+            "--data", type=Path, help="folder of shards, if the logged DATA_PATH is not here"
+        )
+        command.add_argument(
+            "--no-run", action="store_true", help="execute nothing: R6, R10, R12 are skipped"
+        )
     against = commands.add_parser("compare", help="is NEW better than OLD?")
     against.set_defaults(call=command_compare)
     against.add_argument("old", type=Path)

@@ -1,4 +1,7 @@
-"""Reads what a run left behind: logs of this project and of upstream's shape, and whole record folders."""
+"""Reads what a run left behind: logs and whole record folders.
+
+Logs are of this project's or of upstream's shape.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from train_gpt import FAULTS, as_typed
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 RESULT_MARK = "result_json: "
-# Figures of a log: name -> pattern of its line. Upstream's vocabulary, which this project keeps; the last line counts.
+# Figures of a log: name -> pattern of its line. Upstream's vocabulary, which this project keeps;
+# the last line counts.
 LINES = {
     "seed": r"(?:^|\s)seed:\s*(\d+)",
     "world_size": r"(?:^|\s)(?:world_size|ws):\s*(\d+)",
@@ -33,10 +37,15 @@ LINES = {
     "calibration_s": rf"^GPTQ:\s*collected\b.*\bin\s+({NUMBER})\s*s",
     "total_eval_ms": rf"^total_eval_time:\s*({NUMBER})\s*(?:ms)?",
 }
-FINAL = re.compile(rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
-                   rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|{'|'.join(FAULTS)})[:=]\s*({NUMBER})"
-                   rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?", re.M)
-STEP = re.compile(rf"^step:(\d+)/\d+ (train_loss|val_loss):({NUMBER})(?: val_bpb:({NUMBER}))?", re.M)
+FINAL = re.compile(
+    rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
+    rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|{'|'.join(FAULTS)})[:=]\s*({NUMBER})"
+    rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?",
+    re.M,
+)
+STEP = re.compile(
+    rf"^step:(\d+)/\d+ (train_loss|val_loss):({NUMBER})(?: val_bpb:({NUMBER}))?", re.M
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Final:
 
     stage: str
     val_loss: float
-    metric: str                                                         # val_bpb, partial_bpb or one of FAULTS
+    metric: str  # val_bpb, partial_bpb or one of FAULTS
     bpb: float
     exact: bool
 
@@ -57,33 +66,42 @@ class Final:
 
 @dataclasses.dataclass
 class Run:
-    """One training run as its log tells it. `result` is this project's result.json, which ends the log."""
+    """One training run as its log tells it.
 
-    name: str                                                           # file name of the log
+    `result` is this project's result.json, which ends the log.
+    """
+
+    name: str  # file name of the log
     text: str
-    figures: dict[str, float]                                           # see LINES
-    finals: list[Final]                                                 # in the order printed, one a stage
-    eval_ms: dict[str, float]                                           # stage -> milliseconds
-    train_curve: list[tuple[int, float]]                                # (step, nats per token)
-    val_curve: list[tuple[int, float, float | None]]                    # (step, nats per token, bpb)
+    figures: dict[str, float]  # see LINES
+    finals: list[Final]  # in the order printed, one a stage
+    eval_ms: dict[str, float]  # stage -> milliseconds
+    train_curve: list[tuple[int, float]]  # (step, nats per token)
+    val_curve: list[tuple[int, float, float | None]]  # (step, nats per token, bpb)
     result: dict[str, Any] | None = None
 
     @property
     def seed(self) -> int | None:
+        if "seed" in self.figures:
+            return int(self.figures["seed"])
         found = re.search(r"seed_?(\d+)", self.name)
-        return int(self.figures["seed"]) if "seed" in self.figures else int(found[1]) if found else None
+        return int(found[1]) if found else None
 
     @property
     def final(self) -> Final | None:
-        """The score that counts: the last one printed that its own label does not disown, else the last."""
-        return next((final for final in reversed(self.finals) if final.metric not in FAULTS),
-                    self.finals[-1] if self.finals else None)
+        """The score that counts: the last that its own label does not disown, else the last."""
+        return next(
+            (final for final in reversed(self.finals) if final.metric not in FAULTS),
+            self.finals[-1] if self.finals else None,
+        )
 
     @property
     def settings(self) -> dict[str, str] | None:
         """NAME -> text of all settings in effect, if the log tells."""
         if self.result and "settings" in self.result:
-            return {name.upper(): as_typed(value) for name, value in self.result["settings"].items()}
+            return {
+                name.upper(): as_typed(value) for name, value in self.result["settings"].items()
+            }
         block = re.search(r"^Hyperparameters:\s*\n((?:[ \t]+\w+:.*\n)+)", self.text, re.M | re.I)
         pairs = re.findall(r"^[ \t]+(\w+):\s*(.*?)\s*$", block[1], re.M) if block else []
         return {name.upper(): text for name, text in pairs} or None
@@ -96,21 +114,33 @@ def read_run(path: Path) -> Run:
     for name, pattern in LINES.items():
         matches = list(re.finditer(pattern, text, re.M))
         if matches:
-            figures[name] = float(next(group for group in matches[-1].groups() if group is not None))
+            figures[name] = float(
+                next(group for group in matches[-1].groups() if group is not None)
+            )
     stages: dict[str, Final] = {}
     eval_ms: dict[str, float] = {}
     for stage, exact, loss, metric, bpb, milliseconds in FINAL.findall(text):
         kept = stages.get(stage)
         if exact or kept is None or not kept.exact:
-            stages.pop(stage, None)                                     # a later line moves to the end
+            stages.pop(stage, None)  # a later line moves to the end
             stages[stage] = Final(stage, float(loss), metric, float(bpb), bool(exact))
         if milliseconds:
             eval_ms[stage] = float(milliseconds)
     steps = STEP.findall(text)
-    return Run(path.name, text, figures, list(stages.values()), eval_ms,
-               [(int(step), float(value)) for step, kind, value, _ in steps if kind == "train_loss"],
-               [(int(step), float(value), float(bpb) if bpb else None)
-                for step, kind, value, bpb in steps if kind == "val_loss"], _result_of(text))
+    return Run(
+        path.name,
+        text,
+        figures,
+        list(stages.values()),
+        eval_ms,
+        [(int(step), float(value)) for step, kind, value, _ in steps if kind == "train_loss"],
+        [
+            (int(step), float(value), float(bpb) if bpb else None)
+            for step, kind, value, bpb in steps
+            if kind == "val_loss"
+        ],
+        _result_of(text),
+    )
 
 
 def _result_of(text: str) -> dict[str, Any] | None:
@@ -124,7 +154,11 @@ def _result_of(text: str) -> dict[str, Any] | None:
 
 def parse_config(text: str) -> dict[str, str]:
     """NAME -> text of a config.env's lines."""
-    pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.lstrip().startswith("#"))
+    pairs = (
+        line.partition("=")
+        for line in text.splitlines()
+        if "=" in line and not line.lstrip().startswith("#")
+    )
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
@@ -135,7 +169,10 @@ def config_text(settings: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass
 class Folder:
-    """A record folder: the script, its settings, the logs, submission.json and the artifacts, as far as they exist."""
+    """A record folder, as far as its parts exist.
+
+    They are the script, its settings, the logs, submission.json and the artifacts.
+    """
 
     path: Path
 
@@ -146,8 +183,10 @@ class Folder:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """Everything but caches and logs/<run>/, which running the script from inside the folder leaves."""
-        found = (p for p in sorted(self.path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
+        """All but caches and logs/<run>/, which running the script inside the folder leaves."""
+        found = (
+            p for p in sorted(self.path.rglob("*")) if p.is_file() and "__pycache__" not in p.parts
+        )
         places = ((p, p.relative_to(self.path).parts) for p in found)
         return [p for p, parts in places if parts[0] != "logs" or len(parts) == 2]
 
@@ -155,13 +194,21 @@ class Folder:
     def script(self) -> Path | None:
         """train_gpt.py, else the only other script whose name begins with train."""
         named = self.path / "train_gpt.py"
-        others = [p for p in self.files if p.parent == self.path and p.name.startswith("train") and p.suffix == ".py"]
+        others = [
+            p
+            for p in self.files
+            if p.parent == self.path and p.name.startswith("train") and p.suffix == ".py"
+        ]
         return named if named.is_file() else others[0] if len(others) == 1 else None
 
     @functools.cached_property
     def source(self) -> tuple[str, int]:
         """The script's readable source, and how many wrappers were around it."""
-        return unpack_source(self.script.read_text(encoding="utf-8", errors="replace")) if self.script else ("", 0)
+        return (
+            unpack_source(self.script.read_text(encoding="utf-8", errors="replace"))
+            if self.script
+            else ("", 0)
+        )
 
     @functools.cached_property
     def config(self) -> dict[str, str]:
@@ -176,29 +223,46 @@ class Folder:
         except SyntaxError:
             return {}
         for node in tree.body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "SETTINGS_INSIDE" and \
-                    isinstance(node.value, ast.Constant):
+            if (
+                isinstance(node, ast.Assign)
+                and getattr(node.targets[0], "id", "") == "SETTINGS_INSIDE"
+                and isinstance(node.value, ast.Constant)
+            ):
                 return parse_config(str(node.value.value))
         return {}
 
     @functools.cached_property
     def requirements(self) -> list[str]:
         path = self.path / "requirements.txt"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if path.is_file()
+            else []
+        )
         return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
     @functools.cached_property
     def runs(self) -> list[Run]:
         """The training logs, in order of seed."""
-        logs = [p for p in self.files if p.suffix in (".log", ".txt") and "require" not in p.name.lower() and
-                re.search(r"train|seed|log", str(p.relative_to(self.path)), re.I)]
+        logs = [
+            p
+            for p in self.files
+            if p.suffix in (".log", ".txt")
+            and "require" not in p.name.lower()
+            and re.search(r"train|seed|log", str(p.relative_to(self.path)), re.I)
+        ]
         runs = [read_run(p) for p in logs]
         kept = [run for run in runs if run.finals or run.train_curve or run.result]
-        return sorted(kept, key=lambda run: (run.seed if run.seed is not None else math.inf, run.name))
+        return sorted(
+            kept, key=lambda run: (run.seed if run.seed is not None else math.inf, run.name)
+        )
 
     @functools.cached_property
     def submission(self) -> dict[str, Any] | None:
-        """submission.json (or the only submission*.json); None if there is none; {} if it is no JSON object."""
+        """submission.json (or the only submission*.json).
+
+        None if there is none; {} if it is no JSON object.
+        """
         named = self.path / "submission.json"
         others = sorted(self.path.glob("submission*.json"))
         path = named if named.is_file() else others[0] if len(others) == 1 else None

@@ -1,4 +1,7 @@
-"""Reads a training script without running it: wrappers, declared settings, what can run, where values flow."""
+"""Reads a training script without running it.
+
+Wrappers, declared settings, what can run, where values flow.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,51 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 MAX_LAYERS, MAX_EXPANDED, MAX_WRAPPER_STATEMENTS = 3, 64 << 20, 20
-MAX_DICTIONARY = 1 << 28                                                # bytes an LZMA decoder may ask for
+MAX_DICTIONARY = 1 << 28  # bytes an LZMA decoder may ask for
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
-BAD_LITERAL = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, EOFError, MemoryError,
-               lzma.LZMAError, zlib.error)
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-              ast.LShift: operator.lshift, ast.BitOr: operator.or_}
-COMPARE = {ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Eq: operator.eq,
-           ast.NotEq: operator.ne}
-TEXT_DECODERS = {f"base64.{name}": getattr(base64, name) for name in (
-    "b85decode", "b64decode", "a85decode", "b32decode", "standard_b64decode", "urlsafe_b64decode")}
+BAD_LITERAL = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    lzma.LZMAError,
+    zlib.error,
+)
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.LShift: operator.lshift,
+    ast.BitOr: operator.or_,
+}
+COMPARE = {
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+TEXT_DECODERS = {
+    f"base64.{name}": getattr(base64, name)
+    for name in (
+        "b85decode",
+        "b64decode",
+        "a85decode",
+        "b32decode",
+        "standard_b64decode",
+        "urlsafe_b64decode",
+    )
+}
 CONVERSIONS = {"str": str, "int": int, "float": float, "bool": bool, "tuple": tuple}
 
 
@@ -37,7 +73,9 @@ CONVERSIONS = {"str": str, "int": int, "float": float, "bool": bool, "tuple": tu
 def called(node: ast.AST) -> str:
     """Last part of a name or of what a call calls: `a.b.run(x)` -> run."""
     node = node.func if isinstance(node, ast.Call) else node
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def import_aliases(tree: ast.Module) -> dict[str, str]:
@@ -45,24 +83,34 @@ def import_aliases(tree: ast.Module) -> dict[str, str]:
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            aliases.update((a.asname, a.name) if a.asname else (a.name.split(".")[0],) * 2 for a in node.names)
+            aliases.update(
+                (a.asname, a.name) if a.asname else (a.name.split(".")[0],) * 2 for a in node.names
+            )
         elif isinstance(node, ast.ImportFrom) and not node.level:
             aliases.update((a.asname or a.name, f"{node.module}.{a.name}") for a in node.names)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and \
-                dotted(node.value, {}).split(".")[0] in aliases:
-            aliases.update((t.id, dotted(node.value, aliases)) for t in node.targets if isinstance(t, ast.Name))
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Attribute)
+            and dotted(node.value, {}).split(".")[0] in aliases
+        ):
+            aliases.update(
+                (t.id, dotted(node.value, aliases)) for t in node.targets if isinstance(t, ast.Name)
+            )
     return aliases
 
 
 def dotted(node: ast.AST, aliases: Mapping[str, str]) -> str:
-    """Full dotted name of an expression, or of the function that a call calls; `?` stands for anything else."""
+    """Full dotted name of an expression, or of the function that a call calls.
+
+    `?` stands for anything else.
+    """
     if isinstance(node, ast.Call):
         return dotted(node.func, aliases)
     if isinstance(node, ast.Name):
         return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
-        made = isinstance(node.value, ast.Call)                         # __import__("os").system
+        made = isinstance(node.value, ast.Call)  # __import__("os").system
         base = import_call(node.value, aliases) or "?" if made else dotted(node.value, aliases)
         return f"{base}.{node.attr}"
     return "?"
@@ -83,12 +131,21 @@ def text_of(node: ast.AST) -> str:
 
 def names_in(node: ast.AST) -> set[str]:
     """Every identifier below a node."""
-    return {name for part in ast.walk(node) for field in ("id", "attr", "arg", "name")
-            if isinstance(name := getattr(part, field, None), str)}
+    return {
+        name
+        for part in ast.walk(node)
+        for field in ("id", "attr", "arg", "name")
+        if isinstance(name := getattr(part, field, None), str)
+    }
 
 
-def fold(node: ast.AST, aliases: Mapping[str, str], names: Mapping[str, ast.expr] | None = None) -> Any:
-    """Value of a literal: constants, arithmetic, containers, decoding, decompression. ValueError if it is none."""
+def fold(
+    node: ast.AST, aliases: Mapping[str, str], names: Mapping[str, ast.expr] | None = None
+) -> Any:
+    """Value of a literal: constants, arithmetic, containers, decoding, decompression.
+
+    ValueError if it is none.
+    """
     names = names or {}
     see = functools.partial(fold, aliases=aliases, names=names)
     if isinstance(node, ast.Constant):
@@ -103,7 +160,9 @@ def fold(node: ast.AST, aliases: Mapping[str, str], names: Mapping[str, ast.expr
         return -see(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         return _arithmetic(node.op, see(node.left), see(node.right))
-    if isinstance(node, ast.Attribute) and re.fullmatch(r"lzma\.[A-Z][A-Z0-9_]+", dotted(node, aliases)):
+    if isinstance(node, ast.Attribute) and re.fullmatch(
+        r"lzma\.[A-Z][A-Z0-9_]+", dotted(node, aliases)
+    ):
         return getattr(lzma, node.attr)
     if isinstance(node, ast.Call):
         return _fold_call(node, dotted(node, aliases), see)
@@ -112,7 +171,11 @@ def fold(node: ast.AST, aliases: Mapping[str, str], names: Mapping[str, ast.expr
 
 def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-    grows = isinstance(op, (ast.Pow, ast.LShift)) and (abs(right) > 64 or abs(left) > 1 << 64) if numbers else False
+    grows = (
+        isinstance(op, (ast.Pow, ast.LShift)) and (abs(right) > 64 or abs(left) > 1 << 64)
+        if numbers
+        else False
+    )
     joined = not numbers and isinstance(op, ast.Add) and len(left) + len(right) <= MAX_EXPANDED
     if grows or not (numbers or joined):
         raise ValueError("not a small literal")
@@ -120,10 +183,15 @@ def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
 
 
 def _fold_call(node: ast.Call, name: str, see: Callable[[ast.AST], Any]) -> Any:
-    if isinstance(node.func, ast.Attribute) and node.func.attr in ("decode", "encode", "strip", "fromhex"):
+    if isinstance(node.func, ast.Attribute) and node.func.attr in (
+        "decode",
+        "encode",
+        "strip",
+        "fromhex",
+    ):
         base = bytes if name == "bytes.fromhex" else see(node.func.value)
         return getattr(base, node.func.attr)(*map(see, node.args))
-    args = [see(arg) for arg in node.args[:1 if name == "compile" else None]]
+    args = [see(arg) for arg in node.args[: 1 if name == "compile" else None]]
     options = {keyword.arg: see(keyword.value) for keyword in node.keywords}
     if name == "compile":
         return args[0]
@@ -141,9 +209,14 @@ def _decompress(name: str, args: list[Any], options: dict[str, Any]) -> bytes:
         if any(part.get("dict_size", 0) > MAX_DICTIONARY for part in settings.get("filters") or ()):
             raise ValueError("dictionary too large")
         raw = settings.get("format") == lzma.FORMAT_RAW
-        stream = lzma.LZMADecompressor(**{**settings, **({} if raw else {"memlimit": MAX_DICTIONARY})})
+        stream = lzma.LZMADecompressor(
+            **{**settings, **({} if raw else {"memlimit": MAX_DICTIONARY})}
+        )
     elif name in ("zlib.decompress", "gzip.decompress"):
-        wbits = 31 if name[0] == "g" else args[1] if len(args) > 1 else options.get("wbits", zlib.MAX_WBITS)
+        if name[0] == "g":
+            wbits = 31
+        else:
+            wbits = args[1] if len(args) > 1 else options.get("wbits", zlib.MAX_WBITS)
         stream = zlib.decompressobj(wbits)
     elif name == "bz2.decompress":
         stream = bz2.BZ2Decompressor()
@@ -158,12 +231,12 @@ def _decompress(name: str, args: list[Any], options: dict[str, Any]) -> bytes:
 def parse(source: str) -> ast.Module:
     """The tree of a script, by Python 3.10's grammar where the running Python can tell."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                 # odd escapes in other people's strings
+        warnings.simplefilter("ignore")  # odd escapes in other people's strings
         return ast.parse(source, feature_version=(3, 10))
 
 
 def unpack_source(text: str) -> tuple[str, int]:
-    """Source of a script without self-extracting wrappers, and how many there were. Runs nothing."""
+    """A script's source without self-extracting wrappers, and how many there were. Runs nothing."""
     for layers in range(MAX_LAYERS):
         inner = _unwrap(text)
         if inner is None:
@@ -173,30 +246,44 @@ def unpack_source(text: str) -> tuple[str, int]:
 
 
 def _unwrap(text: str) -> str | None:
-    """The source that a short script hands to exec, if it is a literal behind known codecs; else None."""
+    """The source that a short script hands to exec.
+
+    None unless it is a literal behind known codecs.
+    """
     try:
         tree = parse(text)
         if sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) > MAX_WRAPPER_STATEMENTS:
             return None
-        names = {target.id: node.value for node in tree.body if isinstance(node, ast.Assign)
-                 for target in node.targets if isinstance(target, ast.Name)}
-        call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and called(node) == "exec")
+        names = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        call = next(
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and called(node) == "exec"
+        )
         source = fold(call.args[0], import_aliases(tree), names)
-        return source.decode() if isinstance(source, bytes) else source if isinstance(source, str) else None
+        if isinstance(source, bytes):
+            return source.decode()
+        return source if isinstance(source, str) else None
     except (*BAD_LITERAL, SyntaxError, StopIteration, RecursionError):
         return None
 
 
 def wrap(source: str, config: str = "") -> str:
-    """A self-extracting script of the same behaviour: lzma and base85, settings readable at the top.
+    """A self-extracting script of the same behaviour: lzma, base85, settings readable on top.
 
     Raises ValueError unless unpacking gives the source back, byte for byte.
     """
     data = lzma.compress(source.encode(), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
     settings = f"SETTINGS_INSIDE={config!r}\n" if config else ""
     payload = base64.b85encode(data).decode()
-    wrapper = (f"{settings}import base64,lzma\n"
-               f"exec(compile(lzma.decompress(base64.b85decode('{payload}')),__file__,'exec'))\n")
+    wrapper = (
+        f"{settings}import base64,lzma\n"
+        f"exec(compile(lzma.decompress(base64.b85decode('{payload}')),__file__,'exec'))\n"
+    )
     if _unwrap(wrapper) != source:
         raise ValueError("packing: the unpacked source is not the original, byte for byte")
     return wrapper
@@ -206,10 +293,16 @@ def wrap(source: str, config: str = "") -> str:
 
 
 def declared_settings(tree: ast.Module) -> dict[str, str | None]:
-    """Name -> default as text, None if it is no literal: environment reads, own helpers around them, Config fields."""
+    """Name -> default as text, None if it is no literal.
+
+    From environment reads, own helpers around them, and Config fields.
+    """
     aliases, found = import_aliases(tree), {}
-    helpers = {node.name for node in ast.walk(tree)
-               if isinstance(node, FUNCTIONS) and _reads_environment(node, aliases)}
+    helpers = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, FUNCTIONS) and _reads_environment(node, aliases)
+    }
 
     def add(name: Any, default: ast.AST | None) -> None:
         if isinstance(name, str) and name and found.get(name) is None:
@@ -217,10 +310,16 @@ def declared_settings(tree: ast.Module) -> dict[str, str | None]:
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args:
-            default = next((k.value for k in node.keywords if k.arg == "default"), (*node.args, None)[1])
+            default = next(
+                (k.value for k in node.keywords if k.arg == "default"), (*node.args, None)[1]
+            )
             name = text_of(node.args[0])
-            if dotted(node, aliases) in ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop") or \
-                    called(node) in helpers and name.isupper():
+            if (
+                dotted(node, aliases)
+                in ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop")
+                or called(node) in helpers
+                and name.isupper()
+            ):
                 add(name, default)
         elif isinstance(node, ast.Subscript) and dotted(node.value, aliases) == "os.environ":
             add(text_of(node.slice), None)
@@ -230,8 +329,11 @@ def declared_settings(tree: ast.Module) -> dict[str, str | None]:
 
 
 def _reads_environment(node: ast.AST, aliases: Mapping[str, str]) -> bool:
-    return any(isinstance(part, (ast.Name, ast.Attribute)) and dotted(part, aliases) in ("os.environ", "os.getenv")
-               for part in ast.walk(node))
+    return any(
+        isinstance(part, (ast.Name, ast.Attribute))
+        and dotted(part, aliases) in ("os.environ", "os.getenv")
+        for part in ast.walk(node)
+    )
 
 
 def _default_text(node: ast.AST | None, aliases: Mapping[str, str]) -> str | None:
@@ -244,24 +346,44 @@ def _default_text(node: ast.AST | None, aliases: Mapping[str, str]) -> str | Non
     return None if value is None else str(int(value) if isinstance(value, bool) else value)
 
 
-def _config_fields(tree: ast.Module, aliases: Mapping[str, str]) -> Iterator[tuple[str, ast.AST | None]]:
-    """NAME and default of the fields of classes called Config or Hyperparameters, whatever `field` makes them."""
+def _config_fields(
+    tree: ast.Module, aliases: Mapping[str, str]
+) -> Iterator[tuple[str, ast.AST | None]]:
+    """NAME and default of the fields of classes called Config or Hyperparameters.
+
+    Whatever `field` makes them.
+    """
     classes = {"Config", "Hyperparameters"}
-    classes |= {node.value.id for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
-                and any(isinstance(t, ast.Name) and t.id in classes for t in node.targets)}
-    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in classes):
+    classes |= {
+        node.value.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Name)
+        and any(isinstance(t, ast.Name) and t.id in classes for t in node.targets)
+    }
+    for owner in (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in classes
+    ):
         for node in owner.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and \
-                    not _reads_environment(node, aliases):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and not _reads_environment(node, aliases)
+            ):
                 default = node.value
                 if isinstance(default, ast.Call):
-                    default = next((k.value for k in default.keywords if k.arg == "default"),
-                                   (*default.args, None)[0])
+                    default = next(
+                        (k.value for k in default.keywords if k.arg == "default"),
+                        (*default.args, None)[0],
+                    )
                 yield node.target.id.upper(), default
 
 
 def plain_value(text: str) -> tuple[Any, ...]:
-    """A setting's text as numbers where it can be: 1e-8 and 0.00000001, (9, 10) and 9,10, False and 0 become equal."""
+    """A setting's text as numbers where it can be.
+
+    1e-8 and 0.00000001, (9, 10) and 9,10, False and 0 become equal.
+    """
     parts = (part.strip().strip("'\"") for part in text.strip().strip("()[]").split(","))
     return tuple(_number(part) for part in parts if part and part.lower() != "none")
 
@@ -281,25 +403,37 @@ def _number(text: str) -> float | str:
 class Script:
     """A parsed script with the indexes that the checks share."""
 
-    def __init__(self, source: str, requirements: Sequence[str], siblings: Sequence[str],
-                 run_settings: Mapping[str, str] | None, config: Mapping[str, str]):
+    def __init__(
+        self,
+        source: str,
+        requirements: Sequence[str],
+        siblings: Sequence[str],
+        run_settings: Mapping[str, str] | None,
+        config: Mapping[str, str],
+    ):
         self.source, self.tree = source, parse(source)
-        self.requirements, self.siblings = requirements, {re.split(r"[\\/]", name)[-1] for name in siblings}
+        self.requirements = requirements
+        self.siblings = {re.split(r"[\\/]", name)[-1] for name in siblings}
         self.run_settings, self.declared = run_settings, declared_settings(self.tree)
         self.defaults = {name: config.get(name, default) for name, default in self.declared.items()}
         self.in_effect = {} if run_settings is None else {**self.defaults, **run_settings}
         self.aliases = import_aliases(self.tree)
         self.nodes = list(ast.walk(self.tree))
-        self.parent = {id(child): node for node in self.nodes for child in ast.iter_child_nodes(node)}
+        self.parent = {
+            id(child): node for node in self.nodes for child in ast.iter_child_nodes(node)
+        }
         self.calls = [node for node in self.nodes if isinstance(node, ast.Call)]
         self.classes = {node.name for node in self.nodes if isinstance(node, ast.ClassDef)}
         self.functions: dict[str, list[ast.AST]] = {}
         for node in self.nodes:
             if isinstance(node, FUNCTIONS):
                 self.functions.setdefault(node.name, []).append(node)
-            elif isinstance(node, ast.ClassDef):                        # calling a class calls its __init__
+            elif isinstance(node, ast.ClassDef):  # calling a class calls its __init__
                 self.functions.setdefault(node.name, []).extend(
-                    part for part in node.body if isinstance(part, FUNCTIONS) and part.name == "__init__")
+                    part
+                    for part in node.body
+                    if isinstance(part, FUNCTIONS) and part.name == "__init__"
+                )
         self.mentions: dict[str, list[ast.AST]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
@@ -315,39 +449,71 @@ class Script:
         return next((up for up in self.above(node) if isinstance(up, FUNCTIONS)), None)
 
     def place(self, node: ast.AST) -> str:
-        """Names of the classes and functions around a node (and of a function itself): `Scorer.score`."""
-        chain = [up.name for up in (node, *self.above(node)) if isinstance(up, (*FUNCTIONS, ast.ClassDef))]
+        """Names of the classes and functions around a node (and a function's own): Scorer.score."""
+        chain = [
+            up.name
+            for up in (node, *self.above(node))
+            if isinstance(up, (*FUNCTIONS, ast.ClassDef))
+        ]
         return ".".join(reversed(chain))
 
     def is_model(self, node: ast.AST) -> bool:
-        """Whether a node is inside a torch module: a class with a forward method or a Module base."""
-        return any(isinstance(up, ast.ClassDef) and ("Module" in names_in(ast.Tuple(up.bases)) or any(
-            isinstance(part, FUNCTIONS) and part.name == "forward" for part in up.body)) for up in self.above(node))
+        """Whether a node is in a torch module: a class with a forward method or a Module base."""
+        return any(
+            isinstance(up, ast.ClassDef)
+            and (
+                "Module" in names_in(ast.Tuple(up.bases))
+                or any(isinstance(part, FUNCTIONS) and part.name == "forward" for part in up.body)
+            )
+            for up in self.above(node)
+        )
 
     def live(self, node: ast.AST, verdicts: dict[str, bool] | None = None) -> bool:
-        """Whether a node can run: its functions are mentioned by code that can, and no setting switches it off."""
+        """Whether a node can run.
+
+        Its functions are mentioned by code that can, and no setting switches it off.
+        """
         verdicts, child = {} if verdicts is None else verdicts, node
         for up in self.above(node):
-            if isinstance(up, ast.If) and child in up.body and self._off(up.test) or self._chosen_off(up, child):
+            if (
+                isinstance(up, ast.If)
+                and child in up.body
+                and self._off(up.test)
+                or self._chosen_off(up, child)
+            ):
                 return False
             child = up
-        definitions = [up for up in (node, *self.above(node)) if isinstance(up, (*FUNCTIONS, ast.ClassDef))]
-        for name in {up.name for up in definitions if up.name != "main" and not up.name.startswith("__")}:
+        definitions = [
+            up for up in (node, *self.above(node)) if isinstance(up, (*FUNCTIONS, ast.ClassDef))
+        ]
+        for name in {
+            up.name for up in definitions if up.name != "main" and not up.name.startswith("__")
+        }:
             if name not in verdicts:
-                verdicts[name] = True                                   # while it is asked for: calls may be circular
-                outside = [at for at in self.mentions.get(name, []) if not any(
-                    up in definitions and up.name == name for up in self.above(at))]
+                verdicts[name] = True  # while it is asked for: calls may be circular
+                outside = [
+                    at
+                    for at in self.mentions.get(name, [])
+                    if not any(up in definitions and up.name == name for up in self.above(at))
+                ]
                 verdicts[name] = any(self.live(at, verdicts) for at in outside)
             if not verdicts[name]:
                 return False
         return True
 
     def _chosen_off(self, up: ast.AST, child: ast.AST) -> bool:
-        """A part that settings do not choose: `part if setting else other`, a row (lambda: setting, lambda: part)."""
+        """A part that settings do not choose.
+
+        `part if setting else other`, or a row (lambda: setting, lambda: part).
+        """
         if isinstance(up, ast.IfExp):
             return child is up.body and self._off(up.test)
-        return isinstance(up, ast.Tuple) and child in up.elts[1:] and isinstance(up.elts[0], ast.Lambda) and \
-            self._off(up.elts[0].body)
+        return (
+            isinstance(up, ast.Tuple)
+            and child in up.elts[1:]
+            and isinstance(up.elts[0], ast.Lambda)
+            and self._off(up.elts[0].body)
+        )
 
     def _off(self, test: ast.expr) -> bool:
         """Whether the logged settings make a condition false; unknown conditions count as true."""
@@ -361,29 +527,35 @@ class Script:
             return plain_value(value) in ((), (0.0,))
         holds, right = COMPARE.get(type(test.ops[0])), test.comparators[0]
         try:
-            return bool(holds) and not holds(plain_value(value), plain_value(str(fold(right, self.aliases))))
-        except BAD_LITERAL:                                             # no literal, or text against a number
+            return bool(holds) and not holds(
+                plain_value(value), plain_value(str(fold(right, self.aliases)))
+            )
+        except BAD_LITERAL:  # no literal, or text against a number
             return False
 
 
-SIZES = ("len", "range", "isinstance", "print", "numel", "size", "dim", "nelement")   # tell nothing of the content
+# Tell nothing of the content.
+SIZES = ("len", "range", "isinstance", "print", "numel", "size", "dim", "nelement")
 COLLECTORS = ("append", "extend", "add", "update", "insert", "copy_", "add_", "bitwise_xor_")
 
 
 class Flow:
-    """Which expressions carry marked values, statement by statement, through the script's own functions.
+    """Which expressions carry marked values.
 
-    source(node) says which expressions are marked by themselves. A name loses its mark when something else is
-    assigned to it. objects: whether an object of the script's own classes carries the marks of what it was made of.
-    `marked` keeps the ids of all expressions that carried a mark whenever they were reached.
+    Marks are followed statement by statement, through the script's own functions.
+
+    source(node) says which expressions are marked by themselves. A name loses its mark when
+    something else is assigned to it. objects: whether an object of the script's own classes carries
+    the marks of what it was made of. `marked` keeps the ids of all expressions that carried a mark
+    whenever they were reached.
     """
 
     def __init__(self, script: Script, source: Callable[[ast.AST], bool], objects: bool = True):
         self.script, self.source, self.objects = script, source, objects
         self.marked: set[int] = set()
-        self.params: dict[int, set[str]] = {}                           # of functions called with marked values
-        self.returns: set[str] = set()                                  # functions that return them by themselves
-        self.attributes: set[tuple[str, str]] = set()                   # place of a class, name of its attribute
+        self.params: dict[int, set[str]] = {}  # of functions called with marked values
+        self.returns: set[str] = set()  # functions that return them by themselves
+        self.attributes: set[tuple[str, str]] = set()  # place of a class, name of its attribute
         before = -1
         while before != (before := self._size()):
             self._block(script.tree.body, set())
@@ -415,7 +587,7 @@ class Flow:
             if self._value(node.value, names) | self._value(node.target, names) | self.source(node):
                 self._bind(node.target, True, names)
         elif isinstance(node, LOOPS):
-            for _ in range(2):                                          # what the end of the body marks, its start sees
+            for _ in range(2):  # what the end of the body marks, its start sees
                 on = self._value(node.test if isinstance(node, ast.While) else node.iter, names)
                 if not isinstance(node, ast.While):
                     self._bind(node.target, on, names)
@@ -450,7 +622,10 @@ class Flow:
             self.returns.add(owner.name)
 
     def _bind(self, target: ast.AST, value: ast.AST | bool, names: set[str]) -> None:
-        """Gives a target the mark of a value (an expression already visited, or yes/no), pairwise for tuples."""
+        """Gives a target the mark of a value, pairwise for tuples.
+
+        The value is an expression already visited, or yes/no.
+        """
         on = value if isinstance(value, bool) else self.has(value)
         if isinstance(target, (ast.Tuple, ast.List)):
             pairs = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
@@ -468,26 +643,41 @@ class Flow:
             self.attributes.add((self._class(target), target.attr))
 
     def _class(self, node: ast.AST) -> str:
-        return next((self.script.place(up) for up in self.script.above(node) if isinstance(up, ast.ClassDef)), "")
+        return next(
+            (
+                self.script.place(up)
+                for up in self.script.above(node)
+                if isinstance(up, ast.ClassDef)
+            ),
+            "",
+        )
 
     def _value(self, node: ast.AST, names: set[str]) -> bool:
         """Whether an expression carries a mark; visits and records all its parts."""
-        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)):
+        if isinstance(
+            node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
+        ):
             names = set(names)
             if isinstance(node, ast.Lambda):
                 names -= {arg.arg for arg in arguments_of(node)}
             for part in getattr(node, "generators", ()):
                 self._bind(part.target, self._value(part.iter, names), names)
-        parts = [self._value(part, names) for part in ast.iter_child_nodes(node)
-                 if isinstance(part, (ast.expr, ast.keyword, ast.comprehension))]
+        parts = [
+            self._value(part, names)
+            for part in ast.iter_child_nodes(node)
+            if isinstance(part, (ast.expr, ast.keyword, ast.comprehension))
+        ]
         on = any(parts)
         if isinstance(node, ast.Call):
             on = self._call(node, on, names)
         elif isinstance(node, ast.Name):
             on = node.id in names
         elif isinstance(node, ast.Attribute):
-            on = (on or (self._class(node), node.attr) in self.attributes and called(node.value) == "self") and \
-                node.attr not in ("shape", "dtype", "device", "ndim")
+            on = (
+                on
+                or (self._class(node), node.attr) in self.attributes
+                and called(node.value) == "self"
+            ) and node.attr not in ("shape", "dtype", "device", "ndim")
         elif isinstance(node, ast.NamedExpr):
             self._bind(node.target, on, names)
         on = bool(on or self.source(node))
@@ -496,11 +686,18 @@ class Flow:
         return on
 
     def _call(self, node: ast.Call, on: bool, names: set[str]) -> bool:
-        """Hands marks to the parameters of own functions and to collections; whether the result is marked."""
+        """Hands marks to the parameters of own functions and to collections.
+
+        Returns whether the result is marked.
+        """
         name = called(node)
         for function in self.script.functions.get(name, ()):
             self._hand_over(node, function)
-        if name in COLLECTORS and isinstance(node.func, ast.Attribute) and any(map(self.has, node.args)):
+        if (
+            name in COLLECTORS
+            and isinstance(node.func, ast.Attribute)
+            and any(map(self.has, node.args))
+        ):
             self._bind(node.func.value, True, names)
         made = not self.objects and name in self.script.classes
         return name not in SIZES and not made and (on or name in self.returns)
@@ -516,4 +713,10 @@ class Flow:
 
 def arguments_of(node: ast.AST) -> list[ast.arg]:
     args = node.args
-    return [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    return [
+        *args.posonlyargs,
+        *args.args,
+        *filter(None, [args.vararg]),
+        *args.kwonlyargs,
+        *filter(None, [args.kwarg]),
+    ]
