@@ -1,5 +1,6 @@
-"""Shared pieces of the tests: small settings, a single-process runtime, text that every CPython has."""
+"""Shared pieces of the tests: small settings, a single-process runtime, text of every CPython."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -13,14 +14,52 @@ import train_gpt as tg  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 
-TINY = dict(vocab_size=260, tokenizer_path="byte260", num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2,
-            train_seq_len=32, train_batch_tokens=128, micro_batch_tokens=64, keep_float_max_numel=256, eval_stride=8)
-FULL = dict(TINY, bigram_vocab_size=64, bigram_dim=8, smear=True, smear_bos_mask=True, ve_layers=(1, 2), ve_dim=8,
-            xsa_last_n=2, rope_dims=4, ln_scale=True, leaky_slope=0.5, mlp_mult=2.5)
+TINY = dict(
+    vocab_size=260,
+    tokenizer_path="byte260",
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=32,
+    train_batch_tokens=128,
+    micro_batch_tokens=64,
+    keep_float_max_numel=256,
+    eval_stride=8,
+)
+FULL = dict(
+    TINY,
+    bigram_vocab_size=64,
+    bigram_dim=8,
+    smear=True,
+    smear_bos_mask=True,
+    ve_layers=(1, 2),
+    ve_dim=8,
+    xsa_last_n=2,
+    rope_dims=4,
+    ln_scale=True,
+    leaky_slope=0.5,
+    mlp_mult=2.5,
+)
 # What a tiny run on synthetic text needs, as environment variables.
-TINY_RUN = dict(SMOKE="1", NUM_LAYERS="2", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="64",
-                TRAIN_BATCH_TOKENS="256", MICRO_BATCH_TOKENS="64", VE_LAYERS="1", ITERATIONS="6", WARMUP_STEPS="1",
-                WARMDOWN_ITERS="3", VAL_LOSS_EVERY="0", SAMPLE_TOKENS="0", EVAL_STRIDE="16", VAL_TOKENS="700")
+TINY_RUN = dict(
+    SMOKE="1",
+    NUM_LAYERS="2",
+    MODEL_DIM="32",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="256",
+    MICRO_BATCH_TOKENS="64",
+    VE_LAYERS="1",
+    ITERATIONS="6",
+    WARMUP_STEPS="1",
+    WARMDOWN_ITERS="3",
+    VAL_LOSS_EVERY="0",
+    SAMPLE_TOKENS="0",
+    EVAL_STRIDE="16",
+    VAL_TOKENS="700",
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +68,8 @@ def rt():
 
 
 @pytest.fixture
-def ledger(tmp_path, rt):
-    return tg.Ledger(tmp_path / "out", rt)
+def run_log(tmp_path, rt):
+    return tg.RunLog(tmp_path / "out", rt)
 
 
 @pytest.fixture
@@ -38,9 +77,23 @@ def rng():
     return np.random.default_rng(0)
 
 
+def take_step(trainer, batch_of):
+    """One optimizer step with the rates that the run's clock gives; it is not counted as done."""
+    return trainer.step(batch_of, trainer.clock.steps_left(trainer.steps_done))
+
+
+def on_device_with(rt, **profile):
+    """The runtime as if its device had other properties."""
+    rt.profile = dataclasses.replace(rt.profile, **profile)
+
+
 def clean_env(**extra: str) -> dict[str, str]:
     """This process's environment without settings, plus the given ones; for subprocesses."""
-    kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS and name != "CONFIG"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in tg.FIELDS and name != "CONFIG"
+    }
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 

@@ -1,8 +1,8 @@
 """A Hugging Face hub on the loopback interface that misbehaves on request.
 
-It serves dataset repositories from memory the way huggingface_hub 2.4 asks for them: revision -> commit, folder
-listings in pages, files by HEAD and (ranged) GET; .bin, .model and .jsonl are large files (LFS) behind a redirect, with
-SHA-256.
+It serves dataset repositories from memory the way huggingface_hub 2.4 asks for them: revision ->
+commit, folder listings in pages, files by HEAD and (ranged) GET; .bin, .model and .jsonl are large
+files (LFS) behind a redirect, with SHA-256.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS = (".bin", ".model", ".jsonl")
-PAGE = 3                            # listed entries a page
-PIECE = 4096                        # bytes sent at once
+PAGE = 3  # listed entries a page
+PIECE = 4096  # bytes sent at once
 
 
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong in one answer."""
 
-    status: int = 0                 # an error instead of the content
+    status: int = 0  # an error instead of the content
     headers: dict[str, str] = field(default_factory=dict)
-    drop: int | None = None         # the connection ends after so many bytes of the body ...
-    reset: bool = False             # ... with a reset
-    short: int | None = None        # the body ends after so many bytes, and Content-Length agrees
-    flip: bool = False              # a wrong byte
-    rate: float = 0.0               # bytes a second
-    stall: float = 0.0              # seconds of silence after `drop` bytes, instead of the end
-    whole: bool = False             # Range is ignored
+    drop: int | None = None  # the connection ends after so many bytes of the body ...
+    reset: bool = False  # ... with a reset
+    short: int | None = None  # the body ends after so many bytes, and Content-Length agrees
+    flip: bool = False  # a wrong byte
+    rate: float = 0.0  # bytes a second
+    stall: float = 0.0  # seconds of silence after `drop` bytes, instead of the end
+    whole: bool = False  # Range is ignored
 
 
 def git_sha1(content: bytes) -> str:
@@ -51,13 +51,16 @@ def commit_of(files: dict[str, bytes]) -> str:
 class FakeHub:
     """A context manager: `with FakeHub({repo_id: {path: content}}) as hub` serves at hub.url.
 
-    faults[path]: a list, whose first element spoils the next GET of the file; `revision` and `tree` are paths, too.
-    requests: (method, what, Range header) of all that came; what is a repository's path, `revision` or `tree`.
+    faults[path]: a list, whose first element spoils the next GET of the file; `revision` and `tree`
+    are paths, too. requests: (method, what, Range header) of all that came; what is a repository's
+    path, `revision` or `tree`.
     """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
         self.repositories, self.faults, self.requests = repositories, defaultdict(list), []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
+        )
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -76,7 +79,7 @@ class FakeHub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True      # else a body waits 40 ms behind its headers
+    disable_nagle_algorithm = True  # else a body waits 40 ms behind its headers
     hub: FakeHub
 
     def log_message(self, *message) -> None:
@@ -85,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except OSError:                                 # the client was killed
+        except OSError:  # the client was killed
             pass
 
     def do_HEAD(self) -> None:
@@ -96,10 +99,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        for pattern, serve in ((r"/api/datasets/([^/]+/[^/]+)/revision/(.+)", self.revision),
-                               (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", self.tree),
-                               (r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
-                               (r"/content/([^/]+/[^/]+)/()(.+)", self.content)):
+        for pattern, serve in (
+            (r"/api/datasets/([^/]+/[^/]+)/revision/(.+)", self.revision),
+            (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", self.tree),
+            (r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            (r"/content/([^/]+/[^/]+)/()(.+)", self.content),
+        ):
             if found := re.fullmatch(pattern, path):
                 return self.known(serve, *found.groups())
         return self.send(404)
@@ -119,10 +124,18 @@ class Handler(BaseHTTPRequestHandler):
         queue = self.hub.faults[what] if self.command == "GET" else []
         return queue.pop(0) if queue else Fault()
 
-    def send(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"",
-             length: int | None = None) -> None:
+    def send(
+        self,
+        status: int,
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        length: int | None = None,
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": len(body) if length is None else length, **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": len(body) if length is None else length,
+            **(headers or {}),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -139,12 +152,19 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status:
             return self.send(fault.status, fault.headers)
         prefix = f"{folder}/" if folder else ""
-        inside = sorted({path.removeprefix(prefix).split("/")[0] for path in files if path.startswith(prefix)})
+        inside = sorted(
+            {path.removeprefix(prefix).split("/")[0] for path in files if path.startswith(prefix)}
+        )
         if not inside:
             return self.send(404, {"X-Error-Code": "EntryNotFound"})
         start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
-        page = [self.listed(prefix + name, files.get(prefix + name)) for name in inside[start:start + PAGE]]
-        more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'}
+        page = [
+            self.listed(prefix + name, files.get(prefix + name))
+            for name in inside[start : start + PAGE]
+        ]
+        more = {
+            "Link": f'<{self.hub.url}{urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
+        }
         return self.send(200, more if start + PAGE < len(inside) else {}, json.dumps(page).encode())
 
     def listed(self, path: str, content: bytes | None) -> dict:
@@ -152,7 +172,11 @@ class Handler(BaseHTTPRequestHandler):
             return {"type": "directory", "path": path, "oid": git_sha1(path.encode())}
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
         if path.endswith(LFS):
-            entry["lfs"] = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
+            entry["lfs"] = {
+                "size": len(content),
+                "oid": hashlib.sha256(content).hexdigest(),
+                "pointerSize": 134,
+            }
         return entry
 
     def resolve(self, repo: str, files: dict[str, bytes], path: str) -> None:
@@ -161,13 +185,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {"X-Error-Code": "EntryNotFound"})
         content, large = files[path], path.endswith(LFS)
         etag = hashlib.sha256(content).hexdigest() if large else git_sha1(content)
-        headers = {"X-Repo-Commit": commit_of(files), "ETag": f'"{etag}"', "X-Linked-Etag": f'"{etag}"',
-                   "X-Linked-Size": str(len(content))}
+        headers = {
+            "X-Repo-Commit": commit_of(files),
+            "ETag": f'"{etag}"',
+            "X-Linked-Etag": f'"{etag}"',
+            "X-Linked-Size": str(len(content)),
+        }
         if large:
             return self.send(302, {**headers, "Location": f"{self.hub.url}/content/{repo}/{path}"})
         return self.content(repo, files, path, headers)
 
-    def content(self, repo: str, files: dict[str, bytes], path: str, headers: dict[str, str] | None = None) -> None:
+    def content(
+        self, repo: str, files: dict[str, bytes], path: str, headers: dict[str, str] | None = None
+    ) -> None:
         fault, content = self.fault(path), files[path]
         if fault.status:
             return self.send(fault.status, fault.headers)
@@ -176,20 +206,26 @@ class Handler(BaseHTTPRequestHandler):
         body = content[start:]
         if fault.flip:
             body = body[:-1] + bytes([body[-1] ^ 1])
-        body = body[:fault.short]
-        ranged = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        body = body[: fault.short]
+        ranged = (
+            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        )
         self.send(206 if start else 200, {**(headers or {}), **ranged}, length=len(body))
         if self.command == "GET":
             self.body(body, fault)
 
     def body(self, body: bytes, fault: Fault) -> None:
-        for at in range(0, len(body[:fault.drop]), PIECE):
-            self.wfile.write(body[at:min(at + PIECE, fault.drop if fault.drop is not None else len(body))])
+        for at in range(0, len(body[: fault.drop]), PIECE):
+            self.wfile.write(
+                body[at : min(at + PIECE, fault.drop if fault.drop is not None else len(body))]
+            )
             if fault.rate:
                 time.sleep(PIECE / fault.rate)
         if fault.drop is not None:
             time.sleep(fault.stall)
             self.close_connection = True
             if fault.reset:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
                 os.close(self.connection.detach())

@@ -1,4 +1,7 @@
-"""MODE=audit: each illegal scorer of the rules' table 7.4 is caught by the checks named here; the legal ones pass."""
+"""MODE=audit: each illegal scorer of the rules' table 7.4 is caught by the checks named here.
+
+The legal ones pass.
+"""
 
 import dataclasses
 import itertools
@@ -16,8 +19,19 @@ import train_gpt as tg
 
 VOCAB = 32
 TABLE = tg.ByteTable(np.ones(VOCAB, np.int16), np.zeros(VOCAB, bool), np.arange(VOCAB) < 2, "toy")
-CFG = tg.Config(**dict(FULL, vocab_size=VOCAB, bos_id=1, ttt_batch_seqs=1, ttt_lr=0.01, ttt_lora_chunk=8,
-                       ttt_lora_alpha=8.0, ngram_buckets=256, ngram_min_count=1))
+CFG = tg.Config(
+    **dict(
+        FULL,
+        vocab_size=VOCAB,
+        bos_id=1,
+        ttt_batch_seqs=1,
+        ttt_lr=0.01,
+        ttt_lora_chunk=8,
+        ttt_lora_alpha=8.0,
+        ngram_buckets=256,
+        ngram_min_count=1,
+    )
+)
 
 
 @pytest.fixture
@@ -28,15 +42,17 @@ def tokens(rng):
     return tokens
 
 
-def caught_by(build, tokens, rt, ledger, cfg=CFG):
+def caught_by(build, tokens, rt, run_log, cfg=CFG):
     """The checks that fail."""
     model = mild(cfg)
     predictor = build(model, rt, cfg, TABLE)
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
     always = tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, ())
-    del always["bytes"]                                                 # the toy vocabulary has no text
-    scores = tg.Rescorer(build, mild(cfg), rt, cfg, TABLE, ledger)
-    return failed(always) | failed(tg.audit_again(scores, tokens, cfg, build(mild(cfg), rt, cfg, TABLE)))
+    del always["bytes"]  # the toy vocabulary has no text
+    scores = tg.Rescorer(build, mild(cfg), rt, cfg, TABLE, run_log)
+    return failed(always) | failed(
+        tg.audit_again(scores, tokens, cfg, build(mild(cfg), rt, cfg, TABLE))
+    )
 
 
 def sliding(model, rt, cfg, table=None):
@@ -44,20 +60,24 @@ def sliding(model, rt, cfg, table=None):
 
 
 LEGAL = {
-    "fixed model": dict(), "streaming": dict(eval_stream=16, stream_docs=True), "score-first ttt": dict(ttt_epochs=1),
-    "adapters": dict(ttt_lora_rank=2, ttt_lora_keep=False), "tilt with Z": dict(eval_stream=16, tilt=True),
-    "everything": dict(eval_stream=16, ttt_epochs=1, tilt=True, ngram="mix")}
+    "fixed model": dict(),
+    "streaming": dict(eval_stream=16, stream_docs=True),
+    "score-first ttt": dict(ttt_epochs=1),
+    "adapters": dict(ttt_lora_rank=2, ttt_lora_keep=False),
+    "tilt with Z": dict(eval_stream=16, tilt=True),
+    "everything": dict(eval_stream=16, ttt_epochs=1, tilt=True, ngram="mix"),
+}
 
 
 @pytest.mark.parametrize("name", LEGAL)
-def test_legal_scorers_pass(name, tokens, rt, ledger):
+def test_legal_scorers_pass(name, tokens, rt, run_log):
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **LEGAL[name])
     rows = [build for wanted, build in tg.PREDICTORS.values() if wanted(cfg)]
-    assert caught_by(rows[-1], tokens, rt, ledger, cfg) == set()
+    assert caught_by(rows[-1], tokens, rt, run_log, cfg) == set()
 
 
 class NormalisedCache(tg.Nested):
-    """Legal: counts of (hashed context, token) among committed tokens, divided by their sum over the vocabulary."""
+    """Legal: committed counts of (hashed context, token), over their sum over the vocabulary."""
 
     name, chunk = "toy", 32
 
@@ -66,8 +86,9 @@ class NormalisedCache(tg.Nested):
         self.table, self.context = torch.ones(16, VOCAB, dtype=torch.float64), {}
 
     def outputs(self, batch):
-        rows = batch.ids[:, -batch.targets.size(1):] % 16
-        return (self.table[rows] / self.table[rows].sum(-1, keepdim=True)).log().float(), batch.targets
+        rows = batch.ids[:, -batch.targets.size(1) :] % 16
+        probabilities = self.table[rows] / self.table[rows].sum(-1, keepdim=True)
+        return probabilities.log().float(), batch.targets
 
     def last(self, prefix):
         rows = torch.tensor([int(prefix[-1])]) % 16
@@ -84,8 +105,8 @@ class NormalisedCache(tg.Nested):
         self.table.copy_(state)
 
 
-def test_a_cache_divided_by_its_sum_passes(tokens, rt, ledger):
-    assert caught_by(lambda *a: NormalisedCache(sliding(*a), CFG), tokens, rt, ledger) == set()
+def test_a_cache_divided_by_its_sum_passes(tokens, rt, run_log):
+    assert caught_by(lambda *a: NormalisedCache(sliding(*a), CFG), tokens, rt, run_log) == set()
 
 
 class AdaptFirst(tg.Adapting):
@@ -106,7 +127,7 @@ class AdaptThenScore(tg.Adapting):
 
     def score(self, batch, counts=None):
         state = self.snapshot()
-        logits = self.model.logits(batch.ids)[:, -batch.targets.size(1):]
+        logits = self.model.logits(batch.ids)[:, -batch.targets.size(1) :]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
         self.optimizer.param_groups[0]["lr"] = 0.01
         self.optimizer.step()
@@ -120,7 +141,9 @@ class LowerOfTwo(tg.Sliding):
     """The better of two models for every target (#659)."""
 
     def score(self, batch, counts=None):
-        return torch.minimum(super().score(batch), torch.full_like(super().score(batch), math.log(VOCAB) - 0.2))
+        return torch.minimum(
+            super().score(batch), torch.full_like(super().score(batch), math.log(VOCAB) - 0.2)
+        )
 
 
 class WholeStream:
@@ -137,7 +160,9 @@ class TwoPass(tg.Nested):
     name, counts, twin = "toy", WholeStream, None
 
     def chances(self, out, index, ids, counts):
-        return 0.5 * self.base.chances(out, index, ids, counts) + 0.5 * torch.from_numpy(counts.p)[ids]
+        return (
+            0.5 * self.base.chances(out, index, ids, counts) + 0.5 * torch.from_numpy(counts.p)[ids]
+        )
 
 
 class ClassGate(tg.Nested):
@@ -160,9 +185,13 @@ class Slot(tg.Sliding):
         with torch.no_grad():
             logits = self.outputs(batch)[0]
         bias = torch.zeros(VOCAB, requires_grad=True)
-        nats = torch.nn.functional.cross_entropy((logits + bias).flatten(0, 1), batch.targets.flatten())
+        nats = torch.nn.functional.cross_entropy(
+            (logits + bias).flatten(0, 1), batch.targets.flatten()
+        )
         bias = bias - 3.0 * torch.autograd.grad(nats, bias)[0]
-        return torch.nn.functional.cross_entropy((logits + bias).mT, batch.targets, reduction="none").detach()
+        return torch.nn.functional.cross_entropy(
+            (logits + bias).mT, batch.targets, reduction="none"
+        ).detach()
 
 
 class Ahead(tg.Sliding):
@@ -205,34 +234,55 @@ def toy(kind):
 
 
 CONTROLS = {
-    "ttt before scoring (#489)": (lambda *a: AdaptFirst(sliding(*a), a[2], TABLE), {"future_again", "every_token"},
-                                  dict(ttt_epochs=3)),
-    "adapt, then score (#568)": (lambda *a: AdaptThenScore(sliding(*a), a[2], TABLE),
-                                 {"future", "future_again", "every_token"}, dict(ttt_epochs=1)),
-    "cache with the target in its key (#779)": (lambda *a: unlabelled(tg.Hashed(sliding(*a), a[2])),
-                                                {"distribution", "every_token", "random_stream"},
-                                                dict(ngram="backoff")),
+    "ttt before scoring (#489)": (
+        lambda *a: AdaptFirst(sliding(*a), a[2], TABLE),
+        {"future_again", "every_token"},
+        dict(ttt_epochs=3),
+    ),
+    "adapt, then score (#568)": (
+        lambda *a: AdaptThenScore(sliding(*a), a[2], TABLE),
+        {"future", "future_again", "every_token"},
+        dict(ttt_epochs=1),
+    ),
+    "cache with the target in its key (#779)": (
+        lambda *a: unlabelled(tg.Hashed(sliding(*a), a[2])),
+        {"distribution", "every_token", "random_stream"},
+        dict(ngram="backoff"),
+    ),
     "lower of two (#659)": (toy(LowerOfTwo), {"distribution", "every_token", "random_stream"}, {}),
     "two passes (#846)": (lambda *a: TwoPass(sliding(*a), a[2]), {"future_again"}, {}),
-    "hint gated by the target's class (#2018)": (lambda *a: ClassGate(sliding(*a), a[2]),
-                                                 {"distribution", "every_token"}, {}),
+    "hint gated by the target's class (#2018)": (
+        lambda *a: ClassGate(sliding(*a), a[2]),
+        {"distribution", "every_token"},
+        {},
+    ),
     "SLOT on the scored slice (#1240)": (toy(Slot), {"future", "future_again", "every_token"}, {}),
     "one token ahead": (toy(Ahead), {"future", "future_again"}, {}),
     "spread over symbols (#1835)": (toy(Spread), {"distribution", "every_token"}, {}),
     "tail dropped (#50)": (toy(TailDropped), {"coverage"}, {}),
-    "hardest dropped": (toy(HardestDropped), {"distribution"}, {})}
+    "hardest dropped": (toy(HardestDropped), {"distribution"}, {}),
+}
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_illegal_scorers_are_caught(name, tokens, rt, ledger):
+def test_illegal_scorers_are_caught(name, tokens, rt, run_log):
     build, checks, settings = CONTROLS[name]
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **settings)
-    assert checks <= caught_by(build, tokens, rt, ledger, cfg)
+    assert checks <= caught_by(build, tokens, rt, run_log, cfg)
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
-AGAIN = {"future_again", "every_token", "random_stream", "batches", "processes", "isolation", "repeat", "neutral"}
+AGAIN = {
+    "future_again",
+    "every_token",
+    "random_stream",
+    "batches",
+    "processes",
+    "isolation",
+    "repeat",
+    "neutral",
+}
 
 
 @pytest.fixture(scope="module")
@@ -244,18 +294,35 @@ def trained(tmp_path_factory):
 
 def audited(out, **env):
     data = out / "run" / "smoke_data"
-    settings = dict(SMOKE="0", MODE="audit", ARTIFACT=str(out / "run" / "model.ptz"), DATA_PATH=str(data),
-                    EVAL_STRIDE="0", TRAIN_SEQ_LEN="64", VOCAB_SIZE="260", TOKENIZER_PATH="byte260")
+    settings = dict(
+        SMOKE="0",
+        MODE="audit",
+        ARTIFACT=str(out / "run" / "model.ptz"),
+        DATA_PATH=str(data),
+        EVAL_STRIDE="0",
+        TRAIN_SEQ_LEN="64",
+        VOCAB_SIZE="260",
+        TOKENIZER_PATH="byte260",
+    )
     return run(out / "again", **{**settings, **env})
 
 
 def test_mode_audit_passes_true_scores_and_expects_what_is_labelled(trained):
-    code, result, log = audited(trained, EVAL_STREAM="16", TILT="1", NGRAM="backoff", NGRAM_BUCKETS="64",
-                                TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64")
+    code, result, log = audited(
+        trained,
+        EVAL_STREAM="16",
+        TILT="1",
+        NGRAM="backoff",
+        NGRAM_BUCKETS="64",
+        TTT_CHUNK_TOKENS="64",
+        MIX_CHUNK_TOKENS="64",
+    )
     assert code == 0 and set(result["stages"]) == {"plain", "streaming", "mixed", "ngram"}
     for name, stage in result["stages"].items():
         assert AGAIN <= stage["audit"].keys()
-        verdicts = {check: found["verdict"].split(":")[0] for check, found in stage["audit"].items()}
+        verdicts = {
+            check: found["verdict"].split(":")[0] for check, found in stage["audit"].items()
+        }
         expected = {check for check, verdict in verdicts.items() if verdict == "EXPECTED"}
         assert not any(verdict == "FAIL" for verdict in verdicts.values())
         assert expected >= {"distribution", "every_token"} if name == "ngram" else not expected
@@ -264,6 +331,12 @@ def test_mode_audit_passes_true_scores_and_expects_what_is_labelled(trained):
 
 def test_a_failed_audit_is_exit_code_6(trained, monkeypatch):
     wanted, build = tg.PREDICTORS["plain"]
-    monkeypatch.setitem(tg.PREDICTORS, "plain", (wanted, lambda m, rt, cfg, table: Ahead(m, rt, "plain", 64, 64)))
+    monkeypatch.setitem(
+        tg.PREDICTORS, "plain", (wanted, lambda m, rt, cfg, table: Ahead(m, rt, "plain", 64, 64))
+    )
     code, result, log = audited(trained, MODE="eval")
-    assert code == 6 and result["exit_code"] == 6 and "audit plain future FAIL: later tokens move charges" in log
+    assert (
+        code == 6
+        and result["exit_code"] == 6
+        and "audit plain future FAIL: later tokens move charges" in log
+    )

@@ -18,7 +18,8 @@ import codec
 
 import train_gpt as tg
 
-# --- arithmetic coder ------------------------------------------------------------------------------------------------
+# --- arithmetic coder -----------------------------------------------------------------------------
+
 
 def skewed(rng, vocab):
     p = rng.dirichlet(np.full(vocab, 0.02))
@@ -31,8 +32,12 @@ def near_certain(rng, vocab):
     return p / p.sum()
 
 
-DISTRIBUTIONS = {"uniform": lambda rng, vocab: np.full(vocab, 1 / vocab), "skewed": skewed,
-                 "near-certain": near_certain, "common": lambda rng, vocab: rng.dirichlet(np.ones(vocab))}
+DISTRIBUTIONS = {
+    "uniform": lambda rng, vocab: np.full(vocab, 1 / vocab),
+    "skewed": skewed,
+    "near-certain": near_certain,
+    "common": lambda rng, vocab: rng.dirichlet(np.ones(vocab)),
+}
 
 
 def there_and_back(logs, symbols):
@@ -59,7 +64,7 @@ def test_the_code_is_as_long_as_claimed(kind, vocab, count, rng):
 
 @pytest.mark.parametrize("vocab", [2, 1024])
 def test_what_is_thought_impossible_comes_back(vocab, rng):
-    """Tokens whose probability is exactly 0, again and again, and the most likely ones in between."""
+    """Tokens of probability exactly 0, again and again, and the most likely ones in between."""
     logs, symbols = [], []
     for number in range(600):
         log_p = torch.full((vocab,), -torch.inf, dtype=torch.float64)
@@ -77,35 +82,93 @@ def test_intervals_around_the_middle(edge):
 
 
 def test_frequencies(rng):
-    for p in (skewed(rng, 1024), near_certain(rng, 1024), np.eye(1024)[7], np.full(65536, 2.0 ** -16)):
+    for p in (
+        skewed(rng, 1024),
+        near_certain(rng, 1024),
+        np.eye(1024)[7],
+        np.full(65536, 2.0**-16),
+    ):
         with np.errstate(divide="ignore"):
             cumulative = codec.frequencies(torch.from_numpy(np.log(p)))
-        assert cumulative[0] == 0 and (np.diff(cumulative) > 0).all() and len(cumulative) == len(p) + 1
+        assert (
+            cumulative[0] == 0 and (np.diff(cumulative) > 0).all() and len(cumulative) == len(p) + 1
+        )
         assert np.abs(np.diff(cumulative) / codec.SCALE - p).max() <= 1 / codec.SCALE
     for wrong in (np.full(4, np.nan), np.log(np.full(4, 0.2)), np.log([1.0, 1e-3])):
         with pytest.raises(tg.InputError, match="sum to"):
             codec.frequencies(torch.from_numpy(wrong))
 
 
-# --- tokens of any text ----------------------------------------------------------------------------------------------
+# --- tokens of any text ---------------------------------------------------------------------------
 
 NASTY = [
-    "", " ", "  ", " a", "a ", " a  b  ", "\n", "\n\na\n", "\ta\tb", "a\r\nb\r\n", "\r", "\0", "a\0b", "\u0085\u2028",
-    "\ufb01n \ufb01", "\u2460", "\uff46\uff55\uff4c\uff4c", "\u01c5 \u0130 \xdf \u03a9 \u2126 \u2026 \xbd x\xb2",
-    "e\u0301", "c\u0327 \u0327", "\u1100\u1161", "\uac00", "\xe9 is \u2603 x", "\u2603",
-    "\u2581", "\u2581a", "a \u2581 b", "a\u2581b", "\u200d", "a\u200db", "\u200b", "\ufeffa", "\xa0", "a\u3000b",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 x", "\U0010ffff", "\ufffd", "\ue001\ue002", "\u202eabc",
-    "\u05e9\u05dc\u05d5\u05dd \u0639\u0631\u0628\u064a", "<s>", "</s><unk>", "<0x41>", "<pad>", " \u2047 ",
-    "a.b-c]^\\[&&--||~~", "The quick brown fox jumps over 13 lazy dogs."]
-SENTENCES = [f"The {a} {b} of {number} small x\u0327 boats, and the other {b}s." for number, (a, b) in enumerate(
-    (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("fox", "dog", "river", "mountain", "letter"))]
-MODELS = ["byte260", "trained", "trained with a first mark",
-          *sorted(path.name for path in SHARED.glob("data/tokenizers/*.model"))]
+    "",
+    " ",
+    "  ",
+    " a",
+    "a ",
+    " a  b  ",
+    "\n",
+    "\n\na\n",
+    "\ta\tb",
+    "a\r\nb\r\n",
+    "\r",
+    "\0",
+    "a\0b",
+    "\u0085\u2028",
+    "\ufb01n \ufb01",
+    "\u2460",
+    "\uff46\uff55\uff4c\uff4c",
+    "\u01c5 \u0130 \xdf \u03a9 \u2126 \u2026 \xbd x\xb2",
+    "e\u0301",
+    "c\u0327 \u0327",
+    "\u1100\u1161",
+    "\uac00",
+    "\xe9 is \u2603 x",
+    "\u2603",
+    "\u2581",
+    "\u2581a",
+    "a \u2581 b",
+    "a\u2581b",
+    "\u200d",
+    "a\u200db",
+    "\u200b",
+    "\ufeffa",
+    "\xa0",
+    "a\u3000b",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 x",
+    "\U0010ffff",
+    "\ufffd",
+    "\ue001\ue002",
+    "\u202eabc",
+    "\u05e9\u05dc\u05d5\u05dd \u0639\u0631\u0628\u064a",
+    "<s>",
+    "</s><unk>",
+    "<0x41>",
+    "<pad>",
+    " \u2047 ",
+    "a.b-c]^\\[&&--||~~",
+    "The quick brown fox jumps over 13 lazy dogs.",
+]
+SENTENCES = [
+    f"The {a} {b} of {number} small x\u0327 boats, and the other {b}s."
+    for number, (a, b) in enumerate(
+        (a, b)
+        for a in ("quick", "lazy", "brown", "old")
+        for b in ("fox", "dog", "river", "mountain", "letter")
+    )
+]
+MODELS = [
+    "byte260",
+    "trained",
+    "trained with a first mark",
+    *sorted(path.name for path in SHARED.glob("data/tokenizers/*.model")),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def table(request, tmp_path_factory):
-    """byte260, a tokenizer as data/prepare.py makes them, one that puts a mark before every text, the real ones."""
+    """byte260, one of data/prepare.py, one that puts a mark before every text, the real ones."""
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
     if request.param == "byte260":
         return tg.ByteTable.bytes260()
@@ -114,7 +177,9 @@ def table(request, tmp_path_factory):
     elif request.param.startswith("trained"):
         recipe = dict(export.RECIPE, add_dummy_prefix=True, vocab_size=330, minloglevel=2)
         prefix = str(path.with_suffix(""))
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_prefix=prefix, **recipe)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES), model_prefix=prefix, **recipe
+        )
     else:
         path = SHARED / "data/tokenizers" / request.param
     return tg.ByteTable.from_sentencepiece(path)
@@ -137,7 +202,10 @@ def spelled(text, table):
 def test_any_text_comes_back(table):
     for text in NASTY:
         tokens = spelled(text, table)
-        assert codec.documents_of(np.array([1, *tokens, 1, *tokens]), table, 1) == f"{text}\n{text}".encode()
+        assert (
+            codec.documents_of(np.array([1, *tokens, 1, *tokens]), table, 1)
+            == f"{text}\n{text}".encode()
+        )
     for text in ("".join(NASTY), "\n".join(NASTY), mixture()):
         tokens = spelled(text, table)
         assert len(tokens) <= len(text.encode())
@@ -146,12 +214,15 @@ def test_any_text_comes_back(table):
 def test_only_what_the_tokenizer_changes_is_spelled_in_bytes(table):
     text = " and ".join(SENTENCES[:3]).replace("\u0327", "").lower()
     assert spelled(text, table) == table.encode(text)
-    if table.processor:                                                 # d + line below: a pair that it would join
-        assert len(spelled(f"{text}\n{text}\ttwo  spaces \xe9 is d\u0331", table)) < 2 * len(table.encode(text)) + 40
+    if table.processor:  # d + line below: a pair that it would join
+        assert (
+            len(spelled(f"{text}\n{text}\ttwo  spaces \xe9 is d\u0331", table))
+            < 2 * len(table.encode(text)) + 40
+        )
 
 
 def test_a_pair_that_the_tokenizer_joins(table):
-    """c + cedilla, each a piece of its own, become one letter: then everything is in byte pieces."""
+    """c + cedilla, each a piece of its own, become one letter: then all is in byte pieces."""
     if table.processor and all(codec.kept_as_is(table, c) for c in "c\u0327"):
         assert table.processor.decode(table.processor.encode("c\u0327")) == "\u00e7"
         assert all(map(table.processor.is_byte, spelled("the c\u0327", table)))
@@ -169,7 +240,7 @@ def test_documents_have_the_bytes_that_they_are_charged_for(table):
         assert codec.text_of([*table.encode("the"), 3, *table.encode("fox"), 2], table) == b"thefox"
 
 
-# --- the tool --------------------------------------------------------------------------------------------------------
+# --- the tool -------------------------------------------------------------------------------------
 
 TEXT = "bo dake tinu\r\n\tl\u00e4ngst \u2603 ba  bo dake tinu bo dake\n"
 
@@ -179,10 +250,15 @@ def env(tmp_path_factory):
     """Settings that name a tiny artifact and short validation documents."""
     out = tmp_path_factory.mktemp("tiny") / "run"
     assert tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", "VAL_TOKENS": "64"}) == 0
-    tokens = [token for text in ("tinu bo dake bo", "x", TEXT, "", TEXT + TEXT, "bo bo bo tinu", "bo dake")
-              for token in (1, *(byte + 4 for byte in text.encode()))]
+    tokens = [
+        token
+        for text in ("tinu bo dake bo", "x", TEXT, "", TEXT + TEXT, "bo bo bo tinu", "bo dake")
+        for token in (1, *(byte + 4 for byte in text.encode()))
+    ]
     tg.write_shard(out / "short/fineweb_val_000000.bin", np.array(tokens))
-    return dict(ARTIFACT=str(out / "model.ptz"), DATA_PATH=str(out / "short"), TOKENIZER_PATH="byte260")
+    return dict(
+        ARTIFACT=str(out / "model.ptz"), DATA_PATH=str(out / "short"), TOKENIZER_PATH="byte260"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +270,14 @@ def packed(env, tmp_path_factory):
 
 
 def tool(env, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / "records/codec.py"), *map(str, arguments)], capture_output=True,
-                          text=True, env=clean_env(OMP_NUM_THREADS="1", **env), timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "records/codec.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=clean_env(OMP_NUM_THREADS="1", **env),
+        timeout=120,
+        check=False,
+    )
 
 
 def test_compress_and_decompress(env, packed, tmp_path):
@@ -203,13 +285,17 @@ def test_compress_and_decompress(env, packed, tmp_path):
     path = tmp_path / "speech.txt"
     path.write_bytes(TEXT.encode())
     done = tool(env, "compress", path)
-    assert done.returncode == 0 and f"{len(TEXT.encode())} bytes" in done.stdout and "zstd" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0
+        and f"{len(TEXT.encode())} bytes" in done.stdout
+        and "zstd" in done.stdout
+    ), done.stderr
     assert (tmp_path / "speech.txt.pgolf").read_bytes() == packed
     path.unlink()
     done = tool(env, "decompress", tmp_path / "speech.txt.pgolf")
     assert done.returncode == 0 and path.read_bytes() == TEXT.encode(), done.stderr
-    size, = struct.unpack_from("<I", packed, 8)
-    header = json.loads(packed[12:12 + size])
+    (size,) = struct.unpack_from("<I", packed, 8)
+    header = json.loads(packed[12 : 12 + size])
     assert (header["targets"], header["EVAL_STRIDE"]) == (len(TEXT.encode()), 16)
     assert header["torch"] == torch.__version__
 
@@ -219,14 +305,21 @@ def test_named_outputs(env, tmp_path):
     path.write_text("bo dake")
     assert codec.main(["compress", str(path), "-o", str(tmp_path / "b.bin")], env) == 0
     assert codec.main(["decompress", str(tmp_path / "b.bin"), "-o", str(tmp_path / "c")], env) == 0
-    assert (tmp_path / "c").read_text() == "bo dake" and {p.name for p in tmp_path.iterdir()} == {"a", "b.bin", "c"}
+    assert (tmp_path / "c").read_text() == "bo dake" and {p.name for p in tmp_path.iterdir()} == {
+        "a",
+        "b.bin",
+        "c",
+    }
 
 
 def test_errors_of_real_processes(env, packed, tmp_path):
     path, bad = tmp_path / "latin.txt", tmp_path / "bad.txt.pgolf"
     path.write_bytes("l\u00e4ngst".encode("latin-1"))
     bad.write_bytes(packed[:-1])
-    for command, message in ((("compress", path), "latin.txt: not UTF-8"), (("decompress", bad), "wrong checksum")):
+    for command, message in (
+        (("compress", path), "latin.txt: not UTF-8"),
+        (("decompress", bad), "wrong checksum"),
+    ):
         done = tool(env, *command)
         assert done.returncode == 64 and message in done.stderr and "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"latin.txt", "bad.txt.pgolf"}
@@ -235,10 +328,12 @@ def test_errors_of_real_processes(env, packed, tmp_path):
 @pytest.fixture
 def refused(env, tmp_path, capsys):
     """Runs the tool in this process, expects exit code 64, the message and no new file."""
+
     def check(message, *arguments, **settings):
         before = sorted(tmp_path.iterdir())
         assert codec.main([*map(str, arguments)], {**env, **settings}) == 64
         assert message in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
+
     return check
 
 
@@ -257,19 +352,25 @@ def test_unusable_input_is_named(refused, tmp_path):
 
 
 def changed(blob, at, value):
-    return blob[:at] + value + blob[at + len(value):]
+    return blob[:at] + value + blob[at + len(value) :]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda blob: b"", "begins with b''"),
-    (lambda blob: changed(blob, 0, b"Q"), "not a compressed text: begins with b'QGOLFTXT'"),
-    (lambda blob: blob[:10], "unreadable header"), (lambda blob: blob[:100], "unreadable header"),
-    (lambda blob: changed(blob, 12, b"["), "unreadable header"),
-    (lambda blob: changed(blob, 8, b"\0\0\0\0"), "unreadable header"),
-    (lambda blob: changed(blob, 8, b"\xff\xff\xff\xff"), "unreadable header"),
-    (lambda blob: changed(blob, blob.index(b'"targets": ') + 11, b"9"), "wrong checksum"),
-    (lambda blob: blob[:-20], "wrong checksum"), (lambda blob: blob + b"\0", "wrong checksum"),
-    (lambda blob: changed(blob, len(blob) - 1, bytes([blob[-1] ^ 1])), "wrong checksum")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda blob: b"", "begins with b''"),
+        (lambda blob: changed(blob, 0, b"Q"), "not a compressed text: begins with b'QGOLFTXT'"),
+        (lambda blob: blob[:10], "unreadable header"),
+        (lambda blob: blob[:100], "unreadable header"),
+        (lambda blob: changed(blob, 12, b"["), "unreadable header"),
+        (lambda blob: changed(blob, 8, b"\0\0\0\0"), "unreadable header"),
+        (lambda blob: changed(blob, 8, b"\xff\xff\xff\xff"), "unreadable header"),
+        (lambda blob: changed(blob, blob.index(b'"targets": ') + 11, b"9"), "wrong checksum"),
+        (lambda blob: blob[:-20], "wrong checksum"),
+        (lambda blob: blob + b"\0", "wrong checksum"),
+        (lambda blob: changed(blob, len(blob) - 1, bytes([blob[-1] ^ 1])), "wrong checksum"),
+    ],
+)
 def test_damage_is_noticed(damage, message, packed, refused, tmp_path):
     (tmp_path / "bad.txt.pgolf").write_bytes(damage(packed))
     refused(message, "decompress", tmp_path / "bad.txt.pgolf")
@@ -279,7 +380,13 @@ def test_other_settings_are_named(packed, refused, tmp_path, env):
     path = tmp_path / "speech.txt.pgolf"
     path.write_bytes(packed)
     refused("another EVAL_STREAM: 0; here it is 16", "decompress", path, EVAL_STREAM="16")
-    refused("another TILT: 0; here it is 1, another NGRAM: ; here it is mix", "decompress", path, TILT="1", NGRAM="mix")
+    refused(
+        "another TILT: 0; here it is 1, another NGRAM: ; here it is mix",
+        "decompress",
+        path,
+        TILT="1",
+        NGRAM="mix",
+    )
     refused("another SEED: 1337; here it is 5", "decompress", path, SEED="5")
     other = tmp_path / "other.ptz"
     cfg, weights = tg.unpack(open(env["ARTIFACT"], "rb").read())
@@ -289,7 +396,11 @@ def test_other_settings_are_named(packed, refused, tmp_path, env):
 
 def test_a_decoder_that_computes_otherwise_writes_nothing(packed, refused, tmp_path, monkeypatch):
     (tmp_path / "speech.txt.pgolf").write_bytes(packed)
-    monkeypatch.setattr(codec, "frequencies", lambda log_p, real=codec.frequencies: real(log_p) + (np.arange(261) > 9))
+    monkeypatch.setattr(
+        codec,
+        "frequencies",
+        lambda log_p, real=codec.frequencies: real(log_p) + (np.arange(261) > 9),
+    )
     refused("decoded to another text: this machine", "decompress", tmp_path / "speech.txt.pgolf")
 
 
@@ -299,11 +410,19 @@ def test_a_text_that_cannot_be_spelled_is_refused(refused, tmp_path, monkeypatch
     refused("a.txt: the tokenizer byte260 cannot spell", "compress", tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("settings, name", [
-    (dict(), "sliding"), (dict(EVAL_STRIDE="0"), "plain"), (dict(NGRAM="backoff", EVAL_PLAIN="0"), "sliding"),
-    (dict(TTT_EPOCHS="1", TTT_BEFORE_SCORING="1"), "sliding"), (dict(NGRAM="fixed", EVAL_STREAM="16"), "streaming"),
-    (dict(NGRAM="fixed", TTT_EPOCHS="1"), "ttt"), (dict(TTT_EPOCHS="1", TTT_BEFORE_SCORING="1", TILT="1"), "sliding"),
-    (dict(NGRAM="mix", EVAL_STREAM="16"), "mixed")])
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        (dict(), "sliding"),
+        (dict(EVAL_STRIDE="0"), "plain"),
+        (dict(NGRAM="backoff", EVAL_PLAIN="0"), "sliding"),
+        (dict(TTT_EPOCHS="1", TTT_BEFORE_SCORING="1"), "sliding"),
+        (dict(NGRAM="fixed", EVAL_STREAM="16"), "streaming"),
+        (dict(NGRAM="fixed", TTT_EPOCHS="1"), "ttt"),
+        (dict(TTT_EPOCHS="1", TTT_BEFORE_SCORING="1", TILT="1"), "sliding"),
+        (dict(NGRAM="mix", EVAL_STREAM="16"), "mixed"),
+    ],
+)
 def test_the_last_true_stage_is_chosen(settings, name, env):
     predictor = codec.Codec({**env, **settings}).predictor()
     assert predictor.name == name and not predictor.fault
@@ -314,8 +433,14 @@ MIXED = dict(EVAL_STREAM="16", TILT="1", NGRAM="mix", MIX_CHUNK_TOKENS="64", TTT
 
 @pytest.mark.parametrize("settings, name", [(dict(), "sliding"), (MIXED, "mixed")])
 def test_verify(settings, name, env, capsys):
-    """Over all document starts (the empty one is no document), the ends of chunks, and a last document that is cut."""
-    assert codec.main(["verify", "--documents", "9", "--tokens", "194"], clean_env(**env, **settings)) == 0
+    """Over all document starts, the ends of chunks, and a last document that is cut.
+
+    The empty document is none.
+    """
+    assert (
+        codec.main(["verify", "--documents", "9", "--tokens", "194"], clean_env(**env, **settings))
+        == 0
+    )
     out = capsys.readouterr().out
     assert f"{name}: 6 documents, 194 tokens" in out and ": ok" in out and "identical" in out
 
@@ -330,7 +455,11 @@ def test_verify_finds_a_wrong_claim(env, monkeypatch, capsys):
 
 def test_verify_finds_a_wrong_code(env, monkeypatch, capsys):
     """The encoder here has other frequencies than the decoder in its process, and as many bits."""
-    monkeypatch.setattr(codec, "frequencies", lambda log_p, real=codec.frequencies: real(log_p) + (np.arange(261) > 9))
+    monkeypatch.setattr(
+        codec,
+        "frequencies",
+        lambda log_p, real=codec.frequencies: real(log_p) + (np.arange(261) > 9),
+    )
     assert codec.main(["verify", "--tokens", "60"], clean_env(**env)) == 1
     out = capsys.readouterr().out
     assert ": ok" in out and "DIFFERENT" in out

@@ -12,15 +12,25 @@ ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)
 
 
 def slow_counts(tokens, orders, bos=None):
-    """Order -> n, N, T, the token that followed last and its n [5, len], by a dictionary, token after token."""
-    found, tables, last = {k: np.zeros((5, len(tokens)), int) for k in orders}, defaultdict(Counter), {}
+    """Order -> n, N, T, the token that followed last and its n [5, len].
+
+    By a dictionary, token after token.
+    """
+    found = {k: np.zeros((5, len(tokens)), int) for k in orders}
+    tables = defaultdict(Counter)
+    last = {}
     for t, k in itertools.product(range(len(tokens)), orders):
         whole = t >= k - 1 and not any(tokens[i] == bos for i in range(t - k + 2, t))
         if whole:
-            context = (k, *tokens[t - k + 1:t])
+            context = (k, *tokens[t - k + 1 : t])
             seen, hint = tables[context], last.get(context, 0)
-            found[k][:, t] = seen[tokens[t]], sum(seen.values()), sum(v > 0 for v in seen.values()), hint, \
-                seen[hint] if context in last else 0
+            found[k][:, t] = (
+                seen[tokens[t]],
+                sum(seen.values()),
+                sum(v > 0 for v in seen.values()),
+                hint,
+                seen[hint] if context in last else 0,
+            )
             seen[tokens[t]] += 1
             last[context] = tokens[t]
     return found
@@ -29,15 +39,18 @@ def slow_counts(tokens, orders, bos=None):
 def repetitive(rng, vocab, size):
     tokens = rng.integers(0, vocab, size).astype(np.uint16)
     if size > 100:
-        tokens[size // 2:size // 2 + 90] = tokens[:90]
+        tokens[size // 2 : size // 2 + 90] = tokens[:90]
         tokens[-60:] = tokens[5:65]
     return tokens
 
 
-@pytest.mark.parametrize("vocab, size, bos", [*itertools.product([1, 2, 3, 7, 300], [0, 1, 2, 40, 400], [None, 0])])
+@pytest.mark.parametrize(
+    "vocab, size, bos", [*itertools.product([1, 2, 3, 7, 300], [0, 1, 2, 40, 400], [None, 0])]
+)
 def test_counts_equal_a_dictionary(vocab, size, bos, rng, monkeypatch):
     tokens = repetitive(rng, vocab, size)
-    monkeypatch.setattr(tg, "COUNT_PIECE", int(rng.integers(1, 50)))    # pieces of one group, and of many
+    # Pieces of one group, and of many.
+    monkeypatch.setattr(tg, "COUNT_PIECE", int(rng.integers(1, 50)))
     expected, orders = slow_counts(tokens, ORDERS, bos), []
     for order, *arrays in tg.causal_counts(tokens, ORDERS, bos, hints=True):
         orders.append(order)
@@ -49,17 +62,23 @@ def test_counts_equal_a_dictionary(vocab, size, bos, rng, monkeypatch):
 
 
 def test_more_than_one_piece_at_full_size(rng):
-    """600,000 positions of few tokens, so that single groups are larger than a piece; some positions by definition."""
+    """600,000 positions of few tokens, so that single groups are larger than a piece.
+
+    Some positions are checked by definition.
+    """
     tokens = (rng.random(600_000) < 0.1).astype(np.uint16)
     tokens[400_000:500_000] = tokens[:100_000]
     for order, n, total, distinct in tg.causal_counts(tokens, (1, 2, 3, 13)):
         for t in (0, 1, 12, 262_144, 450_000, 599_999):
             same = np.arange(t) >= order - 1
             for i in range(1, min(order, t + 1)):
-                same[i:] &= tokens[:t - i] == tokens[t - i]
+                same[i:] &= tokens[: t - i] == tokens[t - i]
             followers = tokens[:t][same] if t >= order - 1 else tokens[:0]
-            assert (n[t], total[t], distinct[t]) == ((followers == tokens[t]).sum(), len(followers),
-                                                     len(np.unique(followers))), (order, t)
+            assert (n[t], total[t], distinct[t]) == (
+                (followers == tokens[t]).sum(),
+                len(followers),
+                len(np.unique(followers)),
+            ), (order, t)
 
 
 @pytest.mark.parametrize("vocab, bos", [(2, None), (7, 0), (300, 3)])
@@ -68,16 +87,22 @@ def test_the_twin_counts_every_possible_token(vocab, bos, rng):
     for t in (0, 1, 2, 3, 24, 25, 26, 150, 200, 239, 299):
         changed = [np.append(tokens[:t], v).astype(np.uint16) for v in range(min(vocab, 7))]
         expected = [slow_counts(part, ORDERS, bos) for part in changed]
-        for order, n, total, distinct, hint, agree in tg.counts_after(tokens[:t], ORDERS, vocab, bos):
+        for order, n, total, distinct, hint, agree in tg.counts_after(
+            tokens[:t], ORDERS, vocab, bos
+        ):
             for v, one in enumerate(expected):
                 assert (n[v], total, distinct, hint, agree) == tuple(one[order][:, t])
             assert n.sum() == total and len(n) == vocab
 
 
 def test_absolute_discounting_from_its_definition(rng):
-    """q_k = (max(n - D, 0) + (a + D T) q_{k-1}) / (N + a), q_{k-1} where the context is new; q_0 uniform."""
+    """q_k = (max(n - D, 0) + (a + D T) q_{k-1}) / (N + a); q_0 is uniform.
+
+    Where the context is new, q_k = q_{k-1}.
+    """
     tokens, vocab, d, a = repetitive(rng, 5, 200), 5, tg.DISCOUNT, tg.CONCENTRATION
-    counts, grams = slow_counts(tokens, ORDERS), tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), vocab)
+    counts = slow_counts(tokens, ORDERS)
+    grams = tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), vocab)
     for t in range(200):
         q, longest = 1 / vocab, (0, 0, 0, 0)
         for rank, order in enumerate(ORDERS):
@@ -101,7 +126,7 @@ def test_distributions_sum_to_one_and_hold_the_target(docs, rng):
     for a, b in zip(every[1:], own[1:]):
         np.testing.assert_array_equal(a, b)
     assert (own.rank == len(ORDERS)).any() and (own.rank == 1).any()
-    some = np.array([700, 3, 2999, 3])                                  # asked again, elsewhere, and backwards
+    some = np.array([700, 3, 2999, 3])  # asked again, elsewhere, and backwards
     for a, b in zip(counts.every(some), every):
         np.testing.assert_array_equal(a, b[some])
 
@@ -109,6 +134,8 @@ def test_distributions_sum_to_one_and_hold_the_target(docs, rng):
 def test_counts_know_nothing_of_later_tokens(rng):
     tokens, other = repetitive(rng, 4, 300), repetitive(rng, 4, 300)
     other[:200] = tokens[:200]
-    for first, second in zip(tg.causal_counts(tokens, ORDERS, hints=True), tg.causal_counts(other, ORDERS, hints=True)):
+    for first, second in zip(
+        tg.causal_counts(tokens, ORDERS, hints=True), tg.causal_counts(other, ORDERS, hints=True)
+    ):
         for a, b in zip(first[1:], second[1:]):
             np.testing.assert_array_equal(a[:200], b[:200])

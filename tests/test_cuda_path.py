@@ -1,4 +1,4 @@
-"""What a GPU would run, as far as a machine without one can tell: graphs, number formats, devices."""
+"""What a GPU would run, as far as tests without one can tell: graphs, number formats, devices."""
 
 import subprocess
 import sys
@@ -6,15 +6,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, ROOT, TINY, clean_env
+from conftest import FULL, ROOT, TINY, clean_env, on_device_with, take_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
 
 @pytest.mark.parametrize("settings", [TINY, FULL], ids=["baseline", "everything"])
-def test_the_whole_step_compiles_once_without_graph_breaks(settings, ledger, rng):
-    """bf16 autocast, fullgraph: one graph for the model, one a matrix shape for Newton-Schulz, none later."""
+def test_the_whole_step_compiles_once_without_graph_breaks(settings, run_log, rng):
+    """bf16 autocast, fullgraph: one graph for the model, none later.
+
+    Newton-Schulz has one a matrix shape.
+    """
     cfg = tg.Config(**dict(settings, ema_decay=0.9, grad_clip_norm=1.0))
     rt = tg.Runtime(cfg, {})
     counters = []
@@ -23,10 +26,11 @@ def test_the_whole_step_compiles_once_without_graph_breaks(settings, ledger, rng
         counters.append(CompileCounterWithBackend("aot_eager"))
         return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
 
-    rt.compile, rt.dtype = compile_counted, torch.bfloat16
+    rt.compile = compile_counted
+    on_device_with(rt, dtype=torch.bfloat16)
     torch._dynamo.reset()
     model = tg.build_model(cfg, rt)
-    trainer = tg.Trainer(cfg, rt, ledger, model, None)
+    trainer = tg.Trainer(cfg, rt, run_log, model, None)
 
     def batch(unit):
         ids = rng.integers(0, 260, (2, 33))
@@ -36,8 +40,8 @@ def test_the_whole_step_compiles_once_without_graph_breaks(settings, ledger, rng
     seen = []
     for _ in range(4):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = trainer.train_step(batch)
-        trainer.step += 1
+            loss = take_step(trainer, batch)
+        trainer.steps_done += 1
         seen.append([counter.frame_count for counter in counters])
         assert torch.isfinite(loss)
     assert seen[0] == [1, len(shapes)] and seen[-1] == seen[0]
@@ -48,7 +52,7 @@ def test_bf16_stream_stays_close_to_float32(rng):
     model = tg.GPT(tg.Config(**FULL))
     ids, targets = (torch.from_numpy(rng.integers(0, 260, (2, 32))) for _ in range(2))
     exact = model(ids, targets)
-    model.compute_dtype = torch.bfloat16
+    model.dtype = torch.bfloat16
     assert model.hidden(ids).dtype == torch.bfloat16 and model.logits(ids).dtype == torch.float32
     assert abs(model(ids, targets).item() - exact.item()) < 0.02
     model(ids, targets).backward()
@@ -67,9 +71,10 @@ with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
     model = tg.GPT(cfg)
     for name, p in list(model.named_parameters()):
         owner = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-        fake = torch.nn.Parameter(torch.empty(p.shape, dtype=torch.bfloat16, device="cuda"), requires_grad=False)
+        weight = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda")
+        fake = torch.nn.Parameter(weight, requires_grad=False)
         owner._parameters[name.rpartition(".")[2]] = fake
-    model.compute_dtype = torch.bfloat16
+    model.dtype = torch.bfloat16
     ids = torch.empty(2, 32, dtype=torch.int64, device="cuda")
     hidden, logits, loss = model.hidden(ids), model.logits(ids), model(ids, ids)
     assert hidden.device.type == logits.device.type == loss.device.type == "cuda"
@@ -81,8 +86,14 @@ print("ok")
 
 @pytest.mark.parametrize("settings", [TINY, FULL], ids=["baseline", "everything"])
 def test_forward_on_fake_cuda_tensors(settings):
-    done = subprocess.run([sys.executable, "-c", FAKE, str(ROOT), repr(settings)], capture_output=True, text=True,
-                          env=clean_env(), timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FAKE, str(ROOT), repr(settings)],
+        capture_output=True,
+        text=True,
+        env=clean_env(),
+        timeout=300,
+        check=False,
+    )
     assert done.stdout.strip() == "ok", done.stderr
 
 
@@ -94,17 +105,18 @@ def test_kernels_and_devices_that_are_not_here_are_refused(monkeypatch):
             tg.Runtime(tg.Config(device="cuda"), {})
 
 
-def test_a_late_report_is_read_by_all_and_stops_in_time(ledger, rng):
-    """With a lag as on a GPU, stop and divergence are noticed that many steps later, and nothing is lost."""
+def test_a_late_report_is_read_by_all_and_stops_in_time(run_log, rng):
+    """With a GPU's lag, stop and divergence are noticed so many steps later; nothing is lost."""
     cfg = tg.Config(**dict(TINY, schedule="tokens", iterations=5, warmup_steps=0, val_loss_every=0))
     rt = tg.Runtime(cfg, {})
-    rt.lag = 2
+    on_device_with(rt, lag=2)
 
     class Noise:
-        def batch(self, unit, cfg):
+        def batch(self, unit):
             ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
             return ids[:, :-1].copy(), ids[:, 1:].copy()
 
-    trainer = tg.Trainer(cfg, rt, ledger, tg.build_model(cfg, rt), Noise())
-    assert trainer.run(lambda step: None) == "finished" and trainer.step == trainer.last.step == 5
-    assert (ledger.out_dir / "metrics.jsonl").read_text().count("train_loss") == 5
+    trainer = tg.Trainer(cfg, rt, run_log, tg.build_model(cfg, rt), Noise())
+    assert tg.train(trainer, lambda step: None) == "finished"
+    assert trainer.steps_done == trainer.clock.last.step == 5
+    assert (run_log.out_dir / "metrics.jsonl").read_text().count("train_loss") == 5

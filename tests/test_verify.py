@@ -1,4 +1,7 @@
-"""`data/prepare.py verify` against planted faults: each is found, by the check that is meant to find it."""
+"""`data/prepare.py verify` against planted faults.
+
+Each is found, by the check that is meant to find it.
+"""
 
 import json
 import pydoc_data.topics
@@ -15,7 +18,8 @@ from conftest import SHARED
 
 import train_gpt as tg
 
-DOCUMENTS = [*dict.fromkeys(" ".join(text.split()) for text in pydoc_data.topics.topics.values())][:40]
+TOPICS = pydoc_data.topics.topics.values()
+DOCUMENTS = [*dict.fromkeys(" ".join(text.split()) for text in TOPICS)][:40]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,9 @@ def test_a_good_dataset_passes(folder, made, capsys):
     assert code == 0 and {verdict for verdict, _ in found.values()} == {"PASS", "SKIPPED"}
     assert [name for name, (verdict, _) in found.items() if verdict == "SKIPPED"] == ["published"]
     raw = sum(len(text.encode()) for text in DOCUMENTS[:6])
-    assert f"{raw} raw" in found["documents"][1] and "6 validation documents" in found["documents"][1]
+    assert (
+        f"{raw} raw" in found["documents"][1] and "6 validation documents" in found["documents"][1]
+    )
     assert "no one of 34 training documents is among 6 validation documents" in found["disjoint"][1]
 
 
@@ -81,27 +87,48 @@ def first(folder, split="train"):
 
 def patch_bytes(lo, hi, new):
     """A change of a file's bytes lo to hi - 1."""
-    return lambda f: first(f).write_bytes(first(f).read_bytes()[:lo] + new + first(f).read_bytes()[hi:])
+    return lambda f: first(f).write_bytes(
+        first(f).read_bytes()[:lo] + new + first(f).read_bytes()[hi:]
+    )
 
 
 def copy_a_validation_document(folder):
     val = np.array(tg.read_shard(first(folder, "val")))
-    document = val[:np.flatnonzero(val == 1)[1]]
+    document = val[: np.flatnonzero(val == 1)[1]]
     rewrite(first(folder), lambda t: np.concatenate((t[:50], document, [1], t[50:])))
 
 
 FAULTS = {
-    "half a header": ("shards", patch_bytes(500, 10 ** 9, b""), "shorter than the header"),
-    "cut shard": ("shards", patch_bytes(-2, 10 ** 9, b""), "need"),
+    "half a header": ("shards", patch_bytes(500, 10**9, b""), "shorter than the header"),
+    "cut shard": ("shards", patch_bytes(-2, 10**9, b""), "need"),
     "half-written shard": ("shards", patch_bytes(0, 1024, tg.shard_header(0)), "0 tokens"),
     "other magic": ("shards", patch_bytes(0, 1, b"\1"), "magic"),
     "text in the header": ("shards", patch_bytes(1000, 1024, b"x" * 24), "not zero"),
-    "missing shard": ("shards", lambda f: (f / "fineweb_train_000001.bin").unlink(), "train_000001.bin is missing"),
-    "no validation": ("shards", lambda f: [p.unlink() for p in f.glob("fineweb_val_*")], "no fineweb_val_"),
-    "wrong vocabulary": ("tokens", lambda f: rewrite(first(f), lambda t: np.append(t[:-1], 400)), "token 400"),
-    "no document start": ("tokens", lambda f: rewrite(first(f, "val"), lambda t: t[1:]), "begins with token"),
-    "overlap": ("disjoint", copy_a_validation_document,
-                "1 training documents are also validation documents (the first: document 1)"),
+    "missing shard": (
+        "shards",
+        lambda f: (f / "fineweb_train_000001.bin").unlink(),
+        "train_000001.bin is missing",
+    ),
+    "no validation": (
+        "shards",
+        lambda f: [p.unlink() for p in f.glob("fineweb_val_*")],
+        "no fineweb_val_",
+    ),
+    "wrong vocabulary": (
+        "tokens",
+        lambda f: rewrite(first(f), lambda t: np.append(t[:-1], 400)),
+        "token 400",
+    ),
+    "no document start": (
+        "tokens",
+        lambda f: rewrite(first(f, "val"), lambda t: t[1:]),
+        "begins with token",
+    ),
+    "overlap": (
+        "disjoint",
+        copy_a_validation_document,
+        "1 training documents are also validation documents (the first: document 1)",
+    ),
 }
 
 
@@ -125,7 +152,7 @@ def test_validation_alone_is_enough_to_score_with(folder, capsys):
 def test_an_overlap_across_shards_is_found(folder, capsys):
     """The copy begins in one shard and ends in the next."""
     document = np.array(tg.read_shard(first(folder, "val")))
-    document = document[:np.flatnonzero(document == 1)[1]]
+    document = document[: np.flatnonzero(document == 1)[1]]
     rewrite(folder / "fineweb_train_000000.bin", lambda t: np.concatenate((t, document[:100])))
     rewrite(folder / "fineweb_train_000001.bin", lambda t: np.concatenate((document[100:], [1], t)))
     code, found = run(capsys, folder, *forget(folder))
@@ -136,18 +163,26 @@ def test_every_byte_of_a_file_is_covered(folder, capsys):
     path = first(folder, "val")
     rewrite(path, lambda t: np.where(np.arange(len(t)) == 77, t[78], t))
     code, found = run(capsys, folder)
-    assert code == 6 and found["hashes"][0] == "FAIL" and "fineweb_val_000000.bin: SHA-256" in found["hashes"][1]
+    assert (
+        code == 6
+        and found["hashes"][0] == "FAIL"
+        and "fineweb_val_000000.bin: SHA-256" in found["hashes"][1]
+    )
 
 
 def test_a_shard_that_nobody_recorded_is_found(folder, capsys):
     last = sorted(folder.glob("fineweb_train_*"))[-1]
     shutil.copy(last, folder / f"fineweb_train_{int(last.stem[-6:]) + 1:06d}.bin")
     code, found = run(capsys, folder)
-    assert code == 6 and "not in the manifest" in found["hashes"][1] and found["manifest"][0] == "FAIL"
+    assert (
+        code == 6 and "not in the manifest" in found["hashes"][1] and found["manifest"][0] == "FAIL"
+    )
 
 
-@pytest.mark.parametrize("size, message", [
-    (400, "SHA-256"), (420, "420 tokens, document start 1; the manifest says 400")])
+@pytest.mark.parametrize(
+    "size, message",
+    [(400, "SHA-256"), (420, "420 tokens, document start 1; the manifest says 400")],
+)
 def test_another_tokenizer_is_found(size, message, folder, tmp_path, capsys):
     export.train_tokenizer(DOCUMENTS[20:], size, tmp_path / "other.model", 1 << 20)
     code, found = run(capsys, folder, "--tokenizer", tmp_path / "other.model")
@@ -163,13 +198,22 @@ def test_a_manifest_with_other_counts_is_found(folder, capsys):
         path.write_text(json.dumps(wrong))
         code, found = run(capsys, folder)
         split, what = key.split("_")[1], key.split("_")[0]
-        assert code == 6 and re.search(rf"{split} has \d+ {what}, the manifest says", found["manifest"][1])
+        assert code == 6 and re.search(
+            rf"{split} has \d+ {what}, the manifest says", found["manifest"][1]
+        )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda documents: [*documents[:3], documents[3] + "!", *documents[4:]], "validation document 4 is not"),
-    (lambda documents: documents[1:], "validation document 1 is not"),
-    (lambda documents: documents[:5], "more documents than the text's 5")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda documents: [*documents[:3], documents[3] + "!", *documents[4:]],
+            "validation document 4 is not",
+        ),
+        (lambda documents: documents[1:], "validation document 1 is not"),
+        (lambda documents: documents[:5], "more documents than the text's 5"),
+    ],
+)
 def test_documents_that_differ_are_found(change, message, folder, tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in change(DOCUMENTS)))
@@ -179,8 +223,8 @@ def test_documents_that_differ_are_found(change, message, folder, tmp_path, caps
 
 def test_a_wrong_byte_table_is_found(folder, capsys, monkeypatch):
     """One token a byte too long, that is only in the last validation document."""
-    real, tokens = tg.ByteTable.from_sentencepiece, np.concatenate([
-        tg.read_shard(path) for path in sorted(folder.glob("fineweb_val_*"))])
+    real = tg.ByteTable.from_sentencepiece
+    tokens = np.concatenate([tg.read_shard(path) for path in sorted(folder.glob("fineweb_val_*"))])
     *others, last = np.split(tokens, np.flatnonzero(tokens == 1)[1:])
     token = (set(last.tolist()) - set(np.concatenate(others).tolist())).pop()
 
@@ -200,7 +244,9 @@ def test_one_byte_more_than_recorded_is_found(folder, capsys):
     told["datasets"][0]["charged_bytes"]["val"] -= 1
     path.write_text(json.dumps(told))
     code, found = run(capsys, folder)
-    assert code == 6 and re.search(r"validation charges \d+ bytes, \d+ when it was made", found["bytes"][1])
+    assert code == 6 and re.search(
+        r"validation charges \d+ bytes, \d+ when it was made", found["bytes"][1]
+    )
 
 
 def test_a_damaged_manifest_entry_is_a_fault(folder, capsys):
@@ -209,7 +255,10 @@ def test_a_damaged_manifest_entry_is_a_fault(folder, capsys):
     del told["datasets"][0]["stats"]
     path.write_text(json.dumps(told))
     code, found = run(capsys, folder)
-    assert code == 6 and found["manifest"] == ("FAIL", "the manifest's entry is damaged (KeyError('stats'))")
+    assert code == 6 and found["manifest"] == (
+        "FAIL",
+        "the manifest's entry is damaged (KeyError('stats'))",
+    )
 
 
 def test_a_published_name_needs_the_whole_validation_set(folder, capsys):
@@ -227,7 +276,15 @@ def test_no_folder(tmp_path, capsys):
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no shared web text")
 def test_shared_shards(capsys):
-    code, found = run(capsys, SHARED / "data/web_sp1024", "--documents", SHARED / "data/web_val.jsonl",
-                      "--tokenizer", SHARED / "data/tokenizers/fineweb_1024_bpe.model")
-    assert code == 0 and found["documents"][0] == found["disjoint"][0] == found["bytes"][0] == "PASS"
+    code, found = run(
+        capsys,
+        SHARED / "data/web_sp1024",
+        "--documents",
+        SHARED / "data/web_val.jsonl",
+        "--tokenizer",
+        SHARED / "data/tokenizers/fineweb_1024_bpe.model",
+    )
+    assert (
+        code == 0 and found["documents"][0] == found["disjoint"][0] == found["bytes"][0] == "PASS"
+    )
     assert "422154 raw" in found["documents"][1]

@@ -1,9 +1,14 @@
-"""How fast `data/prepare.py export` is and how much memory it takes, by size of the text; not part of the test run.
+"""How fast `data/prepare.py export` is and how much memory it takes, by size of the text.
 
-    python tests/bench/data_export.py SOURCE.jsonl 10 100 1000      # sizes in MB; --tokenizer MODEL, --workers 2
+Not part of the test run.
 
-The source's documents are repeated, each time with another number in front, until the size is reached. Memory is the
-sum over all processes of what each holds for itself (proportional set size), sampled ten times a second.
+    python tests/bench/data_export.py SOURCE.jsonl 10 100 1000      # sizes in MB
+
+Options: --tokenizer MODEL, --workers 2.
+
+The source's documents are repeated, each time with another number in front, until the size is
+reached. Memory is the sum over all processes of what each holds for itself (proportional set size),
+sampled ten times a second.
 """
 
 import argparse
@@ -56,10 +61,26 @@ def memory(pid: int) -> int:
 
 def export(text: Path, root: Path, tokenizer: str, workers: int) -> tuple[float, int]:
     """Seconds of the whole command, and its peak of memory in bytes."""
-    command = [sys.executable, ROOT / "data/prepare.py", "export", text, "--name", "x", "--root", root, "--val-docs",
-               "1000", "--tokenizer", tokenizer, "--workers", str(workers)]
+    command = [
+        sys.executable,
+        ROOT / "data/prepare.py",
+        "export",
+        text,
+        "--name",
+        "x",
+        "--root",
+        root,
+        "--val-docs",
+        "1000",
+        "--tokenizer",
+        tokenizer,
+        "--workers",
+        str(workers),
+    ]
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
         time.sleep(0.1)
@@ -68,7 +89,9 @@ def export(text: Path, root: Path, tokenizer: str, workers: int) -> tuple[float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help=".jsonl or .txt with real text")
     parser.add_argument("sizes", type=float, nargs="+", help="MB of text")
     parser.add_argument("--tokenizer", default="byte260", help="model file or byte260")
@@ -77,9 +100,14 @@ def main() -> None:
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             written = write_text(args.source, Path(folder) / "text.jsonl", int(size * 1e6))
-            seconds, peak = export(Path(folder) / "text.jsonl", Path(folder) / "data", args.tokenizer, args.workers)
-        print(f"{written / 1e6:8.1f} MB {seconds:7.1f} s {written / seconds / 1e6:6.2f} MB/s peak {peak / 1e6:6.0f} MB",
-              flush=True)
+            seconds, peak = export(
+                Path(folder) / "text.jsonl", Path(folder) / "data", args.tokenizer, args.workers
+            )
+        print(
+            f"{written / 1e6:8.1f} MB {seconds:7.1f} s {written / seconds / 1e6:6.2f} MB/s peak "
+            f"{peak / 1e6:6.0f} MB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
