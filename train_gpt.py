@@ -896,8 +896,8 @@ class Runtime:
             except Exception as error:  # any failure of a foreign kernel means: not here
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if wanted == "fa3":
-            told = f"FlashAttention 3 does not run here ({reason})"
-            raise ConfigError(f"ATTN=fa3: {told}; allowed: auto, sdpa")
+            problem = f"FlashAttention 3 does not run here ({reason})"
+            raise ConfigError(f"ATTN=fa3: {problem}; allowed: auto, sdpa")
         self.notes.append(f"attention:sdpa ({reason})")
         return sdpa_attention
 
@@ -2126,8 +2126,8 @@ def group_of(name: str, p: Tensor, cfg: Config) -> str:
     for group, rule in PARAM_GROUPS.items():
         if rule.takes(name, p, cfg):
             return group
-    told = f"no optimizer group takes {name} {tuple(p.shape)}"
-    raise ValueError(f"{told}; add a rule to PARAM_GROUPS")
+    problem = f"no optimizer group takes {name} {tuple(p.shape)}"
+    raise ValueError(f"{problem}; add a rule to PARAM_GROUPS")
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -2791,9 +2791,9 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     with input_error_from(f"RESUME={path}: unusable", Exception):
         changed = _restore(trainer, state)
-    told = f"changed settings: {', '.join(changed) or 'none'}"
+    changes = f"changed settings: {', '.join(changed) or 'none'}"
     seconds = f"train_time:{trainer.clock.last.elapsed * 1000:.0f}ms"
-    trainer.log.log(f"resumed:{path} step:{trainer.steps_done} {seconds} {told}")
+    trainer.log.log(f"resumed:{path} step:{trainer.steps_done} {seconds} {changes}")
 
 
 def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
@@ -3116,8 +3116,8 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
     problems = []
     for name, value in stored.group("model").items():
         if name in given and given[name] != value:
-            told = f"the artifact was made with {value}"
-            problems.append(f"{name.upper()}={given[name]}: {told}")
+            reason = f"the artifact was made with {value}"
+            problems.append(f"{name.upper()}={given[name]}: {reason}")
     raise_if(problems)
     kept = {"out_dir": cfg.out_dir, "run_id": cfg.run_id}
     settings = {**stored.group("model", "pack", "score"), **given, **kept}
@@ -3133,9 +3133,11 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
 
 
 # Work on the device: ids [B, T], zero-padded at the right; row b scores its last S inputs, whose targets
-# [B, S] are number index [B, S] of the stream; the first valid[b] of them are real. lead: the tokens before;
+# [B, S] are number index [B, S] of the stream; the first valid[b] of them are real. left_context: the tokens before;
 # slots: which adapters the rows have.
-class Batch(namedtuple("Batch", "ids targets index valid lead slots", defaults=(None, None))):
+class Batch(
+    namedtuple("Batch", "ids targets index valid left_context slots", defaults=(None, None))
+):
     @property
     def real(self) -> np.ndarray:
         """Which of the targets are [B, S] bool."""
@@ -3217,7 +3219,7 @@ class Windows:
         return self.scored(units[0][0])[0], self.scored(units[-1][-1])[1]
 
     def batch(
-        self, tokens: np.ndarray, unit: Sequence[int], rows: int, rt: Runtime, reach: int = 0
+        self, tokens: np.ndarray, unit: Sequence[int], rows: int, rt: Runtime, left_context: int = 0
     ) -> Batch:
         """The unit's windows, the last repeated up to `rows`: all batches but the first have one shape."""
         rows = 1 if unit[0] == 0 and self.stride < self.seq_len else rows
@@ -3232,7 +3234,7 @@ class Windows:
             index,
             valid,
             rt,
-            lead=tokens[max(0, starts[0] - reach) : starts[0]],
+            left_context=tokens[max(0, starts[0] - left_context) : starts[0]],
         )
 
 
@@ -3273,7 +3275,7 @@ class Documents:
         unit: tuple[np.ndarray, int],
         rows: int,
         rt: Runtime,
-        reach: int = 0,
+        left_context: int = 0,
     ) -> Batch:
         members, c = unit
         starts, length = (
@@ -3413,7 +3415,17 @@ def counts_after(
             yield order, n, len(after), np.count_nonzero(n), hint, n[hint]
 
 
-NGRAM_ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)  # of exact counts; the last reach back 12, 24 tokens
+NGRAM_ORDERS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    13,
+    25,
+)  # of exact counts; the last reach back 12, 24 tokens
 DISCOUNT, CONCENTRATION = 0.75, 0.5  # of absolute discounting
 Grams = namedtuple("Grams", "q rank count hint agree")
 
@@ -3598,12 +3610,12 @@ class Predictor:
     """What scores text. Every predictor has, its own or from the one that it wraps (Nested):
 
     outputs(batch) -> logits [B, S, V] and the final norm's output [B, S, D]; last(prefix) -> the same after
-    a prefix, [1, V] and [1, D]; chances(out, index, ids, counts) -> p of tokens ids [..., C] as target number
+    a prefix, [1, V] and [1, D]; prob(out, index, ids, counts) -> p of tokens ids [..., C] as target number
     index [...], the one place that says what it believes; C = 1 are the targets themselves. The harness calls
     charged(batch) after a batch is charged and observe(tokens, progress) after a chunk is, never before.
-    fault: what its score is called if it is no true one; chunk: targets between two calls of observe;
+    validity: what its score is called if it is no true one; chunk: targets between two calls of observe;
     counts, twin: the n-gram counts that it asks for, of a stream and after a prefix; plan(tokens): its work;
-    shares: what processes divide, units or the rows of each; reach: tokens wanted before a batch that does
+    shares: what processes divide, units or the rows of each; left_context: tokens wanted before a batch that does
     not continue the last; row: tokens of a training row; probe(tokens): work for the audit; isolates: a
     document's charges do not depend on others.
     """
@@ -3611,7 +3623,7 @@ class Predictor:
     @torch.inference_mode()
     def score(self, batch: Batch, counts: Any = None) -> Tensor:
         """Nats of every target [B, S]."""
-        p = self.chances(self.outputs(batch), batch.index, batch.targets.unsqueeze(-1), counts)
+        p = self.prob(self.outputs(batch), batch.index, batch.targets.unsqueeze(-1), counts)
         return -p.squeeze(-1).log()
 
     @torch.inference_mode()
@@ -3619,20 +3631,28 @@ class Predictor:
         """log p over the vocabulary at chosen targets of a batch -> [m, V], float64."""
         logits, hidden = (part[rows, columns] for part in self.outputs(batch))
         ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
-        return self.chances((logits, hidden), batch.index[rows, columns], ids, counts).log().cpu()
+        return self.prob((logits, hidden), batch.index[rows, columns], ids, counts).log().cpu()
 
     @torch.inference_mode()
     def next(self, prefix: np.ndarray, counts: Any = None) -> Tensor:
         """log p over the vocabulary after a prefix -> [V], float64; by default the counts are its own."""
         out, counts = self.last(prefix), counts or self.twin and self.twin(prefix, None, self.cfg)
         ids = torch.arange(out[0].size(-1), device=out[0].device)[None]
-        return self.chances(out, np.array([len(prefix) - 1]), ids, counts)[0].log().cpu()
+        return self.prob(out, np.array([len(prefix) - 1]), ids, counts)[0].log().cpu()
 
 
 class Sliding(Predictor):
     """The plain model over windows, each target with as much context as the stride allows."""
 
-    fault, chunk, counts, twin, reach, shares, isolates = "", 0, None, None, 0, "units", False
+    validity, chunk, counts, twin, left_context, shares, isolates = (
+        "",
+        0,
+        None,
+        None,
+        0,
+        "units",
+        False,
+    )
     charged = observe = snapshot = restore = staticmethod(lambda *_: None)  # it learns nothing
 
     def __init__(
@@ -3665,7 +3685,7 @@ class Sliding(Predictor):
         at = int(batch.valid[0]) - 1
         return tuple(part[0, at : at + 1] for part in self.outputs(batch))
 
-    def chances(
+    def prob(
         self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
     ) -> Tensor:
         exact = out[0].double() if ids.size(-1) >= out[0].size(-1) else out[0]
@@ -3689,7 +3709,9 @@ class Streaming(Sliding):
         span = width * math.gcd(*widths)  # chunks end where spans do
         super().__init__(model, rt, "streaming", span, span, temperature)
         self.window, self.row = cfg.eval_stream, cfg.score_len
-        self.reach = len(model.blocks) * (self.window - 1) + 2  # SmearGate and bigram look back too
+        self.left_context = (
+            len(model.blocks) * (self.window - 1) + 2
+        )  # SmearGate and bigram look back too
         self.bos, self.isolates = cfg.bos_id if cfg.stream_docs else None, cfg.stream_docs
         self.memory, self.at, self.span = (
             None,
@@ -3714,11 +3736,11 @@ class Streaming(Sliding):
         return hidden[:, -1:]
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        first, known = int(batch.index[0, 0]), min(len(batch.lead), len(self.span))
-        if first != self.at or not np.array_equal(batch.lead[-known:], self.span[-known:]):
+        first, known = int(batch.index[0, 0]), min(len(batch.left_context), len(self.span))
+        if first != self.at or not np.array_equal(batch.left_context[-known:], self.span[-known:]):
             self.memory = KVCache(self.window, self.bos)
-            if len(batch.lead):
-                self.pass_on(batch.lead, self.memory)
+            if len(batch.left_context):
+                self.pass_on(batch.left_context, self.memory)
         hidden, self.span = (
             self.model.hidden(batch.ids, self.model.context(batch.ids, self.memory)),
             batch.ids[0].cpu().numpy(),
@@ -3749,7 +3771,7 @@ def adapted_names(model: GPT, cfg: Config) -> set[str]:
     }
 
 
-class LowRank(Sliding):
+class PerDocumentLoRA(Sliding):
     """Per-document adapters: each chunk of a document is charged, then learned from.
 
     Documents come in batches of TTT_DOCS, a slot of adapters for each; what one learns no other sees. At the
@@ -3866,7 +3888,7 @@ class Adapting(Nested):
     def __init__(self, base: Predictor, cfg: Config, table: ByteTable):
         super().__init__(base, cfg)
         self.table, self.logits = table, base.rt.compile(base.model.logits)
-        self.fault = "adapted_before_scoring" if cfg.ttt_before_scoring else ""
+        self.validity = "adapted_before_scoring" if cfg.ttt_before_scoring else ""
         self.chunk = 0 if cfg.ttt_before_scoring else cfg.ttt_chunk_tokens
         chosen = adapted_names(base.model.requires_grad_(False), cfg)
         self.params = [
@@ -3934,7 +3956,7 @@ class Adapting(Nested):
         self.optimizer.load_state_dict(state[1])
 
 
-class Hashed(Nested):
+class HashedNgramCache(Nested):
     """The hashed caches of PR 740 (fixed weight, backoff) and PR 859 (learned gate) over another predictor.
 
     An order's "probability" is the ratio of two counters, the second found with the target in its key: over
@@ -3945,12 +3967,12 @@ class Hashed(Nested):
 
     def __init__(self, base: Predictor, cfg: Config):
         super().__init__(base, cfg)
-        self.fault = base.fault or "unnormalised_score"
+        self.validity = base.validity or "unnormalised_score"
 
-    def chances(
+    def prob(
         self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
     ) -> Tensor:
-        cfg, p = self.cfg, self.base.chances(out, index, ids, counts)
+        cfg, p = self.cfg, self.base.prob(out, index, ids, counts)
         ratios = counts.every(index) if ids.size(-1) > 1 else counts.of(index)[..., None, :]
         ratios = self.rt.put(ratios).double()  # [..., C, K]
         if cfg.ngram == "gated":
@@ -3963,9 +3985,9 @@ class Hashed(Nested):
 
 
 class Online(Nested):
-    """Statistics by bucket, learned from charged targets: those in `fresh` enter `seen` at the chunk's end.
+    """Statistics by bucket, learned from charged targets: those in `pending` enter `total` at the chunk's end.
 
-    seen [buckets, n] begins at a prior; all that a bucket is made of is known before the target is.
+    total [buckets, n] begins at a prior; all that a bucket is made of is known before the target is.
     """
 
     name, counts, twin = "mixed", NgramCounts, PrefixCounts
@@ -3973,11 +3995,11 @@ class Online(Nested):
     def __init__(self, base: Predictor, cfg: Config, prior: Sequence[float], *levels: int):
         super().__init__(base, cfg)
         self.levels, self.chunk = levels, base.chunk or cfg.mix_chunk_tokens
-        self.seen = base.rt.put(np.tile(prior, (math.prod(levels), 1)))
-        self.fresh, self.noted = torch.zeros_like(self.seen), None
+        self.total = base.rt.put(np.tile(prior, (math.prod(levels), 1)))
+        self.pending, self.noted = torch.zeros_like(self.total), None
 
     def bucket(self, *features: Tensor) -> Tensor:
-        """Row of `seen` for features [...] cut to whole numbers from 0 up to their levels."""
+        """Row of `total` for features [...] cut to whole numbers from 0 up to their levels."""
         row = 0
         for feature, levels in zip(features, self.levels, strict=True):
             row = row * levels + feature.clamp(0, levels - 1).long()
@@ -3992,20 +4014,20 @@ class Online(Nested):
 
     def charged(self, batch: Batch) -> None:
         if self.noted:
-            self.fresh.index_add_(0, *(part[torch.from_numpy(batch.real)] for part in self.noted))
+            self.pending.index_add_(0, *(part[torch.from_numpy(batch.real)] for part in self.noted))
         self.base.charged(batch)
 
     def observe(self, tokens: np.ndarray, progress: float) -> None:
-        self.seen += self.rt.sum_(self.fresh)
-        self.fresh.zero_()
+        self.total += self.rt.sum_(self.pending)
+        self.pending.zero_()
         self.base.observe(tokens, progress)
 
     def snapshot(self) -> Any:
-        return self.seen.clone(), self.base.snapshot()
+        return self.total.clone(), self.base.snapshot()
 
     def restore(self, state: Any) -> None:
-        self.seen.copy_(state[0])
-        self.fresh.zero_()
+        self.total.copy_(state[0])
+        self.pending.zero_()
         self.base.restore(state[1])
 
 
@@ -4019,12 +4041,12 @@ class Tilt(Online):
     def __init__(self, base: Predictor, cfg: Config):
         super().__init__(base, cfg, (0.0, 2.0), len(NGRAM_ORDERS) + 1, 6, 4, 8)  # hits, trials
 
-    def chances(
+    def prob(
         self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
     ) -> Tensor:
         grams = self.grams(index, ids, counts)
         known, hint = grams.agree > 0, grams.hint.long().unsqueeze(-1)
-        p, h = self.base.chances(out, index, torch.cat((ids, hint), -1), counts).tensor_split(
+        p, h = self.base.prob(out, index, torch.cat((ids, hint), -1), counts).tensor_split(
             (-1,), -1
         )
         bucket = self.bucket(
@@ -4033,7 +4055,7 @@ class Tilt(Online):
             (4 * grams.agree / grams.count).floor(),
             4 + (h.squeeze(-1).logit(1e-9) / 1.5).floor(),
         )
-        hits, trials = self.seen[bucket].unsqueeze(-2).unbind(-1)  # [..., 1]
+        hits, trials = self.total[bucket].unsqueeze(-2).unbind(-1)  # [..., 1]
         top = torch.where(known.unsqueeze(-1), torch.maximum(h, hits / trials), h)
         rest = torch.where(top > h, (1 - top) / (1 - h), 1.0)
         hit = ids == hint
@@ -4056,16 +4078,16 @@ class Mixed(Online):
         experts = len(NGRAM_ORDERS)
         super().__init__(base, cfg, (9.0, *[1.0 / experts] * experts), experts + 1, 5, 4)
 
-    def chances(
+    def prob(
         self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
     ) -> Tensor:
-        grams, p = self.grams(index, ids, counts), self.base.chances(out, index, ids, counts)
+        grams, p = self.grams(index, ids, counts), self.base.prob(out, index, ids, counts)
         if self.cfg.mixer_head:
             orders = [NGRAM_ORDERS.index(order) for order in self.cfg.ngram_orders]
             return self.gated(out[1], p, grams.q[..., orders])
         doubt = (4 * entropy(out[0]) / math.log(out[0].size(-1))).floor()
         bucket = self.bucket(grams.rank, grams.count.log2().floor(), doubt)
-        weights = self.seen[bucket].unsqueeze(-2)  # [..., 1, 1 + K]
+        weights = self.total[bucket].unsqueeze(-2)  # [..., 1, 1 + K]
         parts = weights / weights.sum(-1, keepdim=True) * torch.cat((p.unsqueeze(-1), grams.q), -1)
         total = parts.sum(-1)
         if ids.size(-1) == 1:
@@ -4080,7 +4102,7 @@ class Score:
     name: str
     nats: np.ndarray
     sizes: np.ndarray  # bytes of each target
-    fault: str  # its name if it is no true score
+    validity: str  # its name if it is no true score
     complete: bool  # the whole validation set
     coverage: np.ndarray  # how often each target was charged
     events: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
@@ -4092,14 +4114,14 @@ class Score:
 
     @property
     def label(self) -> str:
-        return self.fault or ("val_bpb" if self.complete else "partial_bpb")
+        return self.validity or ("val_bpb" if self.complete else "partial_bpb")
 
     def record(self) -> dict[str, Any]:
         return {
             "metric": self.label,
             self.label: self.bpb,
             "val_loss" if self.label == "val_bpb" else "loss": self.loss,
-            "normalised": self.fault != "unnormalised_score",
+            "normalised": self.validity != "unnormalised_score",
             "mass": self.mass,
             "complete": self.complete,
             "tokens": len(self.nats),
@@ -4116,20 +4138,22 @@ def evaluate(
     Units of work are the same for any number of processes, which take consecutive shares of every chunk.
     """
     plan, rows, targets = predictor.plan(tokens), predictor.rows(cfg), len(tokens) - 1
-    alone = predictor.reach and predictor.chunk  # what carries on and learns runs on every process
+    alone = (
+        predictor.left_context and predictor.chunk
+    )  # what carries on and learns runs on every process
     rank, world = (0, 1) if alone or predictor.shares == "rows" else (rt.rank, rt.world)
     score = Score(
         predictor.name,
         np.zeros(targets, np.float32),
         table.count(tokens),
-        predictor.fault,
+        predictor.validity,
         not cfg.val_tokens,
         np.zeros(targets, np.uint8),
     )
     with log.phase(predictor.name):
         start, rounds, charged = time.perf_counter(), 0, np.zeros(2)
         score.counts = predictor.counts and predictor.counts(tokens, plan, cfg)
-        if predictor.fault == "adapted_before_scoring":
+        if predictor.validity == "adapted_before_scoring":
             score.events.append(("observe", 0, targets))
             for number, share in enumerate(predictor.adapt(tokens, cfg.ttt_lr)):
                 log.progress(f"{score.name}: adapting {100 * share:.0f}%")
@@ -4144,7 +4168,7 @@ def evaluate(
                 unit = units[at] if at < len(units) else ()
                 unit = plan.part(unit, rt.rank, rt.world) if predictor.shares == "rows" else unit
                 if len(unit) and np.size(unit[0]):
-                    batch = plan.batch(tokens, unit, rows, rt, predictor.reach)
+                    batch = plan.batch(tokens, unit, rows, rt, predictor.left_context)
                     nats = predictor.score(batch, score.counts)
                     if rt.main or not alone:
                         charged += _charge(score, batch, nats)
@@ -4206,8 +4230,8 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     generator = torch.Generator().manual_seed(cfg.seed)
     tokens = [cfg.bos_id, *table.encode(cfg.sample_prompt)]
     for _ in range(cfg.sample_tokens or 200):
-        chances = torch.softmax(predictor.next(np.array(tokens)) / cfg.sample_temperature, dim=-1)
-        tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        prob = torch.softmax(predictor.next(np.array(tokens)) / cfg.sample_temperature, dim=-1)
+        tokens.append(int(torch.multinomial(prob, 1, generator=generator)))
     documents = [
         [*part] for is_start, part in itertools.groupby(tokens, cfg.bos_id.__eq__) if not is_start
     ]
@@ -4217,7 +4241,7 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
 def network(model: GPT, rt: Runtime, cfg: Config, table: ByteTable, stride: int) -> Predictor:
     """The network as the later stages use it: over the stream or over windows, adapting if that is on."""
     base = (
-        LowRank(model, rt, cfg)
+        PerDocumentLoRA(model, rt, cfg)
         if cfg.ttt_lora_rank
         else Streaming(model, rt, cfg, cfg.ttt_temperature)
         if cfg.eval_stream
@@ -4256,7 +4280,7 @@ PREDICTORS: dict[
     "mixed": (lambda cfg: cfg.tilt or cfg.ngram == "mix", mixture),
     "ngram": (
         lambda cfg: cfg.ngram and cfg.ngram != "mix",
-        lambda model, rt, cfg, table: Hashed(
+        lambda model, rt, cfg, table: HashedNgramCache(
             network(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg
         ),
     ),
@@ -4274,26 +4298,26 @@ class AccessWatch:
     """Files opened and other hosts contacted while it watches (a Python audit hook)."""
 
     def __init__(self) -> None:
-        self.mark, self.seen = "", []
+        self.mark, self.total = "", []
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple) -> None:
         if self.mark and event == "open" and self.mark in str(args[0]):
-            self.seen.append(f"opened {Path(args[0]).name}")
+            self.total.append(f"opened {Path(args[0]).name}")
         elif (
             self.mark
             and event == "socket.connect"
             and isinstance(args[1], tuple)
             and args[1][0] not in ("127.0.0.1", "::1", "localhost")
         ):
-            self.seen.append(f"connected to {args[1][0]}")
+            self.total.append(f"connected to {args[1][0]}")
 
     @contextlib.contextmanager
     def watching(self, mark: str) -> Iterator[list[str]]:
         """Yields the list of what is seen: files with `mark` in their path, hosts."""
-        self.mark, self.seen = mark, []
+        self.mark, self.total = mark, []
         try:
-            yield self.seen
+            yield self.total
         finally:
             self.mark = ""
 
@@ -4378,13 +4402,13 @@ FAULTS = {
 }
 
 
-def judged(
-    checks: Mapping[str, Verdict], fault: str, tolerance: float
+def verdicts_of(
+    checks: Mapping[str, Verdict], validity: str, tolerance: float
 ) -> dict[str, dict[str, Any]]:
     """Check -> verdict (PASS, or FAIL or EXPECTED and the reason) and figures."""
     verdicts = {}
     for name, (problem, figures) in checks.items():
-        known = name in FAULTS.get(fault, ()) and figures.get("entry_gap", 0.0) <= tolerance
+        known = name in FAULTS.get(validity, ()) and figures.get("entry_gap", 0.0) <= tolerance
         verdict = f"{'EXPECTED' if known else 'FAIL'}: {problem}" if problem else "PASS"
         verdicts[name] = {"verdict": verdict, **figures}
     return verdicts
@@ -4442,8 +4466,8 @@ def audit_again(
     size, rng, vocab = scores.size, np.random.default_rng(cfg.seed), cfg.vocab_size
     tolerance = scores.rt.profile.tolerance
     stream = np.resize(tokens, 6 * size + 1)
-    thirds = [0, 2 * size, 4 * size - 7]
-    stream[thirds] = cfg.bos_id
+    document_starts = [0, 2 * size, 4 * size - 7]
+    stream[document_starts] = cfg.bos_id
 
     def digest(model: nn.Module) -> bytes:
         return hashlib.sha256(
@@ -4459,7 +4483,16 @@ def audit_again(
         return f"{name} move charges by {nats:.2g} nats" if nats > bound else None, {"nats": nats}
 
     moved = []
-    for last in (3, size - 1, size, thirds[1], 3 * size + 5, thirds[2], 5 * size - 1, 6 * size - 2):
+    for last in (
+        3,
+        size - 1,
+        size,
+        document_starts[1],
+        3 * size + 5,
+        document_starts[2],
+        5 * size - 1,
+        6 * size - 2,
+    ):
         other = np.append(stream[: last + 2], rng.integers(0, vocab, len(stream) - last - 2))
         moved.append(scores(other)[: last + 1] - first[: last + 1])
     sums = [
@@ -4477,9 +4510,13 @@ def audit_again(
     solo = copy.copy(scores.rt)
     solo.rank, solo.world = 0, 1
     swapped = np.concatenate(
-        (stream[thirds[1] : thirds[2]], stream[: thirds[1]], stream[thirds[2] :])
+        (
+            stream[document_starts[1] : document_starts[2]],
+            stream[: document_starts[1]],
+            stream[document_starts[2] :],
+        )
     )
-    return judged(
+    return verdicts_of(
         {
             "future_again": gap("later tokens", np.concatenate(moved), 0.0),
             "every_token": (
@@ -4496,7 +4533,11 @@ def audit_again(
             ),
             "batches": gap("other batch sizes", scores(stream, scale=4)),
             "processes": gap("other numbers of processes", scores(stream, rt=solo)),
-            "isolation": gap("other documents", scores(swapped)[thirds[2] :], first[thirds[2] :])
+            "isolation": gap(
+                "other documents",
+                scores(swapped)[document_starts[2] :],
+                first[document_starts[2] :],
+            )
             if predictor.isolates
             else (None, {"claimed": False}),
             "repeat": gap("repeated scores", scores(stream)),
@@ -4505,7 +4546,7 @@ def audit_again(
                 {},
             ),
         },
-        predictor.fault,
+        predictor.validity,
         tolerance,
     )
 
@@ -4523,7 +4564,8 @@ def audit(
     """The checks of every score, at the price of a few batches."""
     plan = predictor.probe(tokens)
     near, batch = (
-        plan.batch(tokens, unit, len(unit), rt, predictor.reach) for unit in plan.samples(256)
+        plan.batch(tokens, unit, len(unit), rt, predictor.left_context)
+        for unit in plan.samples(256)
     )
     targets, once, tolerance = (
         len(tokens) - 1,
@@ -4559,7 +4601,7 @@ def audit(
         else "PASS"
     )
     return {
-        **judged(checks, score.fault, tolerance),
+        **verdicts_of(checks, score.validity, tolerance),
         "plausibility": {"verdict": doubt, "gain": gain},
     }
 
@@ -4778,7 +4820,7 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog) -> int:
             code = code or OVER_TIME
             continue
         log_score(cfg, log, name, score, checks)
-        if not score.fault:  # the last true score is the run's
+        if not score.validity:  # the last true score is the run's
             true_scores[name] = score.bpb
             log.result["result"] = {"stage": name, **score.record()}
         if any(found["verdict"].startswith("FAIL") for found in checks.values()):
@@ -4920,8 +4962,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         print(help_text())
         return OK
     try:
-        told = "settings are environment variables (--help)"
-        raise_if([f"unknown argument {arg!r}: {told}" for arg in argv])
+        hint = "settings are environment variables (--help)"
+        raise_if([f"unknown argument {arg!r}: {hint}" for arg in argv])
         cfg = load_config(env)
         with contextlib.closing(Runtime(cfg, env)) as rt:
             run_id = cfg.run_id or time.strftime(f"%Y%m%d_%H%M%S_{os.getpid()}")

@@ -233,7 +233,7 @@ def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]
             _learn(
                 predictor,
                 tokens[: hi + 1],
-                plan.batch(tokens, unit, rows, rt, predictor.reach),
+                plan.batch(tokens, unit, rows, rt, predictor.left_context),
                 plan,
                 cfg,
             )
@@ -294,7 +294,7 @@ class Codec:
             predictor = build(
                 tg.load_artifact(self.cfg, self.blob, self.rt), self.rt, self.cfg, self.table
             )
-            if not predictor.fault:
+            if not predictor.validity:
                 return predictor
         raise tg.InputError(
             "these settings score nothing that is a true score: no code can be made of it"

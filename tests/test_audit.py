@@ -159,10 +159,8 @@ class TwoPass(tg.Nested):
 
     name, counts, twin = "toy", WholeStream, None
 
-    def chances(self, out, index, ids, counts):
-        return (
-            0.5 * self.base.chances(out, index, ids, counts) + 0.5 * torch.from_numpy(counts.p)[ids]
-        )
+    def prob(self, out, index, ids, counts):
+        return 0.5 * self.base.prob(out, index, ids, counts) + 0.5 * torch.from_numpy(counts.p)[ids]
 
 
 class ClassGate(tg.Nested):
@@ -170,9 +168,9 @@ class ClassGate(tg.Nested):
 
     name = "toy"
 
-    def chances(self, out, index, ids, counts):
-        p, h = self.base.chances(out, index, ids, counts), out[0].argmax(-1, keepdim=True)
-        p_h = self.base.chances(out, index, h, counts)
+    def prob(self, out, index, ids, counts):
+        p, h = self.base.prob(out, index, ids, counts), out[0].argmax(-1, keepdim=True)
+        p_h = self.base.prob(out, index, h, counts)
         boosted = p * torch.where(ids == h, math.e, 1.0) / (1 + p_h * (math.e - 1))
         return torch.where(ids % 2 == h % 2, boosted, p)
 
@@ -225,7 +223,7 @@ class HardestDropped(tg.Sliding):
 
 def unlabelled(predictor):
     """A hashed cache that claims to be a score."""
-    predictor.fault = ""
+    predictor.validity = ""
     return predictor
 
 
@@ -245,7 +243,7 @@ CONTROLS = {
         dict(ttt_epochs=1),
     ),
     "cache with the target in its key (#779)": (
-        lambda *a: unlabelled(tg.Hashed(sliding(*a), a[2])),
+        lambda *a: unlabelled(tg.HashedNgramCache(sliding(*a), a[2])),
         {"distribution", "every_token", "random_stream"},
         dict(ngram="backoff"),
     ),

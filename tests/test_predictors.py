@@ -160,9 +160,10 @@ def test_streaming_in_any_order(tokens, rt):
     cfg, predictor = build(rt, eval_stream=8, eval_batch_tokens=8)
     plan = predictor.plan(tokens)
     batches = [
-        plan.batch(tokens, unit, 1, rt, predictor.reach) for unit in itertools.chain(*plan.units(1))
+        plan.batch(tokens, unit, 1, rt, predictor.left_context)
+        for unit in itertools.chain(*plan.units(1))
     ]
-    assert predictor.reach == 3 * 7 + 2 and len(batches) == 38
+    assert predictor.left_context == 3 * 7 + 2 and len(batches) == 38
     forward = [predictor.score(batch) for batch in batches]
     backward = [predictor.score(batch) for batch in reversed(batches)][::-1]
     assert max((a - b).abs().max().item() for a, b in zip(forward, backward)) < 1e-5

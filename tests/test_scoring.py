@@ -238,4 +238,4 @@ def test_only_a_true_complete_score_is_called_val_bpb(tokens, rt, run_log):
     score = tg.evaluate(predictor, tokens, TABLE, tg.Config(**FULL), rt, run_log)
     assert score.label == "val_bpb" and "val_bpb" in score.record()
     assert "val_bpb" not in dataclasses.replace(score, complete=False).record()
-    assert "val_bpb" not in dataclasses.replace(score, fault="unnormalised_score").record()
+    assert "val_bpb" not in dataclasses.replace(score, validity="unnormalised_score").record()
