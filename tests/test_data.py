@@ -151,6 +151,27 @@ def test_token_outside_the_vocabulary_names_the_shard(tmp_path):
         tg.load_validation(tg.Config(**dict(TINY, data_path=str(tmp_path))))
 
 
+def test_the_first_token_outside_the_vocabulary(tmp_path):
+    """259 is the last of 260 tokens, in training as in validation."""
+    cfg = tg.Config(**dict(TINY, data_path=str(tmp_path)))
+    for split in ("train", "val"):
+        tg.write_shard(tmp_path / f"fineweb_{split}_000000.bin", np.array([1, 259, 2, 260]))
+    stream = tg.TokenStream(tg.shard_paths(cfg, "train"), cfg)
+    assert stream.take(0, 3).tolist() == [1, 259, 2]
+    with pytest.raises(tg.InputError, match="token 260, but VOCAB_SIZE=260"):
+        stream.take(0, 4)
+    with pytest.raises(tg.InputError, match="token 260, but VOCAB_SIZE=260"):
+        tg.load_validation(cfg)
+
+
+def test_validation_targets_need_one_token_more(tmp_path):
+    tg.write_shard(tmp_path / "fineweb_val_000000.bin", np.arange(5))
+    tg.write_shard(tmp_path / "fineweb_val_000001.bin", np.arange(5, 9))
+    for targets, count in ((0, 9), (1, 2), (5, 6), (8, 9), (50, 9)):
+        cfg = tg.Config(**dict(TINY, data_path=str(tmp_path), val_tokens=targets))
+        assert tg.load_validation(cfg).tolist() == list(range(count))
+
+
 TEXTS = [
     "plain words, and  two spaces",
     "naïve café – “quotes” 中文 🙂 \t tab",
@@ -228,6 +249,44 @@ def test_word_mark_counts_unless_a_control_token_is_before(small_tokenizer):
         1,
         0,
     ]
+
+
+class EveryKind:
+    """A SentencePiece processor with a piece of every kind."""
+
+    pieces = (
+        ("<unk>", "unknown"),
+        ("<s>", "control"),
+        ("\u2581old", "unused"),
+        ("\u2581ab", "normal"),
+        ("\u00e9", "normal"),
+        ("<0x41>", "byte"),
+    )
+
+    def __init__(self, model_file):
+        pass
+
+    def vocab_size(self):
+        return len(self.pieces)
+
+    def id_to_piece(self, token):
+        return self.pieces[token][0]
+
+    def __getattr__(self, name):
+        return lambda token: self.pieces[token][1] == name.removeprefix("is_")
+
+
+def test_bytes_of_every_kind_of_piece(tmp_path, monkeypatch):
+    """Unknown, control and unused pieces count nothing, nor does a mark right after them."""
+    monkeypatch.setattr(tg.sentencepiece, "SentencePieceProcessor", EveryKind)
+    (tmp_path / "x.model").write_bytes(b"")
+    table = tg.ByteTable.from_sentencepiece(tmp_path / "x.model")
+    before = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}  # bytes of a mark after each token
+    alone = {0: 0, 1: 0, 2: 0, 3: 2, 4: 2, 5: 1}
+    for first in range(6):
+        for token in range(6):
+            expected = alone[token] + (before[first] if token == 3 else 0)
+            assert table.count(np.array([first, token])).tolist() == [expected], (first, token)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published tokenizers are not here")

@@ -4,6 +4,7 @@ N-gram caches, mixer head, adaptation, quantization.
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -845,6 +846,22 @@ def test_fake_quantization_acts_in_a_compiled_model(rt, run_log, rng):
     assert not torch.allclose(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("floor", [False, True])
+def test_trainer_fakes_by_the_policy(floor, rt, run_log):
+    """The settings' bits and floor, matrix by matrix."""
+    cfg = tg.Config(**dict(SMALL, quant_policy="attn:4,mlp:3", quant_scale_floor=floor))
+    trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None)
+    trainer.fake_quantization(True)
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, tg.Linear):
+            top, w = 7 if ".attn." in name else 3, module.weight.detach().numpy()
+            step = np.abs(w).max(1, keepdims=True) / np.float32(top)
+            if floor:
+                step = np.maximum(step, np.float32(1 / top))
+            faked = module(torch.eye(w.shape[1])).detach().T.numpy()
+            np.testing.assert_allclose(faked, np.round(w / step) * step, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("bits, floor", [(5, False), (6, True), (8, False)])
 def test_fake_quantized_weights_are_what_packing_gives(bits, floor, rng):
     """Up to float16 rounding of the scales; the gradient passes as if nothing had been rounded."""
@@ -932,6 +949,41 @@ def test_fake_quantization_and_penalty_begin_late(rt, run_log, rng):
             math.isclose(loss, expected + (penalty if step == 3 else 0), rel_tol=1e-5)
             and penalty > 0.01 * loss
         )
+
+
+def test_no_late_mechanism_before_the_pace_is_trusted(rt, run_log, rng):
+    """By the clock, 50 steps: until then one slow step makes the end look near."""
+    cfg = tg.Config(**dict(SMALL, late_qat_threshold=0.9, warmdown_iters=100, schedule="clock"))
+    trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None)
+    batch = rng.integers(0, 260, (2, 2, 32))
+    for steps_done, steps_left, faking in ((49, 1, False), (50, 95, False), (50, 80, True)):
+        trainer.steps_done = steps_done
+        trainer.step(lambda unit: batch, steps_left)
+        assert trainer.faking == faking
+
+
+def test_a_step_of_two_processes_counts_penalty_and_seconds_once(run_log, rng):
+    """What the processes report adds up to one process's loss, and to rank 0's seconds."""
+    cfg = tg.Config(**dict(SMALL, quant_bits=4, crown_q_lambda=90.0, warmdown_iters=4))
+    cfg = dataclasses.replace(cfg, schedule="tokens", iterations=1)
+    batches = rng.integers(0, 260, (2, 2, 2, 32))
+    reports = {}
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        rt = tg.Runtime(tg.Config(device="cpu"), {})
+        rt.rank, rt.world = rank, world
+        rt.sum_ = lambda tensor: tensor
+        rt.map_shares = lambda function, stack: function(stack)
+        trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None, lambda: 7.0)
+        trainer.clock.origin = 2.0
+        loss = trainer.step(lambda unit: batches[unit], 1)
+        trainer.send_report(loss)
+        reports[rank, world] = trainer.in_flight[0][1].result()
+    expected = tg.quantization_penalty(tg.quantized_matrices(randomized(cfg), cfg), cfg).item()
+    for ids, targets in torch.from_numpy(batches):
+        expected += randomized(cfg)(ids, targets).item() / 2
+    assert math.isclose(reports[0, 1][1], expected, rel_tol=1e-5)
+    assert math.isclose(reports[0, 2][1] + reports[1, 2][1], expected, rel_tol=1e-5)
+    assert reports[0, 1][0] == reports[0, 2][0] + reports[1, 2][0] == 5.0
 
 
 def slow_gptq(w, scale, hessian, top, damp):

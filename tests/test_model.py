@@ -1,6 +1,7 @@
 """The model against slow, obvious restatements of its formulas."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -157,6 +158,12 @@ def test_rope_turns_only_its_dims_and_depends_on_distance_only(rng):
         )
 
 
+def test_rotary_tables_are_on_the_device_of_the_ids():
+    for device in ("cpu", "meta", "cpu"):
+        tables = tg.rotary_tables(12, 8, 100.0, torch.device(device))
+        assert {table.device.type for table in tables} == {device}
+
+
 def test_xsa_output_is_orthogonal_to_own_value(rng):
     model = tg.GPT(tg.Config(**TINY))
     attn = model.blocks[0].attn
@@ -247,6 +254,16 @@ def test_a_module_more_changes_no_other_initial_value():
     for name, p in small.named_parameters():
         assert torch.equal(p, dict(large.named_parameters())[name]), name
     assert not torch.equal(small.tok_emb.weight, tg.GPT(tg.Config(**TINY, seed=1)).tok_emb.weight)
+
+
+def test_matrices_of_one_shape_start_differently():
+    model = tg.GPT(tg.Config(**FULL))
+    weights = [p.detach() for name, p in model.named_parameters() if name.endswith("weight")]
+    starts = [w.flatten() for w in weights if w.any()]  # some start at zero
+    pairs = [(a, b) for a, b in itertools.combinations(starts, 2) if len(a) == len(b)]
+    assert len(pairs) > 20
+    for a, b in pairs:  # independent draws: about 1 / sqrt(elements)
+        assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.2
 
 
 def test_every_parameter_moves_within_a_few_steps(rng):

@@ -5,9 +5,10 @@ The originals' steps are in test_seeds.py.
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import FULL, TINY
+from conftest import FULL, TINY, take_step
 
 import train_gpt as tg
 
@@ -25,22 +26,23 @@ def test_newton_schulz_against_svd(shape):
         assert s.max() < 1.3 and s.median() > 0.6
 
 
-def test_muon_step_by_hand():
+@pytest.mark.parametrize("rows, columns, size", [(12, 6, 2**0.5), (6, 6, 1), (6, 12, 1)])
+def test_muon_step_by_hand(rows, columns, size):
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(12, 6, generator=generator))
-    start, buffer = p.detach().clone(), torch.zeros(12, 6)
+    p = torch.nn.Parameter(torch.randn(rows, columns, generator=generator))
+    start, buffer = p.detach().clone(), torch.zeros(rows, columns)
     muon = tg.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
     for _ in range(2):
-        p.grad = torch.randn(12, 6, generator=generator)
+        p.grad = torch.randn(rows, columns, generator=generator)
         buffer = 0.9 * buffer + p.grad
         u = p.grad + 0.9 * buffer
-        x = (u / (u.norm() + 1e-7)).T
+        x = u / (u.norm() + 1e-7)
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        start = start * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(2) * x.T
+        start = start * (1 - 0.1 * 0.5) - 0.1 * size * x
         muon.step()
-        torch.testing.assert_close(p.detach(), start, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(p.detach(), start, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [TINY, FULL, dict(FULL, tie_embeddings=False)])
@@ -85,6 +87,24 @@ def test_schedules():
     assert [round(tg.momentum_warmup(cfg, i, 0), 6) for i in (0, 1, 4, 99)] == [0.5, 0.6, 0.9, 0.9]
 
 
+def test_steps_set_rates_and_momentum_from_their_start(rt, run_log, rng):
+    """Factors of the rate that the settings name, not of the last step's."""
+    cfg = tg.Config(
+        **dict(
+            TINY, schedule="tokens", warmdown_iters=4, iterations=4, muon_momentum_warmup_steps=2
+        )
+    )
+    trainer = tg.Trainer(cfg, rt, run_log, tg.GPT(cfg), None)
+    batch = rng.integers(0, 260, (2, 2, 32))
+    for step, (factor, momentum) in enumerate(((1, 0.85), (0.75, 0.9), (0.5, 0.95), (0.25, 0.95))):
+        trainer.steps_done = step
+        take_step(trainer, lambda unit: batch)
+        muon, adam = (optimizer.param_groups for optimizer in trainer.optimizers)
+        rates = [group["lr"] for group in (*muon, *adam)]
+        np.testing.assert_allclose(rates, np.array([0.04, 0.05, 0.04]) * factor)
+        assert math.isclose(muon[0]["momentum"], momentum)
+
+
 def test_average_against_closed_form():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(2.0)
@@ -96,3 +116,10 @@ def test_average_against_closed_form():
     averager.apply()
     expected = 0.75**3 * 2 + sum(0.25 * 0.75 ** (2 - i) * v for i, v in enumerate(values))
     assert math.isclose(model.weight.item(), expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm, expected", [(1.0, 1.0), (4.9, 4.9), (5.1, 5.0), (50.0, 5.0)])
+def test_clipping_only_makes_gradients_shorter(max_norm, expected):
+    gradients = torch.tensor([3.0, 0.0, -4.0])
+    tg.clip_gradients(gradients, max_norm)
+    torch.testing.assert_close(gradients, torch.tensor([0.6, 0.0, -0.8]) * expected)

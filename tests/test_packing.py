@@ -1,10 +1,13 @@
 """The artifact: quantizers, round trip, size, and every way it can be wrong."""
 
 import base64
+import dataclasses
 import hashlib
 import json
+import math
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -115,6 +118,29 @@ def test_size_report_adds_up():
     assert "OVER" not in "".join(tg.size_report(blob, 1000, len(blob) + 1000))
 
 
+def test_size_report_names_the_largest_tensors():
+    """Sizes by the counts of each tensor's byte values, largest first."""
+    cfg, state = packed(quant_policy="mlp:5")
+    blob, needs = tg.pack(state, cfg), {}
+    for name, _, kind in tg.read_header(blob)[0]["tensors"]:
+        arrays = tg.QUANTIZERS[kind].fit(state[name], cfg)
+        counts = Counter(b"".join(array.numpy().tobytes() for array in arrays)).values()
+        needs[name] = sum(n * math.log2(sum(counts) / n) for n in counts) / 8
+    lines = tg.size_report(blob, 1000, 5_000_000)
+    assert lines[3] == f"size_cap:5000000 margin:{5_000_000 - 1000 - len(blob)} bytes"
+    told = [(line.split()[4], int(line.split()[1])) for line in lines[4:]]
+    assert [name for name, _ in told] == sorted(needs, key=needs.get, reverse=True)[:5]
+    assert all(abs(size - needs[name]) < 1 for name, size in told)
+
+
+def test_a_small_matrix_beyond_float16_stays_float32():
+    cfg, state = packed()
+    state["blocks.0.attn.c_k.weight"][0, 0] = 7e4
+    cfg = dataclasses.replace(cfg, keep_float_max_numel=65536)
+    _, weights = tg.unpack(tg.pack(state, cfg))
+    assert torch.equal(weights["blocks.0.attn.c_k.weight"], state["blocks.0.attn.c_k.weight"])
+
+
 def resealed(blob, header=None, payload=None, version=1):
     """A blob with another header or payload and a correct checksum: only the content is wrong."""
     old_header, old_payload = tg.read_header(blob)
@@ -178,6 +204,11 @@ def with_header(blob, **fields):
         (dict(config={"no_such_setting": 1}), "not those of this program"),
         (dict(config=[]), "not those of this program"),
         (dict(config={"num_layers": "nine"}), "wrong type"),
+        (dict(config={"num_layers": True}), "wrong type"),
+        (dict(config={"smear": 1}), "wrong type"),
+        (dict(config={"matrix_lr": False}), "wrong type"),
+        (dict(config={"ve_layers": [1, True]}), "wrong type"),
+        (dict(notes="x" * (5 << 20)), "unreadable header"),  # compressed it is small
         (dict(config={"num_heads": 0}), "expected 1 or more"),
     ],
 )

@@ -140,6 +140,7 @@ def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
     )
     assert tg.main([], env) == 0  # nothing but the artifact and the data
     again = json.loads((tmp_path / "result.json").read_text())
+    assert again["status"] == "finished" and again["mode"] == "eval"
     for stage, record in result["stages"].items():
         assert {k: v for k, v in record.items() if k != "seconds"} == {
             k: v for k, v in again["stages"][stage].items() if k != "seconds"
@@ -173,6 +174,24 @@ def test_resume_equals_uninterrupted(tmp_path):
     assert resumed["artifact_sha256"] == straight["artifact_sha256"]
     assert resumed["result"]["val_bpb"] == straight["result"]["val_bpb"]
     assert np.array_equal(losses(tmp_path / "c"), losses(tmp_path / "b")[3:])
+
+
+def test_resume_continues_the_plain_average(tmp_path):
+    averages = dict(EMA_DECAY="0", SWA_EVERY="1", SWA_START="0", WARMDOWN_ITERS="0")
+    run(tmp_path / "a", ITERATIONS="4", SAVE_EVERY="4", **averages)
+    _, straight, _ = run(tmp_path / "b", **averages)
+    checkpoint = str(tmp_path / "a/checkpoint.pt")
+    _, resumed, _ = run(tmp_path / "c", RESUME=checkpoint, **averages)
+    assert resumed["artifact_sha256"] == straight["artifact_sha256"]
+
+
+def test_resume_in_the_same_folder_appends(rt, tmp_path):
+    for word, resumed in (("lost", False), ("kept", False), ("more", True)):
+        log = tg.RunLog(tmp_path, rt, resumed)
+        log.log(word)
+        log.metric(word=word)
+    assert (tmp_path / "train.log").read_text() == "kept\nmore\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"word": "kept"}\n{"word": "more"}\n'
 
 
 def test_bad_checkpoints(base, tmp_path):
@@ -226,6 +245,55 @@ def test_over_the_cap_keeps_the_artifact(tmp_path):
         and "OVER THE CAP" in log
         and result["sizes"]["margin"] < 0
     )
+
+
+def test_over_the_cap_goes_before_over_time(tmp_path):
+    """The size is the artifact's fault, the time may be the machine's."""
+    code, result, _ = run(
+        tmp_path,
+        MAX_ARTIFACT_BYTES="1000",
+        MAX_EVAL_SECONDS="0.0001",
+        EVAL_BATCH_TOKENS="64",
+        EVAL_STRIDE="1",
+    )
+    assert code == result["exit_code"] == 2 and "skipped" in result["stages"]["sliding"]
+
+
+def test_seconds_of_phases(rt, tmp_path, monkeypatch):
+    """Inner phases are taken out of outer ones; which count against which limit."""
+    now = [100.0]
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: now[0])
+    log = tg.RunLog(tmp_path, rt)
+
+    def spend(name, seconds):
+        with log.phase(name):
+            now[0] += seconds
+
+    spend("build", 1)
+    with log.phase("train"):
+        now[0] += 10
+        spend("validate", 5)
+        now[0] += 20
+        spend("validate", 6)
+    spend("calibrate", 2)
+    for seconds, name in enumerate(("pack", "unpack", "plain", "sliding", "ttt", "audit"), 3):
+        spend(name, seconds)
+    log.save()
+    told = log.result["seconds"]
+    assert told["train"] == 30 and told["validate"] == 11 and told["other"] == 0
+    assert told["train_side"] == 32 and told["eval_side"] == 4 + 5 + 6 + 7
+    assert told["wall"] == 77 and log.result["phases_began"]["validate"] == 11
+    for train_limit, eval_limit, schedule, over in (
+        (32, 22, "clock", False),
+        (31.9, 22, "clock", True),
+        (32, 21.9, "clock", True),
+        (0, 0, "clock", False),
+        (31.9, 22, "tokens", False),
+    ):
+        cfg = tg.Config(
+            max_wallclock_seconds=train_limit, max_eval_seconds=eval_limit, schedule=schedule
+        )
+        assert tg.over_budget(cfg, log) == over
 
 
 def test_out_of_memory_names_the_settings(tmp_path, monkeypatch):
@@ -314,6 +382,64 @@ def test_clock_schedule_ends_just_below_the_cap(lag, tmp_path):
         and factors[-1] < 0.2
         and len([f for f in factors if f < 1]) in range(40, 55)
     )
+
+
+def test_clock_by_hand():
+    """Steps of two seconds after a start of four, of a run of 96 seconds and 1,000 steps."""
+    now = [1000.0]
+    cfg = tg.Config(schedule="clock", max_wallclock_seconds=100, gptq_reserve_seconds=4)
+    clock = tg.Clock(dataclasses.replace(cfg, iterations=1000), 2, lambda: now[0])
+    clock.last = tg.StepReport(0, 4.0)
+    now[0] = 5000.0
+    clock.start()  # a resumed run's clock goes on where it was
+    assert clock.elapsed() == 4 and not clock.out_of_time()
+    clock.before_first_step = 4.0
+    now[0] = 5006.0
+    with clock.paused():
+        now[0] += 500
+    assert clock.elapsed() == 10
+    for step in (1, 2, 3):
+        clock.take(tg.StepReport(step, 4 + 2 * step))
+    assert clock.steps_left(3) == (96 - 10) / 2  # 2 seconds a step
+    assert clock.steps_left(5) == (96 - 10) / 2 - 2  # two are in flight
+    assert clock.progress(5) == 10 / 96
+    # In flight at the report, two since then and one more: five steps of 2.2 seconds.
+    for elapsed, over in ((84.9, False), (85.1, True)):
+        clock.last = tg.StepReport(40, elapsed)
+        assert clock.out_of_time() == over
+    by_count = tg.Clock(tg.Config(schedule="tokens", iterations=10), 0)
+    assert by_count.steps_left(3) == 7 and by_count.progress(3) == 0.3
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_signal_saves_once(stop, lag, tmp_path, monkeypatch):
+    """SIGUSR1 in step 3: one checkpoint, and the run goes on; SIGTERM: it ends there."""
+    cfg = tg.Config(
+        num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=8, iterations=9
+    )
+    cfg = dataclasses.replace(cfg, schedule="tokens", val_loss_every=0)
+    rt, saved = tg.Runtime(tg.Config(device="cpu"), {}), []
+    on_device_with(rt, lag=lag)
+    trainer = tg.Trainer(cfg, rt, tg.RunLog(tmp_path, rt), tg.build_model(cfg, rt), NoData)
+    monkeypatch.setattr(tg, "save_checkpoint", lambda trainer: saved.append(trainer.steps_done))
+
+    def step(batch_of, steps_left):
+        if trainer.steps_done == 2:
+            signal.raise_signal(signal.SIGTERM if stop else signal.SIGUSR1)
+        return torch.zeros(())
+
+    trainer.step = step
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    assert tg.train(trainer, lambda at: None) == ("interrupted" if stop else "finished")
+    assert saved == [3 + lag] and trainer.steps_done == (3 + lag if stop else 9)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_several_seeds_end_with_the_highest_code(rt, tmp_path, monkeypatch):
+    codes = {1: 0, 2: 5, 3: 2}
+    monkeypatch.setattr(tg, "guarded_run", lambda cfg, rt: (codes[cfg.seed], {}))
+    assert tg.run_seeds(tg.Config(seeds=(1, 2, 3), out_dir=str(tmp_path)), rt) == 5
 
 
 def test_seeds_print_mean_and_deviation(tmp_path, capsys):
