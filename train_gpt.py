@@ -4735,10 +4735,10 @@ class Validator:
         cfg, rt, log = self.trainer.cfg, self.trainer.rt, self.trainer.log
         if self.tokens is None:
             self.tokens = load_validation(cfg)
+        seconds = self.trainer.clock.elapsed()  # without this validation's own
         score = evaluate(self.predictor, self.tokens, self.table, cfg, rt, log)
         if score:
             bpb = f"{score.label}:{score.bpb:.4f}"
-            seconds = self.trainer.clock.elapsed()
             steps = f"step:{step}/{cfg.iterations}"
             log.log(f"{steps} val_loss:{score.loss:.4f} {bpb} train_time:{seconds * 1000:.0f}ms")
             log.metric(step=step, val_loss=score.loss, **{score.label: score.bpb})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, clean_env, on_device_with
+from conftest import ROOT, TINY, TINY_RUN, clean_env, on_device_with
 
 import train_gpt as tg
 
@@ -338,6 +338,10 @@ def test_clock_schedule_stops_by_itself(tmp_path):
     assert result["train_seconds"] > 0.5 and code == (5 if result["train_seconds"] > 2.5 else 0)
 
 
+def log_text(folder):
+    return (folder / "train.log").read_text()
+
+
 class NoData:
     batch = None
 
@@ -409,6 +413,29 @@ def test_clock_by_hand():
         assert clock.out_of_time() == over
     by_count = tg.Clock(tg.Config(schedule="tokens", iterations=10), 0)
     assert by_count.steps_left(3) == 7 and by_count.progress(3) == 0.3
+
+
+def test_train_time_of_a_validation_line_is_training_time(tmp_path, monkeypatch):
+    """Half an hour of validation does not show in it."""
+    now = [0.0]
+    cfg = tg.Config(**dict(TINY, vocab_size=8), val_tokens=1)
+    rt = tg.Runtime(tg.Config(device="cpu"), {})
+    log = tg.RunLog(tmp_path, rt)
+    trainer = tg.Trainer(cfg, rt, log, tg.build_model(cfg, rt), NoData, lambda: now[0])
+    trainer.clock.start()
+    now[0] = 3.0
+
+    def slow(*args):
+        now[0] += 1800
+        nats = np.ones(1, np.float32)
+        return tg.Score("validate", nats, np.ones(1), "", False, np.ones(1), loss=1.0, bpb=2.0)
+
+    monkeypatch.setattr(tg, "evaluate", slow)
+    monkeypatch.setattr(tg, "load_validation", lambda cfg: np.zeros(2))
+    with trainer.off_the_clock("validate"):
+        tg.Validator(trainer, None)(7)
+    assert "val_loss:1.0000 partial_bpb:2.0000 train_time:3000ms" in log_text(tmp_path)
+    assert trainer.clock.elapsed() == 3.0
 
 
 @pytest.mark.parametrize("lag", [0, 2])
