@@ -787,9 +787,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 
 def fa3_attention(device: torch.device) -> AttentionBackend:
     """FlashAttention 3, after one real call; raises whatever goes wrong if it fails here."""
-    from flash_attn_interface import (
-        flash_attn_func,
-    )  # optional by design: only Hopper images have it
+    # Optional by design: only Hopper images have it.
+    from flash_attn_interface import flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v, causal=True)
@@ -2561,9 +2560,8 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0  # that training took
         self.faking = False  # fake quantization is on
-        self.in_flight: deque[tuple[int, PendingSum]] = (
-            deque()
-        )  # steps whose report is not read yet
+        # Steps whose report is not read yet.
+        self.in_flight: deque[tuple[int, PendingSum]] = deque()
         self.micro_batches = cfg.micro_batches  # of a step, over all processes
         self.share = range(rt.rank, self.micro_batches, rt.world)  # this process's
 
@@ -2576,14 +2574,14 @@ class Trainer:
         """
         cfg, rt = self.cfg, self.rt
         values = {s.field: s.value(cfg, self.steps_done, steps_left) for s in SCHEDULES}
-        for schedule in SCHEDULES:
-            for group in itertools.chain(
-                *(optimizer.param_groups for optimizer in self.optimizers)
-            ):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            for schedule in SCHEDULES:
                 if schedule.field in group:
                     factor = group[schedule.factor_of] if schedule.factor_of else 1.0
                     group[schedule.field] = factor * values[schedule.field]
-        rate = values["lr"]  # factor of the rates
+
+        rate = values["lr"]  # factor of the learning rates
         if self.clock.drives and self.steps_done < TRUSTED_PACE_STEPS:
             rate = 1.0
         if rate < cfg.late_qat_threshold and not self.faking:
