@@ -1260,14 +1260,15 @@ class ByteTable:
         with input_error_from(f"{path}: not a SentencePiece model", RuntimeError, OSError):
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = range(sp.vocab_size())
+        pieces = [sp.id_to_piece(i) for i in ids]
         boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
-        marked = [sp.id_to_piece(i).startswith(WORD_MARK) and not boundary[i] for i in ids]
+        marked = [pieces[i].startswith(WORD_MARK) and not boundary[i] for i in ids]
         sizes = np.zeros(len(ids), dtype=np.int16)
         for i in ids:
             if sp.is_byte(i):
                 sizes[i] = 1
             elif not boundary[i]:
-                sizes[i] = len(sp.id_to_piece(i).removeprefix(WORD_MARK).encode())
+                sizes[i] = len(pieces[i].removeprefix(WORD_MARK).encode())
         return cls(sizes, np.array(marked), np.array(boundary), Path(path).name, sp)
 
     @classmethod
@@ -2824,8 +2825,8 @@ def collect_hessians(
 
     Over GPTQ_N_SAMPLES training sequences.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    names = {module: f"{name}.weight" for name, module in modules.items()}
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
+    names = {module: f"{name}.weight" for name, module in linears}
     sums: dict[str, Tensor] = {}
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,5 @@
 """The checks of a record folder: packaging and logs (P1 to P10), and the script's own audit.
 
-Rules: section 7.2.
-
 Each takes a Case and returns one Finding. CHECKS lists them in order; a new check is one more row.
 """
 

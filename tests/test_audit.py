@@ -1,4 +1,4 @@
-"""MODE=audit: each illegal scorer of the rules' table 7.4 is caught by the checks named here.
+"""MODE=audit: each illegal scorer of the contest's history is caught by the checks named here.
 
 The legal ones pass.
 """
