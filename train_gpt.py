@@ -41,15 +41,14 @@ import re
 import shlex
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
-from collections import deque, namedtuple
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -123,7 +122,7 @@ class Config:
     0 or empty = absent, unless its sentence says otherwise.
     """
 
-    mode: str = _run("train", "what to do", choices=("train", "eval", "audit", "sample"))
+    mode: str = _run("train", "what to do", choices=("train", "eval", "sample"))
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
     seed: int = _run(1337, "seed of the parameters' initial values and of sampling", low=0)
@@ -762,10 +761,15 @@ class DeviceProfile:
     lag: int  # the host reads a step's report so many steps later, so that the device never waits
     score_tokens: int  # tokens of a scoring batch; larger ones are not faster
     tolerance: float  # nats by which a score may differ in a batch of another shape
+    fixed_rows: bool  # another number of rows costs a compilation, and rounds otherwise
 
 
-GPU_PROFILE = DeviceProfile(torch.bfloat16, lag=2, score_tokens=1 << 19, tolerance=0.05)
-CPU_PROFILE = DeviceProfile(torch.float32, lag=0, score_tokens=1 << 14, tolerance=1e-4)
+GPU_PROFILE = DeviceProfile(
+    torch.bfloat16, lag=2, score_tokens=1 << 19, tolerance=0.05, fixed_rows=True
+)
+CPU_PROFILE = DeviceProfile(
+    torch.float32, lag=0, score_tokens=1 << 14, tolerance=1e-4, fixed_rows=False
+)
 
 # Attention of queries [B, T, H, D] to keys and values [B, S, K, D] -> as the queries.
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -1053,7 +1057,7 @@ class RunLog:
         """A line of metrics.jsonl."""
         self._append("metrics.jsonl", json.dumps(values))
 
-    def progress(self, line: str, last: bool = False) -> None:
+    def show_progress(self, line: str, last: bool = False) -> None:
         """One rewritten line on a terminal; elsewhere a line every ten seconds."""
         if self.writes and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if last else "", flush=True)
@@ -1496,6 +1500,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)  # [B, T, H, D]
 
 
+@dataclasses.dataclass
 class KVCache:
     """What one pass over a long sequence carries from piece to piece: attention with a window.
 
@@ -1505,10 +1510,9 @@ class KVCache:
     angles stay small.
     """
 
-    def __init__(self, window: int, bos: int | None):
-        self.window = window
-        self.bos = bos
-        self.carried: dict[Hashable, Tensor] = {}  # by what is carried; keys and values by step
+    window: int
+    bos: int | None
+    carried: dict[Hashable, Tensor] = dataclasses.field(default_factory=dict)  # by what it is
 
     def extend(self, key: Hashable, x: Tensor, count: int) -> Tensor:
         """x [B, T, ...] after the last `count` positions under this key -> [B, count + T, ...]."""
@@ -1885,6 +1889,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.dtype = dtype
         self.backend = backend
+        self.rotary_dims = cfg.rope_dims or cfg.head_dim
         std = cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0
         self.tok_emb = embedding(cfg.vocab_size, cfg.model_dim, normal(std))
         self.lm_head = None
@@ -1923,9 +1928,10 @@ class GPT(nn.Module):
             cache.begin(ids)
             length = cache.window - 1 + cache.block  # keys of a block
             span = cache.window
-        dims = cfg.rope_dims or cfg.head_dim
-        base = stretched_base(cfg.rope_base, dims, span, cfg.rope_train_seq_len)
-        cos, sin = rotary_tables(length, dims, base, ids.device)
+        base = cfg.rope_base
+        if cfg.rope_train_seq_len:
+            base = stretched_base(base, self.rotary_dims, span, cfg.rope_train_seq_len)
+        cos, sin = rotary_tables(length, self.rotary_dims, base, ids.device)
         return AttentionContext(self.backend, cos, sin, cache)
 
     def hidden(self, ids: Tensor, context: AttentionContext | None = None) -> Tensor:
@@ -3126,21 +3132,29 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
 
 
 # ==================================================================================================
-# 10. SCORING - windows, n-gram counts, predictors, the score-first harness.
+# 10. SCORING - text is predicted, charged, and only then learned from.
 #     Uses sections 1-9.
+#
+#     `evaluate` is the only place that charges. A plan cuts the stream into chunks of batches, left
+#     to right. A Scorer (a network, mixers over it, and perhaps test-time training) says what it
+#     believes as a Distribution before the targets are known, and learns from a chunk after all of
+#     it was charged.
 # ==================================================================================================
 
+# --- batches: what is asked, in which order -------------------------------------------------------
 
-# Work on the device: ids [B, T], zero-padded at the right; row b scores its last S inputs, whose targets
-# [B, S] are number index [B, S] of the stream; the first valid[b] of them are real. left_context: the tokens before;
-# slots: which adapters the rows have.
-class Batch(
-    namedtuple("Batch", "ids targets index valid left_context slots", defaults=(None, None))
-):
-    @property
-    def real(self) -> np.ndarray:
-        """Which of the targets are [B, S] bool."""
-        return np.arange(self.targets.size(1)) < self.valid[:, None]
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Positions to predict from. It holds no targets: nothing that predicts can see them."""
+
+    ids: (
+        np.ndarray
+    )  # [R, T] int64 inputs, zeros at the right; the last S of the first B rows predict
+    index: np.ndarray  # [B, S] number of each target in the stream
+    real: np.ndarray  # [B, S] bool; false where padding
+    left_context: np.ndarray  # tokens before the first input, for a network that carries on
+    slots: np.ndarray | None = None  # [B] whose adapters the rows have
 
 
 def make_batch(
@@ -3148,152 +3162,261 @@ def make_batch(
     starts: np.ndarray,
     length: int,
     index: np.ndarray,
-    valid: np.ndarray,
-    rt: Runtime,
-    **rest: Any,
+    real: np.ndarray,
+    left_context: int = 0,
+    slots: np.ndarray | None = None,
 ) -> Batch:
-    """Rows of `length` inputs from `starts` [B] on, of which the targets `index` [B, S] are scored."""
-    limit = len(tokens) - 1
+    """Rows of `length` inputs from `starts` [R] on; the first B predict the targets `index`."""
+    last = len(tokens) - 2  # number of the last target, and of the last input
+    at = starts[:, None] + np.arange(length)
+    ids = np.where(at <= last, tokens[np.minimum(at, last)], 0).astype(np.int64)
+    first = int(starts[0])
+    before = tokens[max(0, first - left_context) : first]
+    return Batch(ids, np.minimum(index, last), real, before, slots)
 
-    def pick(at: np.ndarray, end: int) -> Tensor:
-        return rt.put(np.where(at < end, tokens[np.minimum(at, end - 1)], 0).astype(np.int64))
 
-    return Batch(
-        pick(starts[:, None] + np.arange(length), limit),
-        pick(index + 1, limit + 1),
-        np.minimum(index, limit - 1),
-        valid,
-        **rest,
-    )
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Batches that are predicted with one state; what they teach takes effect at their commit."""
+
+    lo: int  # first target
+    hi: int  # the one after the last
+    work: list[Any]  # this process's batches, as the plan's batch() takes them; None = no batch
+    progress: float = 1.0  # share of the stream's chunks that are over after this one
+    closes: bool = True  # of documents side by side: the last chunk, all of lo .. hi is charged
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Which targets each window scores: target j is tokens[j + 1], predicted from tokens[..j].
+    """A plan of windows: target j is tokens[j + 1], predicted from tokens[..j].
 
-    Window k reads inputs k * stride .. k * stride + seq_len - 1. Window 0 scores all its targets, later ones
-    those that no earlier window has; the last may be short. So every target is scored once, for any n.
+    Window k reads inputs k * stride .. k * stride + seq_len - 1. Window 0 scores all its targets,
+    later ones those that no earlier window has; the last may be short. So every target is scored
+    once, for any number of targets. A chunk begins with the first window whose first target is in
+    the next `chunk_targets` (0 = one chunk).
     """
 
     targets: int
     seq_len: int
     stride: int
+    batch_rows: int = 1
+    chunk_targets: int = 0
+    left_context: int = 0  # tokens that a network which carries on wants before a batch
+    fixed_rows: bool = False  # all batches have as many rows of inputs
 
-    @property
-    def count(self) -> int:
-        return 1 + max(0, -(-(self.targets - self.seq_len) // self.stride))
-
-    def scored(self, k: int) -> tuple[int, int]:
-        """First target of window k and the one after its last."""
-        start = k * self.stride
-        return (start + self.seq_len - self.stride if k else 0), min(
-            start + self.seq_len, self.targets
-        )
-
-    def of(self, target: Any) -> Any:
+    def window_of(self, target: Any) -> Any:
         """The window that scores a target, or each target of an array."""
         return np.maximum(0, -(-(target + 1 - self.seq_len) // self.stride))
 
-    def units(self, batch: int, chunk: int = 0) -> Iterator[list[range]]:
-        """Batches of windows of one shape, as lists per chunk of `chunk` targets (0 = one chunk)."""
-        edges = [
-            k
-            for k in range(1, self.count if chunk else 1)
-            if self.scored(k)[0] // chunk != self.scored(k - 1)[0] // chunk
-        ]
-        for lo, hi in itertools.pairwise([0, *edges, self.count]):
-            first = [range(0, 1)] if lo == 0 and self.stride < self.seq_len else []
-            yield first + [range(k, min(k + batch, hi)) for k in range(lo + len(first), hi, batch)]
+    def chunks(self, rank: int = 0, world: int = 1) -> list[Chunk]:
+        """All chunks; of each, this process's consecutive share of the batches."""
+        windows = np.arange(1 + max(0, -(-(self.targets - self.seq_len) // self.stride)))
+        first = np.where(windows > 0, windows * self.stride + self.seq_len - self.stride, 0)
+        parts = first // (self.chunk_targets or self.targets)
+        edges = [*np.flatnonzero(np.diff(parts, prepend=-1)).tolist(), len(windows)]
+        chunks = []
+        for number, (lo, hi) in enumerate(itertools.pairwise(edges)):
+            alone = lo == 0 and self.stride < self.seq_len  # window 0 scores more targets
+            work = [range(0, 1)] if alone else []
+            for k in range(lo + len(work), hi, self.batch_rows):
+                work.append(range(k, min(k + self.batch_rows, hi)))
+            share = -(-len(work) // world)
+            work += [None] * (share * world - len(work))
+            mine = work[rank * share : (rank + 1) * share]
+            progress = number / (len(edges) - 2) if len(edges) > 2 else 1.0
+            end = int(first[hi]) if hi < len(windows) else self.targets
+            chunks.append(Chunk(int(first[lo]), end, mine, progress))
+        return chunks
 
-    def samples(self, positions: int) -> tuple[Sequence[int], Sequence[int]]:
-        """A unit early in the stream, and one spread over it with so many targets."""
-        last, wanted = self.count - 1, -(-positions // self.stride)
+    def batch(self, tokens: np.ndarray, windows: Sequence[int]) -> Batch:
+        """Some windows; the last is repeated, so that all batches but the first have one shape."""
+        alone = windows[0] == 0 and self.stride < self.seq_len
+        row = np.arange(1 if alone else self.batch_rows)
+        k = np.asarray(windows)[np.minimum(row, len(windows) - 1)]
+        starts = k * self.stride
+        first = np.where(k > 0, starts + self.seq_len - self.stride, 0)
+        end = np.minimum(starts + self.seq_len, self.targets)
+        index = first[:, None] + np.arange(self.seq_len if windows[0] == 0 else self.stride)
+        real = (index < end[:, None]) & (row < len(windows))[:, None]
+        if self.fixed_rows:
+            starts = np.resize(starts, self.batch_rows)
+        return make_batch(tokens, starts, self.seq_len, index, real, self.left_context)
+
+    def position(self, tokens: np.ndarray, target: int) -> Batch:
+        """A batch of one position, which predicts this target from the tokens before it."""
+        start = int(self.window_of(target)) * self.stride
+        if self.left_context:  # whoever carries on needs one input
+            start = target
+        length = target + 1 - start
+        index = np.array([[target]])
+        real = np.ones((1, 1), bool)
+        return make_batch(tokens, index[0] + 1 - length, length, index, real, self.left_context)
+
+    def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
+        """The chunk that ends with the newest of the `known` tokens, if one does."""
+        return [chunk for chunk in self.chunks() if chunk.hi == known - 1]
+
+    def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
+        """For the checks: a batch early in the stream, one spread over it with so many targets."""
+        last = int(self.window_of(self.targets - 1))
         first = min(1, last)
-        return [first], sorted({*np.linspace(first, last, wanted, dtype=int)}) if wanted > 1 else [
-            last
-        ]
+        rows = max(2, -(-positions // self.stride))  # the last window may be short
+        rows = min(rows, self.batch_rows)
+        spread = np.unique(np.linspace(last, first, rows).astype(int))
+        plan = self if self.fixed_rows else dataclasses.replace(self, batch_rows=rows)
+        return plan.batch(tokens, [first]), plan.batch(tokens, spread)
 
-    def span(self, units: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """First target of these units and the one after the last."""
-        return self.scored(units[0][0])[0], self.scored(units[-1][-1])[1]
 
-    def batch(
-        self, tokens: np.ndarray, unit: Sequence[int], rows: int, rt: Runtime, left_context: int = 0
-    ) -> Batch:
-        """The unit's windows, the last repeated up to `rows`: all batches but the first have one shape."""
-        rows = 1 if unit[0] == 0 and self.stride < self.seq_len else rows
-        ks = np.array([unit[min(i, len(unit) - 1)] for i in range(rows)])
-        lo, hi = np.array([self.scored(k) for k in ks]).T
-        index = lo[:, None] + np.arange(self.stride if unit[0] else self.seq_len)  # [B, S]
-        starts, valid = ks * self.stride, np.where(np.arange(rows) < len(unit), hi - lo, 0)
-        return make_batch(
-            tokens,
-            starts,
-            self.seq_len,
-            index,
-            valid,
-            rt,
-            left_context=tokens[max(0, starts[0] - left_context) : starts[0]],
-        )
+@dataclasses.dataclass(frozen=True)
+class DocumentRows:
+    """One chunk of some documents, a row each; the number of a chunk is the same for all."""
+
+    number: int
+    first: np.ndarray  # [B] first target
+    end: np.ndarray  # [B] the one after the document's last
+    slots: np.ndarray  # [B] of adapters
 
 
 class Documents:
-    """Batches of consecutive documents, in chunks: unit (documents, c) is chunk c of those that have one.
+    """A plan of documents side by side, in groups of `slots`: chunk 0 of each, then chunk 1 ...
 
-    A chunk is scored with what stands before it in its own document, seq_len inputs at most. A document's
-    targets end with the start of the next one.
+    A chunk is scored with what stands before it in its own document, seq_len inputs at most. A
+    document's targets end with the start of the next one. Processes share the slots.
     """
 
-    def __init__(self, tokens: np.ndarray, bos: int, seq_len: int, chunk: int, slots: int):
-        self.targets, self.seq_len, self.chunk, self.slots = len(tokens) - 1, seq_len, chunk, slots
-        self.starts = np.union1d(np.flatnonzero(tokens[:-1] == bos), [0])
-        self.ends = np.append(self.starts[1:], self.targets)
-        self.chunks = -(-(self.ends - self.starts) // chunk)
+    def __init__(self, tokens: np.ndarray, bos: int, seq_len: int, chunk_targets: int, slots: int):
+        self.bos = bos
+        self.seq_len = seq_len
+        self.chunk_targets = chunk_targets
+        self.slots = slots
+        self.starts = self._starts(tokens[:-1])
+        self.ends = np.append(self.starts[1:], len(tokens) - 1)
 
-    def units(self, batch: int, chunk: int = 0) -> Iterator[list[tuple[np.ndarray, int]]]:
-        for members in np.split(
-            np.arange(len(self.starts)), range(self.slots, len(self.starts), self.slots)
-        ):
-            yield [
-                (members[self.chunks[members] > c], c) for c in range(self.chunks[members].max())
-            ]
+    def _starts(self, inputs: np.ndarray) -> np.ndarray:
+        """First input of every document."""
+        return np.union1d(np.flatnonzero(inputs == self.bos), [0])
 
-    def samples(self, positions: int) -> tuple[tuple[np.ndarray, int], ...]:
-        return (first := next(self.units(0)))[0], first[-1]
+    def chunks(self, rank: int = 0, world: int = 1) -> list[Chunk]:
+        """All chunks; of each, the documents in this process's slots."""
+        chunks = []
+        size = self.chunk_targets
+        count = -(-(self.ends - self.starts) // size)  # of each document
+        for first in range(0, len(self.starts), self.slots):
+            group = np.arange(first, min(first + self.slots, len(self.starts)))
+            lo, hi = int(self.starts[group[0]]), int(self.ends[group[-1]])
+            mine = group[group % self.slots % world == rank]
+            last = int(count[group].max()) - 1
+            for number in range(last + 1):
+                rows = mine[count[mine] > number]
+                work = DocumentRows(
+                    number, self.starts[rows] + number * size, self.ends[rows], rows % self.slots
+                )
+                chunks.append(Chunk(lo, hi, [work if len(rows) else None], closes=number == last))
+        return chunks
 
-    def span(self, units: Sequence[tuple[np.ndarray, int]]) -> tuple[int, int]:
-        return self.starts[units[0][0][0]], self.ends[units[0][0][-1]]
+    def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
+        """The rows' chunk; all documents of a chunk have as many inputs."""
+        size = self.chunk_targets
+        length = min(self.seq_len, (rows.number + 1) * size)
+        index = rows.first[:, None] + np.arange(size)
+        real = index < rows.end[:, None]
+        starts = rows.first + size - length
+        return make_batch(tokens, starts, length, index, real, slots=rows.slots)
 
-    def part(self, unit: tuple[np.ndarray, int], rank: int, world: int) -> tuple[np.ndarray, int]:
-        """A process's documents of a unit: those of its slots."""
-        return unit[0][unit[0] % self.slots % world == rank], unit[1]
+    def position(self, tokens: np.ndarray, target: int) -> Batch:
+        """A batch of one position, which predicts this target from the tokens before it."""
+        starts = self._starts(tokens[: target + 1])
+        chunk_end = target - (target - starts[-1]) % self.chunk_targets + self.chunk_targets
+        length = target + 1 - max(starts[-1], chunk_end - self.seq_len)
+        index = np.array([[target]])
+        slots = np.array([(len(starts) - 1) % self.slots])
+        real = np.ones((1, 1), bool)
+        return make_batch(tokens, index[0] + 1 - length, length, index, real, slots=slots)
 
-    def batch(
-        self,
-        tokens: np.ndarray,
-        unit: tuple[np.ndarray, int],
-        rows: int,
-        rt: Runtime,
-        left_context: int = 0,
-    ) -> Batch:
-        members, c = unit
-        starts, length = (
-            self.starts[members] + c * self.chunk,
-            min(self.seq_len, (c + 1) * self.chunk),
-        )
-        index, valid = starts[:, None] + np.arange(self.chunk), self.ends[members] - starts
-        return make_batch(
-            tokens,
-            starts + self.chunk - length,
-            length,
-            index,
-            valid.clip(max=self.chunk),
-            rt,
-            slots=members % self.slots,
-        )
+    def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
+        """The chunk that ends with the newest of the `known` tokens, if one does."""
+        targets = known - 1
+        starts = self._starts(tokens[:targets])
+        scored = targets - starts[-1]  # of the newest document
+        over = known == len(tokens)
+        ended = over or tokens[targets] == self.bos
+        if not ended and scored % self.chunk_targets:
+            return []
+        document = len(starts) - 1
+        number = int(scored - 1) // self.chunk_targets
+        first = starts[-1:] + number * self.chunk_targets
+        slots = np.array([document % self.slots])
+        rows = DocumentRows(number, first, np.array([targets]), slots)
+        group = int(starts[document // self.slots * self.slots])
+        full = over or (document + 1) % self.slots == 0
+        return [Chunk(group, targets, [rows], closes=bool(ended and full))]
 
+    def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
+        """For the checks: the first batch of the stream, and the last of its documents."""
+        group = [chunk for chunk in self.chunks() if chunk.lo == 0]
+        return self.batch(tokens, group[0].work[0]), self.batch(tokens, group[-1].work[0])
+
+
+Plan = Windows | Documents
+
+# --- n-gram counts: a service that mixers ask -----------------------------------------------------
 
 COUNT_PIECE = 1 << 18  # positions that are sorted at once, about
+
+
+@dataclasses.dataclass
+class OrderCounts:
+    """Counts of one order at every position of a stream, int32 [n] each; see causal_counts."""
+
+    n: np.ndarray
+    total: np.ndarray
+    distinct: np.ndarray
+    hint: np.ndarray | None = None
+    agree: np.ndarray | None = None
+
+
+def causal_counts(
+    tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: bool = False
+) -> Iterator[tuple[Any, ...]]:
+    """Exact n-gram counts at every position, from earlier tokens only: (order, n, N, T), rising.
+
+    Order k has a context of k - 1 tokens. int32 [len(tokens)]: n, how often context and token came
+    before; N, how often the context did; T, how many different tokens followed it. Zeros where the
+    context is incomplete (it begins before the stream or, given bos, in an earlier document).
+    hints: two arrays more, the token that followed the context last, and its n.
+
+    One sort an order. Positions stand in groups of equal context, in order of position inside a
+    group. Sorted by (group, token, position), equal n-grams lie side by side, so that n is the
+    place in the run; N is the place in the group; T counts the runs that began before. The runs are
+    the next order's groups, one position later, and only those that occur elsewhere too go on.
+    Memory: under 40 bytes a token beyond what is yielded.
+    """
+    tokens = np.asarray(tokens)
+    size = len(tokens)
+    vocab = int(tokens.max(initial=0)) + 1
+    room = np.append(np.arange(size, dtype=np.int32), np.int32(-1))  # longest complete context
+    if bos is not None:
+        starts = np.where(tokens == bos, room[:-1], np.int32(0))
+        room[1:size] -= np.maximum.accumulate(starts)[:-1]
+    at = np.arange(size, dtype=np.int32)
+    first = at == 0  # whether a position begins its group
+    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
+        for order in range(1, max(orders) + 1):
+            counts = None
+            if order in orders:
+                arrays = [np.zeros(size, np.int32) for _ in range(5 if hints else 3)]
+                counts = OrderCounts(*arrays)
+            heads = np.flatnonzero(first)  # groups are counted in pieces
+            ends = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
+            cuts = np.unique(heads[np.searchsorted(heads, ends)])
+            piece = functools.partial(_count_piece, tokens, vocab, room, order, counts)
+            parts = [(at[:0], first[:0])]
+            if len(at):
+                parts += pool.map(piece, np.split(at, cuts), np.split(first, cuts))
+            if counts:
+                yield (order, *arrays)
+                del arrays, counts
+            at, first = (np.concatenate(arrays) for arrays in zip(*parts))
 
 
 def _count_piece(
@@ -3301,94 +3424,60 @@ def _count_piece(
     vocab: int,
     room: np.ndarray,
     order: int,
-    out: list[np.ndarray],
+    counts: OrderCounts | None,
     at: np.ndarray,
     first: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One order of causal_counts, for positions `at` grouped by context, rising in a group; `first` of each.
-
-    Fills the arrays of `out`; returns the next order's positions and which are first. Frees memory early.
-    """
-    place, bits = np.arange(len(at), dtype=np.int32), len(at).bit_length()
+    """One order of causal_counts, for whole groups -> the next order's positions, group starts."""
+    place = np.arange(len(at), dtype=np.int32)
     heads = np.flatnonzero(first)
-    sizes = np.diff(heads, append=len(at))
-    start = np.repeat(heads.astype(np.int32), sizes)  # of the group
-    check(
-        int(start[-1]).bit_length() + vocab.bit_length() + bits < 64,
-        f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams in 64-bit keys",
-    )
-    key = start.astype(np.int64)
+    group = np.repeat(heads.astype(np.int32), np.diff(heads, append=len(at)))
+    by_key, run_starts = _sort_group_token(tokens[at], group, vocab, place)
+    if counts:
+        rank = np.maximum.accumulate(np.where(run_starts, place, np.int32(0)))
+        n = np.empty_like(place)
+        n[by_key] = place - rank
+        del rank
+        counts.n[at] = n
+        counts.total[at] = place - group
+        new = n == 0
+        runs = np.cumsum(new, dtype=np.int32)
+        runs -= new
+        counts.distinct[at] = runs - runs[group]
+        if counts.hint is not None:
+            later = np.flatnonzero(~first)
+            counts.hint[at[later]] = tokens[at[later - 1]]
+            counts.agree[at[later]] = n[later - 1] + 1
+        del n, new, runs
+    del place, group
+    alone = run_starts & np.append(run_starts[1:], True)
+    number = np.cumsum(run_starts, dtype=np.int32)[~alone]
+    following = at[by_key][~alone] + np.int32(1)
+    whole = room[following] >= order
+    following, number = following[whole], number[whole]
+    starts = np.ones(len(number), bool)
+    np.not_equal(number[1:], number[:-1], out=starts[1:])
+    return following, starts
+
+
+def _sort_group_token(
+    tokens: np.ndarray, group: np.ndarray, vocab: int, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places sorted by group, token, place; and where a run of equal group and token starts."""
+    bits = len(place).bit_length()
+    needed = int(group[-1]).bit_length() + vocab.bit_length() + bits
+    too_many = f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams"
+    check(needed < 64, f"{too_many} in 64-bit keys")
+    key = group.astype(np.int64)
     key *= vocab
-    key += tokens[at]
+    key += tokens
     key <<= bits
     key |= place
-    key.sort()  # by context, token, position
-    by_key = np.bitwise_and(key, (1 << bits) - 1, out=np.empty_like(place), casting="unsafe")
+    key.sort()
+    by_key = np.empty_like(place)
+    np.bitwise_and(key, (1 << bits) - 1, out=by_key, casting="unsafe")
     key >>= bits
-    new = np.concatenate(([True], key[1:] != key[:-1]))
-    del key
-    if out:
-        n, rank = np.empty_like(place), np.where(new, place, np.int32(0))
-        n[by_key] = np.subtract(place, np.maximum.accumulate(rank, out=rank), out=rank)
-        del rank
-        out[0][at] = n
-        distinct = np.cumsum(n == 0, dtype=np.int32)
-        distinct -= n == 0
-        distinct -= np.repeat(distinct[heads], sizes)
-        out[2][at] = distinct
-        if len(out) > 3:
-            later = np.flatnonzero(~first)
-            out[3][at[later]], out[4][at[later]] = tokens[at[later - 1]], n[later - 1] + 1
-        place -= start
-        out[1][at] = place
-        del n, distinct
-    del place, start
-    again = ~(new & np.append(new[1:], True))  # pairs that occur elsewhere too
-    nexts = at[by_key][again]
-    nexts += 1
-    whole, groups = room[nexts] >= order, np.cumsum(new, dtype=np.int32)[again]
-    nexts, groups = nexts[whole], groups[whole]
-    heads = np.ones(len(groups), bool)
-    np.not_equal(groups[1:], groups[:-1], out=heads[1:])
-    return nexts, heads
-
-
-def causal_counts(
-    tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: bool = False
-) -> Iterator[tuple[Any, ...]]:
-    """Exact n-gram counts at every position, from earlier tokens only: (order, n, N, T), orders rising.
-
-    Order k has a context of k - 1 tokens. int32 [len(tokens)]: n, how often context and token came before; N,
-    how often the context did; T, how many different tokens followed it. Zeros where the context is incomplete
-    (it begins before the stream or, given bos, in an earlier document). hints: two arrays more, the token
-    that followed the context last, and its n. One sort an order, of those positions whose context occurs
-    elsewhere too; memory: under 40 bytes a token beyond what is yielded.
-    """
-    tokens = np.asarray(tokens)
-    size, vocab = len(tokens), int(tokens.max(initial=0)) + 1
-    room = np.append(
-        np.arange(size, dtype=np.int32), np.int32(-1)
-    )  # length of the longest whole context
-    if bos is not None:
-        room[1:size] -= np.maximum.accumulate(np.where(tokens == bos, room[:-1], np.int32(0)))[:-1]
-    at, first = np.arange(size, dtype=np.int32), np.arange(size) == 0
-    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
-        for order in range(1, max(orders) + 1):
-            out = (
-                [np.zeros(size, np.int32) for _ in range(5 if hints else 3)]
-                if order in orders
-                else []
-            )
-            heads = np.flatnonzero(first)  # groups are counted in pieces
-            wanted = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
-            cuts = np.unique(heads[np.searchsorted(heads, wanted)])
-            count = functools.partial(_count_piece, tokens, vocab, room, order, out)
-            parts = pool.map(count, np.split(at, cuts), np.split(first, cuts)) if len(at) else ()
-            parts = [(at[:0], first[:0]), *parts]
-            if out:
-                yield (order, *out)
-            del out
-            at, first = (np.concatenate(arrays) for arrays in zip(*parts))
+    return by_key, np.concatenate(([True], key[1:] != key[:-1]))
 
 
 def counts_after(
@@ -3398,122 +3487,150 @@ def counts_after(
     bos: int | None = None,
     unigram: np.ndarray | None = None,
 ) -> Iterator[tuple[Any, ...]]:
-    """causal_counts with hints for every token that could follow a prefix, n [V], by searching it (its own
-    counts of order 1, if known, are `unigram`)."""
-    size, starts = len(prefix), np.flatnonzero(prefix == bos) if bos is not None else prefix[:0]
+    """causal_counts with hints for every token that could follow a prefix, n [V], by searching it.
+
+    unigram: the prefix's own counts of order 1, if known.
+    """
+    size = len(prefix)
+    starts = np.flatnonzero(prefix == bos) if bos is not None else prefix[:0]
     room = size - (int(starts[-1]) if len(starts) else 0)
-    found = np.flatnonzero(prefix[:-1] == prefix[-1:]) + 1  # where the context occurs, so far
+    found = np.flatnonzero(prefix[:-1] == prefix[-1:]) + 1  # what followed the context, so far
     for order in range(1, max(orders) + 1):
         if order > 2 and len(found):
             found = found[np.searchsorted(found, order - 1) :] if order - 1 <= room else found[:0]
             found = found[prefix[found - order + 1] == prefix[size - order + 1]]
         if order in orders:
-            after = prefix if order == 1 else prefix[found]  # the tokens that followed the context
-            n = np.bincount(after, minlength=vocab) if order > 1 or unigram is None else unigram
+            after = prefix if order == 1 else prefix[found]
+            known = order == 1 and unigram is not None
+            n = unigram if known else np.bincount(after, minlength=vocab)
             hint = int(after[-1]) if len(after) else 0
             yield order, n, len(after), np.count_nonzero(n), hint, n[hint]
 
 
-NGRAM_ORDERS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    13,
-    25,
-)  # of exact counts; the last reach back 12, 24 tokens
-DISCOUNT, CONCENTRATION = 0.75, 0.5  # of absolute discounting
-Grams = namedtuple("Grams", "q rank count hint agree")
+NGRAM_ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)  # of exact counts; the last reach back 12, 24 tokens
+DISCOUNT = 0.75  # of absolute discounting
+CONCENTRATION = 0.5
 
 
-def discounted(counts: Iterator[tuple[Any, ...]], vocab: int) -> Grams:
-    """Interpolated absolute discounting: q, a list of probabilities by order; each has the lower one as base.
+class NgramFacts(NamedTuple):
+    """What is known of the longest context seen before a target; arrays or tensors [...]."""
 
-    Below order 1 is the uniform distribution. Of the longest context seen before: its rank in the orders
-    (from 1; 0 = none), its count, the token that followed it last and how often that did.
+    rank: Any  # its place in NGRAM_ORDERS, from 1; 0 = none was seen
+    count: Any  # how often it was seen
+    hint: Any  # the token that followed it last
+    agree: Any  # how often that token did
+
+
+def discounted(counts: Iterator[tuple[Any, ...]], vocab: int) -> tuple[list[Any], NgramFacts]:
+    """Interpolated absolute discounting: a list of q by order, each with the lower one as base.
+
+    Below order 1 is the uniform distribution. Beside it the facts of the longest context.
     """
-    q, rows, facts = np.float64(1 / vocab), [], (0, 0, 0, 0)
+    q = np.float64(1 / vocab)
+    by_order = []
+    facts = (0, 0, 0, 0)
     for rank, (_, n, total, distinct, hint, agree) in enumerate(counts, 1):
-        seen, total = np.greater(total, 0), np.asarray(total)
-        below = (CONCENTRATION + DISCOUNT * distinct) * q
-        q = np.where(seen, (np.maximum(n - DISCOUNT, 0) + below) / (total + CONCENTRATION), q)
-        rows.append(q)
-        facts = [np.where(seen, new, old) for new, old in zip((rank, total, hint, agree), facts)]
-    return Grams(rows, *facts)
+        seen = np.greater(total, 0)
+        lower = (CONCENTRATION + DISCOUNT * distinct) * q
+        mixed = (np.maximum(n - DISCOUNT, 0) + lower) / (np.asarray(total) + CONCENTRATION)
+        q = np.where(seen, mixed, q)
+        by_order.append(q)
+        found = (rank, total, hint, agree)
+        facts = tuple(np.where(seen, new, old) for new, old in zip(found, facts))
+    return by_order, NgramFacts(*facts)
 
 
-class PrefixCounts:
-    """What exact counts say after a prefix of the tokens, for every token that could follow: `every`."""
+class NgramCounts:
+    """Exact counts of a stream as a service, for targets by number: facts, and q of any tokens.
 
-    def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
-        self.tokens, self.vocab, self.bos = (
-            tokens,
-            cfg.vocab_size,
-            cfg.bos_id if cfg.ngram_docs else None,
-        )
-        self.asked, self.answer, self.upto, self.unigram = (
-            None,
-            None,
-            0,
-            np.zeros(self.vocab, np.int64),
-        )
+    One sort of the stream answers for its own tokens. Whatever else is asked, and everything while
+    the stream is still being written (whole = False), comes from searching the tokens before the
+    target alone.
+    """
 
-    def _after(self, j: int) -> Grams:
-        if self.upto > j + 1:
-            self.unigram, self.upto = np.zeros_like(self.unigram), 0
-        self.unigram += np.bincount(self.tokens[self.upto : j + 1], minlength=self.vocab)
-        self.upto = j + 1
-        return discounted(
-            counts_after(self.tokens[: j + 1], NGRAM_ORDERS, self.vocab, self.bos, self.unigram),
-            self.vocab,
-        )
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.rt = rt
+        self.vocab = cfg.vocab_size
+        self.bos = cfg.bos_id if cfg.ngram_docs else None
 
-    def every(self, index: np.ndarray) -> Grams:
-        """At targets [m], from the tokens before each alone: q [m, V, K], the rest [m]."""
-        if self.asked != index.tobytes():  # tilt and mixture ask the same
-            q, *facts = map(np.stack, zip(*map(self._after, index)))  # [m, K, V], [m]
-            self.asked, self.answer = index.tobytes(), Grams(q.swapaxes(1, 2), *facts)
-        return self.answer
+    def prepare(self, tokens: np.ndarray, plan: Any = None, whole: bool = True) -> None:
+        """Takes a stream."""
+        self.tokens = tokens
+        self.sorted = None
+        if whole:
+            counts = causal_counts(tokens, NGRAM_ORDERS, self.bos, hints=True)
+            self.sorted = discounted(counts, self.vocab)
+        self.unigram = np.zeros(self.vocab, np.int64)
+        self.unigram_end = 0  # tokens that are counted in it
+        self.asked: tuple[bytes, Any] = (b"", None)  # tilt and mixture ask the same
 
+    def facts(self, index: np.ndarray) -> NgramFacts:
+        """Of the context before each target [...] -> tensors [...]; count is at least 1."""
+        if self.sorted:
+            _, facts = self.sorted
+            facts = NgramFacts(*(array[index + 1] for array in facts))
+        else:
+            _, facts = self._search(index)
+        facts = NgramFacts(*(self.rt.put(array) for array in facts))
+        return facts._replace(count=facts.count.clamp(min=1))
 
-class NgramCounts(PrefixCounts):
-    """The same for a whole stream at once, for the targets that it has: `of`."""
+    def prob(self, index: np.ndarray, ids: Tensor) -> Tensor:
+        """q of tokens ids [..., C] as targets number index [...] -> [..., C, K], float64."""
+        asked = ids.cpu().numpy()
+        own = asked.shape[-1] == 1 and np.array_equal(asked[..., 0], self.tokens[index + 1])
+        if self.sorted and own:
+            by_order, _ = self.sorted
+            found = np.stack([q[index + 1] for q in by_order], -1)[..., None, :]
+        else:
+            q, _ = self._search(index)  # [..., K, V]
+            found = np.take_along_axis(q, asked[..., None, :], -1).swapaxes(-1, -2)
+        return self.rt.put(np.ascontiguousarray(found))
 
-    def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
-        super().__init__(tokens, windows, cfg)
-        self.grams = discounted(
-            causal_counts(tokens, NGRAM_ORDERS, self.bos, hints=True), self.vocab
-        )
+    def _search(self, index: np.ndarray) -> tuple[np.ndarray, NgramFacts]:
+        """q of the whole vocabulary [..., K, V], and the facts [...]."""
+        key = index.tobytes()
+        if self.asked[0] != key:
+            found = [self._after(int(target)) for target in index.flat]
+            q = np.stack([np.stack(by_order) for by_order, _ in found])
+            facts = (np.stack(arrays) for arrays in zip(*(facts for _, facts in found)))
+            facts = NgramFacts(*(array.reshape(index.shape) for array in facts))
+            self.asked = key, (q.reshape(*index.shape, *q.shape[1:]), facts)
+        return self.asked[1]
 
-    def of(self, index: np.ndarray) -> Grams:
-        """At targets [...]: q of the target [..., K], the rest [...]."""
-        q, *facts = self.grams
-        return Grams(
-            np.stack([row[index + 1] for row in q], -1), *(fact[index + 1] for fact in facts)
-        )
+    def _after(self, target: int) -> tuple[list[np.ndarray], NgramFacts]:
+        end = target + 1
+        if self.unigram_end > end:
+            self.unigram = np.zeros_like(self.unigram)
+            self.unigram_end = 0
+        new = self.tokens[self.unigram_end : end]
+        self.unigram = self.unigram + np.bincount(new, minlength=self.vocab)
+        self.unigram_end = end
+        prefix = self.tokens[:end]
+        counts = counts_after(prefix, NGRAM_ORDERS, self.vocab, self.bos, self.unigram)
+        return discounted(counts, self.vocab)
 
 
 def counts_before(
     keys: np.ndarray, groups: np.ndarray, counted: np.ndarray | None = None
 ) -> np.ndarray:
-    """How many counted elements with its key stand in earlier groups, for every element -> [n]. One sort.
+    """How many counted elements with its key stand in earlier groups, for every element -> [n].
 
-    keys [n] whole numbers; groups [n] never falling (a token, a window, a chunk): what one group adds, only
-    later ones see. counted [n] bool, None = all.
+    keys [n] whole numbers; groups [n] never falling (a token, a window, a chunk): what one group
+    adds, only later ones see. counted [n] bool, None = all. One sort.
     """
-    n, bits = len(keys), len(keys).bit_length()
+    n = len(keys)
+    bits = n.bit_length()
     order = keys.astype(np.int64) << bits | np.arange(n)
     order.sort()  # by key, then by position
-    at, keys = order & ((1 << bits) - 1), order >> bits
+    at = order & ((1 << bits) - 1)
+    keys = order >> bits
     groups = groups[at]
     new_key = np.concatenate(([True], keys[1:] != keys[:-1]))
-    runs = np.flatnonzero(
-        new_key | np.concatenate(([True], groups[1:] != groups[:-1]))
-    )  # of key and group
-    seen = runs if counted is None else (np.cumsum(counted[at]) - counted[at])[runs]
+    new_group = np.concatenate(([True], groups[1:] != groups[:-1]))
+    runs = np.flatnonzero(new_key | new_group)  # of equal key and group
+    seen = runs
+    if counted is not None:
+        seen = (np.cumsum(counted[at]) - counted[at])[runs]
     before = seen - np.maximum.accumulate(np.where(new_key[runs], seen, 0))
     out = np.empty(n, np.int32)
     out[at] = np.repeat(before.astype(np.int32), np.diff(runs, append=n))
@@ -3521,606 +3638,831 @@ def counts_before(
 
 
 class HashedCounts:
-    """The hashed caches' ratio min(F, C) / C of every target and order, over the whole stream at once.
+    """The hashed caches' ratios min(F, C) / C of every order, as a service for a stream's targets.
 
-    C counts earlier sightings of the context's counter, F of context and target's; -1 where an order does not
-    count. A window (PR 740) or chunk (PR 859) is added after it. PR 740: an order sees and gets only what no
-    higher order mixed. PR 859: all orders, contexts from the window, no n-gram across a chunk's start.
+    C counts earlier sightings of the context's counter, F of context and target's; -1 where an
+    order does not count. A window (PR 740) or chunk (PR 859) is added after it. PR 740: an order
+    sees and gets only what no higher order mixed. PR 859: all orders, contexts from the window, no
+    n-gram across a chunk's start. Sorting the whole stream once an order is many times faster than
+    keeping tables up to date from window to window.
     """
 
-    def __init__(self, tokens: np.ndarray, windows: Windows, cfg: Config):
-        self.cfg, self.orders, n = cfg, cfg.ngram_orders, windows.targets
-        self.tokens, self.target = tokens.astype(np.uint32), np.arange(n, dtype=np.int32)
-        window = windows.of(self.target)
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.cfg = cfg
+        self.rt = rt
+        self.orders = cfg.ngram_orders
+
+    def prepare(self, tokens: np.ndarray, windows: Windows, whole: bool = True) -> None:
+        """Counts a stream."""
+        self.tokens = tokens.astype(np.uint32)
+        n = windows.targets
+        self.target = np.arange(n, dtype=np.int32)
+        window = windows.window_of(self.target)
         self.row = self.target - window * windows.stride  # position in the window
-        first = np.where(window, window * windows.stride + windows.seq_len - windows.stride, 0)
-        self.groups = first // (cfg.ngram_chunk_tokens or windows.stride)
+        first = np.where(window > 0, self.target - self.row + windows.seq_len - windows.stride, 0)
+        self.groups = first // (self.cfg.ngram_chunk_tokens or windows.stride)
         starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
-        self.begin = np.repeat(
-            starts, np.diff(starts, append=n)
-        )  # [n] first target of each one's group
-        self.ratios = np.full((len(self.orders), n), -1, np.float32)
+        self.begin = np.repeat(starts, np.diff(starts, append=n))  # first target of one's group
+        self.own = np.full((len(self.orders), n), -1, np.float32)  # ratios of the stream's tokens
         with ThreadPoolExecutor(2) as pool:  # the two counters of an order
             for order in reversed(self.orders):
-                looked, added, slots = self._order(order)
-                used = looked | added
-                counted = None if added[used].all() else added[used]
-                context, full = pool.map(
-                    counts_before,
-                    (slot[used] for slot in slots),
-                    [self.groups[used]] * 2,
-                    [counted] * 2,
-                )
-                ratio = np.minimum(context, full) / np.maximum(context, 1, dtype=np.float32)
-                ratio[(context < cfg.ngram_min_count) | ~looked[used]] = -1
-                self.ratios[order - self.orders[0], used] = ratio
+                self._count(order, pool)
+
+    def _count(self, order: int, pool: ThreadPoolExecutor) -> None:
+        """The ratios of one order, for all targets that look it up."""
+        looked, added, slots = self._order(order)
+        used = looked | added
+        counted = None if added[used].all() else added[used]
+        groups = self.groups[used]
+
+        def count(slot: np.ndarray) -> np.ndarray:
+            return counts_before(slot[used], groups, counted)
+
+        context, full = pool.map(count, slots)
+        ratio = np.minimum(context, full) / np.maximum(context, 1, dtype=np.float32)
+        ratio[(context < self.cfg.ngram_min_count) | ~looked[used]] = -1
+        self.own[order - self.orders[0], used] = ratio
 
     def _order(self, order: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Which targets look an order up, which are added to it, and their counters (where complete)."""
-        padded, n = np.concatenate((np.zeros(order - 2, np.uint32), self.tokens)), len(self.target)
-        slots = ngram_slots(
-            [padded[i : i + n] for i in range(order - 1)], self.tokens[1:], self.cfg
-        )
+        """Which targets look an order up, which are added to it, and their counters."""
+        n = len(self.target)
+        padded = np.concatenate((np.zeros(order - 2, np.uint32), self.tokens))
+        context = [padded[i : i + n] for i in range(order - 1)]
+        slots = ngram_slots(context, self.tokens[1:], self.cfg)
         if self.cfg.ngram == "gated":
-            return self.row >= order - 1, self.target - self.begin >= order - 2, slots
-        free = (self.ratios[order - self.orders[0] + 1 :] < 0).all(0) & (self.target >= order - 2)
+            complete = self.target - self.begin >= order - 2
+            return self.row >= order - 1, complete, slots
+        higher = self.own[order - self.orders[0] + 1 :]
+        free = (higher < 0).all(0) & (self.target >= order - 2)
         return free, free, slots
 
-    def of(self, index: np.ndarray) -> np.ndarray:
-        """Ratios of the targets [..., K]."""
-        return np.moveaxis(self.ratios[:, index], 0, -1)
+    def ratios_of(self, index: np.ndarray, ids: Tensor) -> Tensor:
+        """Of tokens ids [..., C] as targets number index [...] -> [..., C, K], float64."""
+        asked = ids.cpu().numpy().astype(np.uint32)
+        if asked.shape[-1] == 1 and np.array_equal(asked[..., 0], self.tokens[index + 1]):
+            found = np.moveaxis(self.own[:, index], 0, -1)[..., None, :]
+        else:
+            order = np.argsort(index, axis=None, kind="stable")  # the tables grow with the stream
+            rows = asked.reshape(-1, asked.shape[-1])
+            found = np.empty((*rows.shape, len(self.orders)), np.float32)
+            found[order] = self._from_tables(index.flat[order], rows[order])
+            found = found.reshape(*asked.shape, len(self.orders))
+        return self.rt.put(np.ascontiguousarray(found)).double()
 
-    def every(self, index: np.ndarray) -> np.ndarray:
-        """Ratios of every token of the vocabulary at rising targets [m] -> [m, V, K], from plain tables."""
-        cfg, vocabulary = self.cfg, np.arange(self.cfg.vocab_size, dtype=np.uint32)
-        out = np.full((len(index), len(vocabulary), len(self.orders)), -1, np.float32)
+    def _from_tables(self, index: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Ratios of tokens ids [m, C] at rising targets [m] -> [m, C, K], from plain tables."""
+        out = np.full((*ids.shape, len(self.orders)), -1, np.float32)
         for column, order in enumerate(self.orders):
-            (looked, added, slots), done = self._order(order), 0
-            tables = np.zeros((2, cfg.ngram_buckets), np.uint32)
-            for row, j in enumerate(index):
-                for table, slot in zip(tables, slots):
-                    np.add.at(table, slot[done : self.begin[j]][added[done : self.begin[j]]], 1)
-                done, count = max(self.begin[j], done), tables[0, slots[0][j]]
-                if looked[j] and count >= cfg.ngram_min_count:
-                    _, full = ngram_slots(self.tokens[j - order + 2 : j + 1, None], vocabulary, cfg)
-                    out[row, :, column] = np.minimum(tables[1, full], count) / count
+            looked, added, slots = self._order(order)
+            contexts, fulls = np.zeros((2, self.cfg.ngram_buckets), np.uint32)
+            done = 0
+            for row, target in enumerate(index):
+                fresh = slice(done, max(self.begin[target], done))
+                done = fresh.stop
+                np.add.at(contexts, slots[0][fresh][added[fresh]], 1)
+                np.add.at(fulls, slots[1][fresh][added[fresh]], 1)
+                count = contexts[slots[0][target]]
+                if looked[target] and count >= self.cfg.ngram_min_count:
+                    context = self.tokens[target - order + 2 : target + 1, None]
+                    _, full = ngram_slots(context, ids[row], self.cfg)
+                    out[row, :, column] = np.minimum(fulls[full], count) / count
         return out
 
 
-def entropy(logits: Tensor) -> Tensor:
+# --- distributions: what is believed --------------------------------------------------------------
+
+
+def entropy(log_p: Tensor) -> Tensor:
     """[..., V] -> nats [...]."""
-    log_p = F.log_softmax(logits, -1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def temper(logits: Tensor, temperature: float) -> Tensor:
-    """Logits / (1 - (1 - temperature) (1 - entropy / ln V)), the divisor within 0.9 and 1.05 (PR 834)."""
+    """Logits over a temperature that acts the more the surer they are (PR 834).
+
+    The divisor is 1 - (1 - temperature) (1 - entropy / ln V), within 0.9 and 1.05.
+    """
     if temperature == 1:
         return logits
-    certain = 1 - entropy(logits) / math.log(logits.size(-1))
+    certain = 1 - entropy(F.log_softmax(logits, -1)) / math.log(logits.size(-1))
     return logits / (1 - (1 - temperature) * certain).clamp(0.9, 1.05).unsqueeze(-1)
 
 
-def scoring_tokens(cfg: Config, rt: Runtime) -> int:
-    return cfg.eval_batch_tokens or min(rt.profile.score_tokens, 2**28 // cfg.vocab_size)
+class Distribution:
+    """What is believed at every position of a batch, fixed before its targets are known.
 
-
-class Predictor:
-    """What scores text. Every predictor has, its own or from the one that it wraps (Nested):
-
-    outputs(batch) -> logits [B, S, V] and the final norm's output [B, S, D]; last(prefix) -> the same after
-    a prefix, [1, V] and [1, D]; prob(out, index, ids, counts) -> p of tokens ids [..., C] as target number
-    index [...], the one place that says what it believes; C = 1 are the targets themselves. The harness calls
-    charged(batch) after a batch is charged and observe(tokens, progress) after a chunk is, never before.
-    validity: what its score is called if it is no true one; chunk: targets between two calls of observe;
-    counts, twin: the n-gram counts that it asks for, of a stream and after a prefix; plan(tokens): its work;
-    shares: what processes divide, units or the rows of each; left_context: tokens wanted before a batch that does
-    not continue the last; row: tokens of a training row; probe(tokens): work for the audit; isolates: a
-    document's charges do not depend on others.
+    A dataclass whose tensors and arrays begin with the batch's positions [B, S].
     """
 
-    @torch.inference_mode()
-    def score(self, batch: Batch, counts: Any = None) -> Tensor:
-        """Nats of every target [B, S]."""
-        p = self.prob(self.outputs(batch), batch.index, batch.targets.unsqueeze(-1), counts)
-        return -p.squeeze(-1).log()
+    def prob(self, ids: Tensor) -> Tensor:
+        """p of token ids [B, S, C] -> [B, S, C], float64. Those of all V tokens sum to one."""
+        raise NotImplementedError
 
-    @torch.inference_mode()
-    def full(self, batch: Batch, counts: Any, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-        """log p over the vocabulary at chosen targets of a batch -> [m, V], float64."""
-        logits, hidden = (part[rows, columns] for part in self.outputs(batch))
-        ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
-        return self.prob((logits, hidden), batch.index[rows, columns], ids, counts).log().cpu()
-
-    @torch.inference_mode()
-    def next(self, prefix: np.ndarray, counts: Any = None) -> Tensor:
-        """log p over the vocabulary after a prefix -> [V], float64; by default the counts are its own."""
-        out, counts = self.last(prefix), counts or self.twin and self.twin(prefix, None, self.cfg)
-        ids = torch.arange(out[0].size(-1), device=out[0].device)[None]
-        return self.prob(out, np.array([len(prefix) - 1]), ids, counts)[0].log().cpu()
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> Distribution:
+        """The same at m of the positions -> [m, 1] positions."""
+        chosen = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Distribution):
+                chosen[field.name] = value.at(rows, columns)
+            elif isinstance(value, (Tensor, np.ndarray)):
+                chosen[field.name] = value[rows, columns][:, None]
+        return dataclasses.replace(self, **chosen)
 
 
-class Sliding(Predictor):
-    """The plain model over windows, each target with as much context as the stride allows."""
+@dataclasses.dataclass
+class Softmax(Distribution):
+    """The network's own distribution."""
 
-    validity, chunk, counts, twin, left_context, shares, isolates = (
-        "",
-        0,
-        None,
-        None,
-        0,
-        "units",
-        False,
-    )
-    charged = observe = snapshot = restore = staticmethod(lambda *_: None)  # it learns nothing
+    log_p: Tensor  # [B, S, V] float32
+    hidden: Tensor  # [B, S, D] the final norm's output
+
+    def prob(self, ids: Tensor) -> Tensor:
+        return self.log_p.gather(-1, ids).double().exp()
+
+
+@dataclasses.dataclass
+class Tilted(Distribution):
+    """A hinted token is raised, the others shrink in proportion."""
+
+    base: Distribution
+    hint: Tensor  # [B, S, 1]
+    known: Tensor  # [B, S, 1] bool, there is a hint
+    raised: Tensor  # [B, S, 1] p of the hint
+    shrink: Tensor  # [B, S, 1] factor of all others
+    bucket: Tensor  # [B, S]
+
+    def prob(self, ids: Tensor) -> Tensor:
+        return torch.where(ids == self.hint, self.raised, self.base.prob(ids) * self.shrink)
+
+
+@dataclasses.dataclass
+class Mixture(Distribution):
+    """A weighted mean of the base and of what n-gram counts say, order by order."""
+
+    base: Distribution
+    index: np.ndarray  # [B, S]
+    weights: Tensor  # [B, S, 1 + K], base first
+    counts: NgramCounts
+    bucket: Tensor  # [B, S]
+
+    def parts(self, ids: Tensor) -> Tensor:
+        """What each expert adds to p of ids [B, S, C] -> [B, S, C, 1 + K]."""
+        q = self.counts.prob(self.index, ids)
+        return self.weights.unsqueeze(-2) * torch.cat((self.base.prob(ids).unsqueeze(-1), q), -1)
+
+    def prob(self, ids: Tensor) -> Tensor:
+        return self.parts(ids).sum(-1)
+
+
+@dataclasses.dataclass
+class Gated(Distribution):
+    """PR 859's head weighs the base and what counts say of the same tokens, order by order."""
+
+    base: Distribution
+    index: np.ndarray  # [B, S]
+    gate: Tensor  # [B, S, 1 + K] logits
+    counts: Callable[[np.ndarray, Tensor], Tensor]  # (index, ids [B, S, C]) -> [B, S, C, K]
+
+    def prob(self, ids: Tensor) -> Tensor:
+        p = mix(self.gate.unsqueeze(-2), self.base.prob(ids), self.counts(self.index, ids))
+        return p.clamp(1e-12, 1)
+
+
+@dataclasses.dataclass
+class Cached(Distribution):
+    """PR 740's: the one order that counts has a weight that the network decides."""
+
+    base: Distribution
+    index: np.ndarray  # [B, S]
+    weight: Tensor  # [B, S, 1]
+    counts: Callable[[np.ndarray, Tensor], Tensor]  # (index, ids [B, S, C]) -> [B, S, C, K]
+
+    def prob(self, ids: Tensor) -> Tensor:
+        p = self.base.prob(ids)
+        ratio = self.counts(self.index, ids).amax(-1)
+        mixed = (1 - self.weight) * p + self.weight * ratio
+        return torch.where(ratio < 0, p, mixed).clamp(1e-12, 1)
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+class WindowNetwork:
+    """The model over windows, each target with as much context as the stride allows.
+
+    Networks turn a batch into the model's distribution. One that `learns` sets aside what a charged
+    batch teaches (`collect`) and learns it at the chunk's end (`commit`).
+    """
+
+    learns = False
+    carries_on = False  # from batch to batch, in the order of the stream
+    isolates_documents = False  # what a document is charged does not depend on others
+    chunk_targets = 0  # targets between two commits; 0 = it does not care
+    cache: KVCache | None = None  # what stands before a batch, for one that carries on
 
     def __init__(
-        self, model: GPT, rt: Runtime, name: str, seq_len: int, stride: int, temperature: float = 1
+        self,
+        model: GPT,
+        rt: Runtime,
+        cfg: Config,
+        seq_len: int,
+        stride: int,
+        temperature: float = 1.0,
     ):
-        self.model, self.rt, self.name, self.seq_len, self.stride = model, rt, name, seq_len, stride
-        self.temperature, self.hidden, self.row = temperature, rt.compile(model.hidden), seq_len
-        self.cfg = model.cfg
+        self.model = model
+        self.rt = rt
+        self.seq_len = seq_len
+        self.stride = stride
+        self.temperature = temperature
+        self.train_row = seq_len  # tokens of a row in test-time training
+        tokens = cfg.eval_batch_tokens or min(rt.profile.score_tokens, 2**28 // cfg.vocab_size)
+        self.batch_rows = max(1, tokens // seq_len)
+        self.hidden = rt.compile(GPT.hidden)  # of any model: a deep copy has its own
 
-    def rows(self, cfg: Config) -> int:
-        """Windows in a batch."""
-        return max(1, scoring_tokens(cfg, self.rt) // self.seq_len)
+    def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
+        """The batches that score a stream, in chunks of so many targets; 0 = one chunk."""
+        return Windows(
+            targets=len(tokens) - 1,
+            seq_len=self.seq_len,
+            stride=self.stride,
+            batch_rows=self.batch_rows,
+            chunk_targets=chunk_targets,
+            fixed_rows=self.rt.profile.fixed_rows,
+        )
 
-    def plan(self, tokens: np.ndarray) -> Windows:
-        return Windows(len(tokens) - 1, self.seq_len, self.stride)
+    def probe(self, tokens: np.ndarray) -> Plan:
+        """A plan whose batches the checks can afford."""
+        return self.plan(tokens, 0)
 
-    probe = plan
+    def predict(self, batch: Batch) -> Softmax:
+        """The distribution at the batch's positions."""
+        ids = self.rt.put(batch.ids)
+        context = self.model.context(ids, self.cache)
+        hidden = self.hidden(self.model, ids, context)
+        rows, scored = batch.index.shape
+        hidden = hidden[:rows, -scored:]  # [B, S, D]
+        logits = self.model.head(hidden)
+        if self.temperature != 1:
+            logits = temper(logits, self.temperature)
+        return Softmax(F.log_softmax(logits, -1), hidden)
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(batch.ids, self.model.context(batch.ids))[:, -batch.targets.size(1) :]
-        return temper(self.model.head(hidden), self.temperature), hidden
+    def collect(self, batch: Batch, targets: Tensor) -> None:
+        """Sets aside a charged batch; targets [B, S]."""
 
-    def unit_of(self, tokens: np.ndarray) -> Any:
-        """The work that scores the last target alone."""
-        return [int(self.plan(tokens).of(len(tokens) - 2))]
+    def commit(self, chunk: Chunk) -> None:
+        """Learns what was set aside."""
 
-    def last(self, prefix: np.ndarray) -> tuple[Tensor, Tensor]:
-        tokens = np.append(prefix, 0)
-        batch = self.plan(tokens).batch(tokens, self.unit_of(tokens), 1, self.rt)
-        at = int(batch.valid[0]) - 1
-        return tuple(part[0, at : at + 1] for part in self.outputs(batch))
+    def state_dict(self) -> dict[str, Any]:
+        """All that it has learned, as copies."""
+        return {}
 
-    def prob(
-        self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
-    ) -> Tensor:
-        exact = out[0].double() if ids.size(-1) >= out[0].size(-1) else out[0]
-        return F.log_softmax(exact, -1).gather(-1, ids).double().exp()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state back."""
 
 
-class Streaming(Sliding):
-    """One pass over the stream with a sliding-window mask: each target sees the last EVAL_STREAM positions.
+@dataclasses.dataclass
+class Reading:
+    """How far a pass over a stream has come."""
 
-    Keys and values go from span to span (KVCache), so every position is computed once. A batch that does not
-    continue the last one starts from the tokens before it, as many as can reach it through all layers.
+    cache: KVCache
+    tokens: np.ndarray  # the last ones that are in the cache
+    at: int  # number of the input after them
+
+
+class StreamNetwork(WindowNetwork):
+    """One pass over the stream with a sliding-window mask of EVAL_STREAM tokens.
+
+    Keys and values go from batch to batch (KVCache), so every position is computed once. A batch
+    that does not continue the last one starts from the tokens before it, as many as can reach it
+    through all layers.
     """
 
-    def __init__(self, model: GPT, rt: Runtime, cfg: Config, temperature: float = 1):
-        width, limit = cfg.eval_stream, scoring_tokens(cfg, rt)
-        widths = (
-            cfg.ttt_chunk_tokens // width,
-            cfg.mix_chunk_tokens // width,
-            max(limit // width, 1),
-        )
-        span = width * math.gcd(*widths)  # chunks end where spans do
-        super().__init__(model, rt, "streaming", span, span, temperature)
-        self.window, self.row = cfg.eval_stream, cfg.score_len
-        self.left_context = (
-            len(model.blocks) * (self.window - 1) + 2
-        )  # SmearGate and bigram look back too
-        self.bos, self.isolates = cfg.bos_id if cfg.stream_docs else None, cfg.stream_docs
-        self.memory, self.at, self.span = (
-            None,
-            -1,
-            np.empty(0, int),
-        )  # the target after the last span
-        self.reading, self.read = None, np.empty(0, int)  # the same for `last`, and its prefix
+    carries_on = True
 
-    def rows(self, cfg: Config) -> int:
-        return 1
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config, temperature: float = 1.0):
+        window = cfg.eval_stream
+        super().__init__(model, rt, cfg, window, window, temperature)
+        in_chunks = math.gcd(cfg.ttt_chunk_tokens // window, cfg.mix_chunk_tokens // window)
+        self.span = window * math.gcd(in_chunks, self.batch_rows)  # chunks end where batches do
+        self.window = window
+        self.train_row = cfg.score_len
+        self.bos = cfg.bos_id if cfg.stream_docs else None
+        self.isolates_documents = cfg.stream_docs
+        self.left_context = len(model.steps) * (window - 1) + 2  # bigram and SmearGate: two more
+        self.hidden = GPT.hidden
+        self.readings: list[Reading] = []  # two: of whole batches, and of single positions
 
-    def probe(self, tokens: np.ndarray) -> Windows:
-        size = -(-256 // self.window) * self.window
-        return Windows(len(tokens) - 1, size, size)
+    def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
+        span = self.span
+        return Windows(len(tokens) - 1, span, span, 1, chunk_targets, self.left_context)
 
-    def pass_on(self, tokens: np.ndarray, memory: KVCache) -> Tensor:
-        """Reads tokens [n] into a memory -> final norm's output after the last of them [1, 1, D]."""
-        rest = len(tokens) % self.window
-        for piece in filter(len, (tokens[:rest], tokens[rest:])):
-            ids = self.rt.put(piece[None].astype(np.int64))
-            hidden = self.model.hidden(ids, self.model.context(ids, memory))
-        return hidden[:, -1:]
+    def probe(self, tokens: np.ndarray) -> Plan:
+        span = -(-256 // self.window) * self.window
+        return Windows(len(tokens) - 1, span, span, 1, 0, self.left_context)
 
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        first, known = int(batch.index[0, 0]), min(len(batch.left_context), len(self.span))
-        if first != self.at or not np.array_equal(batch.left_context[-known:], self.span[-known:]):
-            self.memory = KVCache(self.window, self.bos)
-            if len(batch.left_context):
-                self.pass_on(batch.left_context, self.memory)
-        hidden, self.span = (
-            self.model.hidden(batch.ids, self.model.context(batch.ids, self.memory)),
-            batch.ids[0].cpu().numpy(),
-        )
-        self.at = first + len(self.span)
-        return temper(self.model.head(hidden), self.temperature), hidden
+    def predict(self, batch: Batch) -> Softmax:
+        first = int(batch.index[0, 0])
+        reading = self._reading(batch.left_context, first)
+        self.cache = reading.cache
+        distribution = super().predict(batch)
+        reading.tokens = np.append(reading.tokens, batch.ids[0])[-self.left_context :]
+        reading.at = first + batch.ids.shape[1]
+        return distribution
 
-    def last(self, prefix: np.ndarray) -> tuple[Tensor, Tensor]:
-        done = len(self.read)
-        if not 0 < done < len(prefix) or not np.array_equal(prefix[:done], self.read):
-            self.reading, done = KVCache(self.window, self.bos), 0
-        hidden, self.read = self.pass_on(prefix[done:], self.reading)[0], np.array(prefix)
-        return temper(self.model.head(hidden), self.temperature), hidden
+    def _reading(self, before: np.ndarray, first: int) -> Reading:
+        """The one that stands here after these tokens, or a new one that has read them alone."""
+        for reading in self.readings:
+            known = reading.tokens[len(reading.tokens) - len(before) :]
+            if reading.at == first and np.array_equal(known, before):
+                return reading
+        cache = KVCache(self.window, self.bos)
+        tokens = before.astype(np.int64)
+        for piece in np.split(tokens, [len(before) % self.window]):  # then whole windows
+            if piece.size:
+                ids = self.rt.put(piece[None])
+                self.model.hidden(ids, self.model.context(ids, cache))
+        self.readings = [*self.readings[-1:], Reading(cache, tokens, first)]
+        return self.readings[-1]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.readings = []  # keys and values are of other weights
 
 
 def adapted_names(model: GPT, cfg: Config) -> set[str]:
-    """What test-time training may change: all, or the last blocks (or their queries), scales and head."""
-    blocks = tuple(
-        f"blocks.{i}." for i in range(cfg.num_layers - cfg.ttt_freeze_blocks, cfg.num_layers)
-    )
-
-    def chosen(name: str) -> bool:
+    """What test-time training may change: all, or scales, head, last blocks (their queries)."""
+    names = {name for name, _ in model.named_parameters()}
+    if not cfg.ttt_freeze_blocks:
+        return names
+    first = cfg.num_layers - cfg.ttt_freeze_blocks
+    blocks = tuple(f"blocks.{i}." for i in range(first, cfg.num_layers))
+    chosen = set()
+    for name in names:
         in_blocks = name.startswith(blocks) and (not cfg.qttt or ".c_q." in name)
-        return in_blocks or any(part in name for part in ("norm", "scale", "lm_head", "alpha_head"))
-
-    return {
-        name for name, _ in model.named_parameters() if chosen(name) or not cfg.ttt_freeze_blocks
-    }
+        if in_blocks or any(part in name for part in ("norm", "scale", "lm_head", "alpha_head")):
+            chosen.add(name)
+    return chosen
 
 
-class PerDocumentLoRA(Sliding):
-    """Per-document adapters: each chunk of a document is charged, then learned from.
+class PerDocumentLoRA(WindowNetwork):
+    """Low-rank adapters, a set for each document, that learn each chunk of it after its charge.
 
-    Documents come in batches of TTT_DOCS, a slot of adapters for each; what one learns no other sees. At the
-    next batch B is zero again, and A too is as it was or, with TTT_LORA_KEEP, as its slot left it. AdamW with
-    betas (0, 0.99), epsilon 1e-10, weight decay 0.5.
+    Documents stand side by side, TTT_DOCS of them, in a slot of adapters each; what one learns no
+    other sees. For the next ones B is zero again, and A as it was at first or, with TTT_LORA_KEEP,
+    as its slot left it. AdamW with betas (0, 0.99), epsilon 1e-10, weight decay 0.5 (PR 2135).
     """
 
-    shares, chunk = "rows", 1
+    learns = True
+    chunk_targets = 1
 
     def __init__(self, model: GPT, rt: Runtime, cfg: Config):
-        super().__init__(model, rt, "ttt", cfg.score_len, cfg.ttt_lora_chunk, cfg.ttt_temperature)
-        self.cfg, self.hidden, rank = cfg, model.hidden, cfg.ttt_lora_rank
-        self.isolates = not cfg.ttt_lora_keep
+        chunk = cfg.ttt_lora_chunk
+        super().__init__(model, rt, cfg, cfg.score_len, chunk, cfg.ttt_temperature)
+        self.cfg = cfg
+        self.hidden = GPT.hidden
+        self.isolates_documents = not cfg.ttt_lora_keep
+        self.pending: list[tuple[Batch, Tensor]] = []
         model.requires_grad_(False)
         chosen = adapted_names(model, cfg)
-        self.matrices = [
-            m
-            for name, m in model.blocks.named_modules()
-            if isinstance(m, Linear) and f"blocks.{name}.weight" in chosen
-        ]
-        generator, self.start, self.params = torch.Generator().manual_seed(cfg.seed), [], []
+        modules = [(f"blocks.{name}.weight", m) for name, m in model.blocks.named_modules()]
+        self.matrices = [m for name, m in modules if isinstance(m, Linear) and name in chosen]
+        generator = torch.Generator().manual_seed(cfg.seed)
+        self.start = []  # A at first
+        self.params = []  # A and B of every matrix
         for rows, columns in (m.weight.shape for m in self.matrices):
-            low = (
-                2 * torch.rand(cfg.ttt_docs, rank, columns, generator=generator) - 1
-            ) / math.sqrt(columns)
-            self.start.append(low.to(rt.device))
-            high = torch.zeros(cfg.ttt_docs, rows, rank, device=rt.device)
-            self.params += [self.start[-1].clone().requires_grad_(), high.requires_grad_()]
+            low = torch.rand(cfg.ttt_docs, cfg.ttt_lora_rank, columns, generator=generator)
+            low = ((2 * low - 1) / math.sqrt(columns)).to(rt.device)
+            high = torch.zeros(cfg.ttt_docs, rows, cfg.ttt_lora_rank, device=rt.device)
+            self.start.append(low)
+            self.params += [low.clone().requires_grad_(), high.requires_grad_()]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = torch.zeros(cfg.ttt_docs, device=rt.device)
 
-    def plan(self, tokens: np.ndarray) -> Documents:
-        return Documents(tokens, self.cfg.bos_id, self.seq_len, self.stride, self.cfg.ttt_docs)
+    def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
+        cfg = self.cfg
+        return Documents(tokens, cfg.bos_id, self.seq_len, self.stride, cfg.ttt_docs)
 
-    probe = plan
-
-    def unit_of(self, tokens: np.ndarray) -> Any:
-        plan = self.plan(tokens)
-        return np.array([len(plan.starts) - 1]), (plan.targets - 1 - plan.starts[-1]) // plan.chunk
-
-    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch) -> Softmax:
         """As the base; the rows' own adapters act only here."""
-        slots, scale = (
-            torch.from_numpy(batch.slots),
-            self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank,
-        )
+        slots = torch.from_numpy(batch.slots)
+        scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         for matrix, low, high in zip(self.matrices, self.params[::2], self.params[1::2]):
             matrix.adapter = low[slots], high[slots] * scale
         try:
-            return super().outputs(batch)
+            return super().predict(batch)
         finally:
             for matrix in self.matrices:
                 matrix.adapter = None
 
-    def charged(self, batch: Batch) -> None:
-        """One step on the sum over documents of their chunk's mean loss; short chunks end their document."""
-        learning = batch.valid == self.stride
-        if not learning.any():
-            return
-        batch = Batch(*(part if part is None else part[learning] for part in batch))
-        logits, _ = self.outputs(batch)
-        nats = (
-            F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
-            / self.stride
-        )
-        grads, slots = torch.autograd.grad(nats, self.params), torch.from_numpy(batch.slots)
+    def collect(self, batch: Batch, targets: Tensor) -> None:
+        whole = batch.real.all(1)  # a short chunk ends its document: nothing comes after it
+        if whole.any():
+            slots = batch.slots[whole]
+            kept = Batch(
+                batch.ids[whole], batch.index[whole], batch.real[whole], batch.left_context, slots
+            )
+            self.pending.append((kept, targets[torch.from_numpy(whole)]))
+
+    def commit(self, chunk: Chunk) -> None:
+        for batch, targets in self.pending:
+            self._step(batch, targets)
+        self.pending = []
+        if chunk.closes:
+            with torch.no_grad():
+                if not self.cfg.ttt_lora_keep:
+                    torch._foreach_copy_(self.params[::2], self.start)
+                torch._foreach_zero_([*self.params[1::2], *self.squares, self.steps])
+
+    def _step(self, batch: Batch, targets: Tensor) -> None:
+        """One step on the sum over documents of their chunk's mean loss."""
+        log_p = self.predict(batch).log_p.flatten(0, 1)
+        nats = F.nll_loss(log_p, targets.flatten(), reduction="sum") / self.stride
+        gradients = torch.autograd.grad(nats, self.params)
+        slots = torch.from_numpy(batch.slots)
         self.steps[slots] += 1
         bias = 1 - 0.99 ** self.steps[slots].view(-1, 1, 1)
+        rate = self.cfg.ttt_lr
         with torch.no_grad():
-            for p, square, grad in zip(self.params, self.squares, grads):
-                square[slots] = 0.99 * square[slots] + 0.01 * grad[slots].square()
-                step = grad[slots] / ((square[slots] / bias).sqrt() + 1e-10)
-                p[slots] = p[slots] * (1 - 0.5 * self.cfg.ttt_lr) - self.cfg.ttt_lr * step
+            for p, square, gradient in zip(self.params, self.squares, gradients):
+                own = gradient[slots]
+                square[slots] = 0.99 * square[slots] + 0.01 * own.square()
+                step = own / ((square[slots] / bias).sqrt() + 1e-10)
+                p[slots] = p[slots] * (1 - 0.5 * rate) - rate * step
+
+    def _state(self) -> list[Tensor]:
+        return [*self.params, *self.squares, self.steps]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adapters": [p.detach().clone() for p in self._state()]}
 
     @torch.no_grad()
-    def observe(self, tokens: np.ndarray, progress: float) -> None:
-        if not self.cfg.ttt_lora_keep:
-            torch._foreach_copy_(self.params[::2], self.start)
-        torch._foreach_zero_([*self.params[1::2], *self.squares, self.steps])
-
-    def snapshot(self) -> Any:
-        return [p.detach().clone() for p in (*self.params, *self.squares, self.steps)]
-
-    @torch.no_grad()
-    def restore(self, state: Any) -> None:
-        torch._foreach_copy_([*self.params, *self.squares, self.steps], state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch._foreach_copy_(self._state(), state["adapters"])
+        self.pending = []
 
 
-class Nested(Predictor):
-    """A predictor over another one; whatever it does not define itself is the other's."""
+class TestTimeTraining:
+    """A network's weights learn every chunk after it was charged (PR 834), or all of it before.
 
-    isolates = False
-
-    def __init__(self, base: Predictor, cfg: Config):
-        self.base, self.cfg = base, cfg
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base, name)
-
-    def gated(self, hidden: Tensor, p: Tensor, ratios: Tensor) -> Tensor:
-        """p [..., C] mixed with ratios [..., C, K] by the model's own head."""
-        return mix(self.model.alpha_head(hidden).double().unsqueeze(-2), p, ratios)
-
-
-class Adapting(Nested):
-    """Test-time training: learns every chunk after it was charged (PR 834), or everything before (PR 489).
-
-    A step takes TTT_BATCH_SEQS rows from each of TTT_PARTS equal parts of the data, whatever the number of
-    processes; the rate falls with the chunks along a cosine. Optimizer state lasts from chunk to chunk.
+    A step takes TTT_BATCH_SEQS rows from each of TTT_PARTS equal parts of the chunk, whatever the
+    number of processes; the rate falls with the chunks along a cosine. The optimizer's state lasts
+    from chunk to chunk. TTT_BEFORE_SCORING (PR 489): all tokens at a constant rate, gradients not
+    clipped, and then the score, which is no valid one.
     """
 
-    name = "ttt"
+    __test__ = False  # for pytest: not a test
 
-    def __init__(self, base: Predictor, cfg: Config, table: ByteTable):
-        super().__init__(base, cfg)
-        self.table, self.logits = table, base.rt.compile(base.model.logits)
-        self.validity = "adapted_before_scoring" if cfg.ttt_before_scoring else ""
-        self.chunk = 0 if cfg.ttt_before_scoring else cfg.ttt_chunk_tokens
-        chosen = adapted_names(base.model.requires_grad_(False), cfg)
-        self.params = [
-            p.requires_grad_() for name, p in base.model.named_parameters() if name in chosen
-        ]
-        self.grads = bind_flat_gradients(self.params)
-        self.optimizer = (
-            torch.optim.SGD(self.params, momentum=0.9)
-            if cfg.ttt_optimizer == "sgd"
-            else torch.optim.AdamW(self.params, weight_decay=0.0)
-        )
-
-    def observe(self, tokens: np.ndarray, progress: float) -> None:
-        if self.chunk and progress < 1:  # nothing comes after the last
-            for _ in self.adapt(tokens, self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))):
-                pass
-
-    def adapt(self, tokens: np.ndarray, rate: float) -> Iterator[float]:
-        """Trains on rows as long as a window, in order, TTT_EPOCHS times (no rest); yields the share done."""
-        cfg, size, length = self.cfg, self.cfg.ttt_batch_seqs, self.row
-        rows = (len(tokens) - 1) // length
-        if cfg.ttt_before_scoring:  # PR 489 cuts at tokens, and drops a last row of its own
-            span = rows * length // cfg.ttt_parts
-            count = span // length - (span % length == 0 and (span // length - 1) % size == 0)
-            parts = [(i * span, count) for i in range(cfg.ttt_parts)]  # first token, rows
+    def __init__(self, network: WindowNetwork, cfg: Config, table: ByteTable):
+        self.cfg = cfg
+        self.table = table
+        self.rt = network.rt
+        self.model = network.model
+        self.row = network.train_row
+        self.first = cfg.ttt_before_scoring
+        self.logits = self.rt.compile(GPT.logits)
+        chosen = adapted_names(self.model.requires_grad_(False), cfg)
+        named = self.model.named_parameters()
+        self.params = [p.requires_grad_() for name, p in named if name in chosen]
+        if cfg.ttt_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.params, momentum=0.9)
         else:
-            edges = [rows * i // cfg.ttt_parts for i in range(cfg.ttt_parts + 1)]
-            parts = [(lo * length, hi - lo) for lo, hi in itertools.pairwise(edges)]
-        self.optimizer.param_groups[0]["lr"] = rate
-        steps = [*range(0, max(count for _, count in parts), size)] * cfg.ttt_epochs
-        for number, at in enumerate(steps, 1):
-            self.grads.zero_()
-            units = [
-                (first + at * length, min(size, count - at)) for first, count in parts if count > at
-            ]
-            for unit in units[self.rt.rank :: self.rt.world]:
-                (self._loss(tokens, *unit) / len(units)).backward()
-            self.rt.sum_(self.grads)
-            if not cfg.ttt_before_scoring:
-                clip_gradients(self.grads, 1.0)
-            self.optimizer.step()
-            yield number / len(steps)
+            self.optimizer = torch.optim.AdamW(self.params, weight_decay=0.0)
 
-    def _loss(self, tokens: np.ndarray, first: int, rows: int) -> Tensor:
-        """Mean nats of so many rows from a token on; BYTE_WEIGHTED_TTT: weighted by the targets' bytes."""
-        span = tokens[first : first + rows * self.row + 1].astype(np.int64)
-        ids, targets = (self.rt.put(part.reshape(-1, self.row)) for part in (span[:-1], span[1:]))
-        nats = F.cross_entropy(
-            self.logits(ids, self.model.context(ids)).flatten(0, 1),
-            targets.flatten(),
-            reduction="none",
-        )
-        weights = (
-            self.rt.put(self.table.count(span).astype(np.float32))
-            if self.cfg.byte_weighted_ttt
-            else torch.ones_like(nats)
-        )
+    def parts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
+        """First token and number of rows of each part; the rows' rest is left out."""
+        rows, count = (len(tokens) - 1) // self.row, self.cfg.ttt_parts
+        if self.first:  # PR 489 cuts at tokens, and drops a last row of its own in a step
+            span = rows * self.row // count
+            rows, rest = divmod(span, self.row)
+            if rest == 0 and (rows - 1) % self.cfg.ttt_batch_seqs == 0:
+                rows -= 1
+            return [(part * span, rows) for part in range(count)]
+        edges = [rows * part // count for part in range(count + 1)]
+        return [(lo * self.row, hi - lo) for lo, hi in itertools.pairwise(edges)]
+
+    def learn(
+        self, tokens: np.ndarray, progress: float, go_on: Callable[[float], bool] | None = None
+    ) -> bool:
+        """TTT_EPOCHS passes over the rows, in order; go_on(share done) may end them -> whether not.
+
+        progress: share of the stream that is over; at its end there is nothing left to learn for.
+        """
+        cfg, size, length = self.cfg, self.cfg.ttt_batch_seqs, self.row
+        factor = 1.0 if self.first else 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * factor
+        gradients = bind_flat_gradients(self.params)
+        parts = self.parts(tokens)
+        longest = max(rows for _, rows in parts)
+        steps = [*range(0, longest, size)] * cfg.ttt_epochs if progress < 1 else []
+        for number, at in enumerate(steps, 1):
+            gradients.zero_()
+            units = [(lo + at * length, min(size, rows - at)) for lo, rows in parts if rows > at]
+            for first, rows in units[self.rt.rank :: self.rt.world]:
+                loss = self._loss(tokens[first : first + rows * length + 1].astype(np.int64))
+                (loss / len(units)).backward()
+            self.rt.sum_(gradients)
+            if not self.first:
+                clip_gradients(gradients, 1.0)
+            self.optimizer.step()
+            if go_on and not go_on(number / len(steps)):
+                return False
+        return True
+
+    def _loss(self, span: np.ndarray) -> Tensor:
+        """Mean nats of rows; BYTE_WEIGHTED_TTT: weighted by the targets' bytes."""
+        ids = self.rt.put(span[:-1].reshape(-1, self.row))
+        targets = self.rt.put(span[1:].reshape(-1, self.row))
+        logits = self.logits(self.model, ids, self.model.context(ids))
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        weights = torch.ones_like(nats)
+        if self.cfg.byte_weighted_ttt:
+            weights = self.rt.put(self.table.count(span).astype(np.float32))
         return (nats * weights).sum() / weights.sum()
 
-    def snapshot(self) -> Any:
-        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer, as copies."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return copy.deepcopy(state)
 
-    def restore(self, state: Any) -> None:
-        self.model.load_state_dict(state[0])
-        self.optimizer.load_state_dict(state[1])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state back."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 
-class HashedNgramCache(Nested):
-    """The hashed caches of PR 740 (fixed weight, backoff) and PR 859 (learned gate) over another predictor.
+# --- mixers: distributions over distributions -----------------------------------------------------
 
-    An order's "probability" is the ratio of two counters, the second found with the target in its key: over
-    the vocabulary the ratios add up to far more than one. Kept to reproduce what was published; no score.
+
+class BucketStatistics:
+    """Sums by bucket of context. What is collected takes effect at the next commit.
+
+    All that a bucket is made of is known before the target is.
     """
 
-    name, counts, twin = "ngram", HashedCounts, None
-
-    def __init__(self, base: Predictor, cfg: Config):
-        super().__init__(base, cfg)
-        self.validity = base.validity or "unnormalised_score"
-
-    def prob(
-        self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
-    ) -> Tensor:
-        cfg, p = self.cfg, self.base.prob(out, index, ids, counts)
-        ratios = counts.every(index) if ids.size(-1) > 1 else counts.of(index)[..., None, :]
-        ratios = self.rt.put(ratios).double()  # [..., C, K]
-        if cfg.ngram == "gated":
-            return self.gated(out[1], p, ratios).clamp(1e-12, 1)
-        ratio, alpha = ratios.amax(-1), cfg.ngram_alpha  # no more than one order counts
-        if cfg.ngram == "backoff":
-            weight = torch.sigmoid(2 * (entropy(out[0]) - 4)).double().unsqueeze(-1)
-            alpha = cfg.ngram_ent_base + cfg.ngram_ent_range * weight
-        return torch.where(ratio < 0, p, (1 - alpha) * p + alpha * ratio).clamp(1e-12, 1)
-
-
-class Online(Nested):
-    """Statistics by bucket, learned from charged targets: those in `pending` enter `total` at the chunk's end.
-
-    total [buckets, n] begins at a prior; all that a bucket is made of is known before the target is.
-    """
-
-    name, counts, twin = "mixed", NgramCounts, PrefixCounts
-
-    def __init__(self, base: Predictor, cfg: Config, prior: Sequence[float], *levels: int):
-        super().__init__(base, cfg)
-        self.levels, self.chunk = levels, base.chunk or cfg.mix_chunk_tokens
-        self.total = base.rt.put(np.tile(prior, (math.prod(levels), 1)))
-        self.pending, self.noted = torch.zeros_like(self.total), None
+    def __init__(self, rt: Runtime, levels: tuple[int, ...], prior: Sequence[float]):
+        self.rt = rt
+        self.levels = levels
+        self.total = rt.put(np.tile(np.array(prior, float), (math.prod(levels), 1)))  # [buckets, n]
+        self.pending = torch.zeros_like(self.total)
 
     def bucket(self, *features: Tensor) -> Tensor:
-        """Row of `total` for features [...] cut to whole numbers from 0 up to their levels."""
-        row = 0
+        """Number of the bucket for features [...], each cut to whole numbers below its levels."""
+        row = torch.zeros_like(features[0], dtype=torch.int64)
         for feature, levels in zip(features, self.levels, strict=True):
-            row = row * levels + feature.clamp(0, levels - 1).long()
+            row = row * levels + feature.floor().clamp(0, levels - 1).long()
         return row
 
-    def grams(self, index: np.ndarray, ids: Tensor, counts: Any) -> Grams:
-        """Exact counts on the device: q [..., C, K], the rest [...]; count at least 1."""
-        grams = Grams(
-            *map(self.rt.put, counts.every(index) if ids.size(-1) > 1 else counts.of(index))
-        )
-        return grams._replace(q=grams.q.reshape(*ids.shape, -1), count=grams.count.clamp(min=1))
+    def collect(self, bucket: Tensor, values: Tensor, real: np.ndarray) -> None:
+        """Sets aside values [B, S, n] in their buckets [B, S], where they are real."""
+        keep = torch.from_numpy(real)
+        self.pending.index_add_(0, bucket[keep], values[keep])
 
-    def charged(self, batch: Batch) -> None:
-        if self.noted:
-            self.pending.index_add_(0, *(part[torch.from_numpy(batch.real)] for part in self.noted))
-        self.base.charged(batch)
-
-    def observe(self, tokens: np.ndarray, progress: float) -> None:
+    def commit(self) -> None:
+        """What processes have collected counts from now on."""
         self.total += self.rt.sum_(self.pending)
         self.pending.zero_()
-        self.base.observe(tokens, progress)
 
-    def snapshot(self) -> Any:
-        return self.total.clone(), self.base.snapshot()
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total.clone()}
 
-    def restore(self, state: Any) -> None:
-        self.total.copy_(state[0])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total.copy_(state["total"])
         self.pending.zero_()
-        self.base.restore(state[1])
 
 
-class Tilt(Online):
-    """Raises one hinted token: what followed the longest known context last.
+class Mixer:
+    """What makes another distribution of a network's or another mixer's, with n-gram counts."""
 
-    p'(a) = p(a) e^(b [a = hint]) / (1 + p(hint) (e^b - 1)), with b >= 0 such that p'(hint) is the share of
-    hits in its bucket so far: by context, its count, the hint's share of that count and p(hint).
+    validity = "valid"  # or unnormalised: its "probabilities" need not sum to one
+    counts: NgramCounts | HashedCounts | None = None
+    statistics: BucketStatistics | None = None  # what it learns, if anything
+
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Distribution:
+        """The distribution over `base` at the batch's positions; network: below all mixers."""
+        raise NotImplementedError
+
+    def collect(self, distribution: Any, targets: Tensor, real: np.ndarray) -> None:
+        """Sets aside what charged targets [B, S, 1] say of a distribution that it made."""
+
+
+class Tilt(Mixer):
+    """Raises one hinted token: what followed the longest known context last (PR 1145, PR 2135).
+
+    p'(a) = p(a) e^(b [a = hint]) / (1 + p(hint) (e^b - 1)), with b >= 0 such that p'(hint) is the
+    share of hits in its bucket so far: by context, its count, the hint's share of it, and p(hint).
     """
 
-    def __init__(self, base: Predictor, cfg: Config):
-        super().__init__(base, cfg, (0.0, 2.0), len(NGRAM_ORDERS) + 1, 6, 4, 8)  # hits, trials
+    def __init__(self, rt: Runtime, counts: NgramCounts):
+        self.counts = counts
+        levels = (len(NGRAM_ORDERS) + 1, 6, 4, 8)
+        self.statistics = BucketStatistics(rt, levels, (0.0, 2.0))  # hits, trials
 
-    def prob(
-        self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
-    ) -> Tensor:
-        grams = self.grams(index, ids, counts)
-        known, hint = grams.agree > 0, grams.hint.long().unsqueeze(-1)
-        p, h = self.base.prob(out, index, torch.cat((ids, hint), -1), counts).tensor_split(
-            (-1,), -1
-        )
-        bucket = self.bucket(
-            grams.rank,
-            grams.count.log2().floor(),
-            (4 * grams.agree / grams.count).floor(),
-            4 + (h.squeeze(-1).logit(1e-9) / 1.5).floor(),
-        )
-        hits, trials = self.total[bucket].unsqueeze(-2).unbind(-1)  # [..., 1]
-        top = torch.where(known.unsqueeze(-1), torch.maximum(h, hits / trials), h)
-        rest = torch.where(top > h, (1 - top) / (1 - h), 1.0)
-        hit = ids == hint
-        if ids.size(-1) == 1:
-            self.noted = (
-                bucket,
-                torch.cat((hit, torch.ones_like(hit)), -1) * known.unsqueeze(-1).double(),
-            )
-        return torch.where(hit, top, p * rest)
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Tilted:
+        facts = self.counts.facts(batch.index)
+        hint = facts.hint.long().unsqueeze(-1)
+        known = (facts.agree > 0).unsqueeze(-1)
+        p = base.prob(hint)  # [B, S, 1]
+        share = 4 * facts.agree / facts.count
+        odds = 4 + (p.squeeze(-1).logit(1e-9) / 1.5).floor()
+        bucket = self.statistics.bucket(facts.rank, facts.count.log2(), share, odds)
+        hits, trials = self.statistics.total[bucket].unsqueeze(-2).unbind(-1)
+        raised = torch.where(known, torch.maximum(p, hits / trials), p)
+        shrink = torch.where(raised > p, (1 - raised) / (1 - p), 1.0)
+        return Tilted(base, hint, known, raised, shrink, bucket)
+
+    def collect(self, distribution: Tilted, targets: Tensor, real: np.ndarray) -> None:
+        hit = targets == distribution.hint
+        outcome = torch.cat((hit, torch.ones_like(hit)), -1) * distribution.known.double()
+        self.statistics.collect(distribution.bucket, outcome, real)
 
 
-class Mixed(Online):
-    """The network mixed with exact n-gram distributions of all orders, true probabilities all of them.
+class NgramMixer(Mixer):
+    """The network mixed with exact n-gram distributions of all orders, true probabilities all.
 
-    Weights are learned online, by bucket: each expert's share of what was charged (expectation maximisation).
-    With MIXER_HEAD, PR 859's head weighs them instead.
+    Weights are learned online, by bucket: each expert's share of what was charged (expectation
+    maximisation).
     """
 
-    def __init__(self, base: Predictor, cfg: Config):
+    def __init__(self, rt: Runtime, counts: NgramCounts):
+        self.counts = counts
         experts = len(NGRAM_ORDERS)
-        super().__init__(base, cfg, (9.0, *[1.0 / experts] * experts), experts + 1, 5, 4)
+        prior = (9.0, *[1.0 / experts] * experts)
+        self.statistics = BucketStatistics(rt, (experts + 1, 5, 4), prior)
 
-    def prob(
-        self, out: tuple[Tensor, Tensor], index: np.ndarray, ids: Tensor, counts: Any
-    ) -> Tensor:
-        grams, p = self.grams(index, ids, counts), self.base.prob(out, index, ids, counts)
-        if self.cfg.mixer_head:
-            orders = [NGRAM_ORDERS.index(order) for order in self.cfg.ngram_orders]
-            return self.gated(out[1], p, grams.q[..., orders])
-        doubt = (4 * entropy(out[0]) / math.log(out[0].size(-1))).floor()
-        bucket = self.bucket(grams.rank, grams.count.log2().floor(), doubt)
-        weights = self.total[bucket].unsqueeze(-2)  # [..., 1, 1 + K]
-        parts = weights / weights.sum(-1, keepdim=True) * torch.cat((p.unsqueeze(-1), grams.q), -1)
-        total = parts.sum(-1)
-        if ids.size(-1) == 1:
-            self.noted = bucket, (parts / total.unsqueeze(-1)).squeeze(-2)
-        return total
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Mixture:
+        facts = self.counts.facts(batch.index)
+        doubt = 4 * entropy(network.log_p) / math.log(network.log_p.size(-1))
+        bucket = self.statistics.bucket(facts.rank, facts.count.log2(), doubt)
+        weights = self.statistics.total[bucket]
+        weights = weights / weights.sum(-1, keepdim=True)
+        return Mixture(base, batch.index, weights, self.counts, bucket)
+
+    def collect(self, distribution: Mixture, targets: Tensor, real: np.ndarray) -> None:
+        parts = distribution.parts(targets).squeeze(-2)
+        shares = parts / parts.sum(-1, keepdim=True)
+        self.statistics.collect(distribution.bucket, shares, real)
+
+
+class GatedNgramMixer(Mixer):
+    """Exact n-gram distributions of the hashed caches' orders, weighed by PR 859's head."""
+
+    def __init__(self, cfg: Config, counts: NgramCounts, model: GPT):
+        self.counts = counts
+        self.head = model.alpha_head
+        self.columns = [NGRAM_ORDERS.index(order) for order in cfg.ngram_orders]
+
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Gated:
+        def chosen(index: np.ndarray, ids: Tensor) -> Tensor:
+            return self.counts.prob(index, ids)[..., self.columns]
+
+        return Gated(base, batch.index, self.head(network.hidden).double(), chosen)
+
+
+class HashedNgramCache(Mixer):
+    """The hashed caches of PR 740 (fixed weight, backoff) and PR 859 (learned gate).
+
+    An order's "probability" is the ratio of two counters, the second found with the target in its
+    key: over the vocabulary the ratios add up to far more than one. Kept to reproduce what was
+    published; no score.
+    """
+
+    validity = "unnormalised"
+
+    def __init__(self, rt: Runtime, cfg: Config, model: GPT):
+        self.cfg = cfg
+        self.head = model.alpha_head
+        self.counts = HashedCounts(cfg, rt)
+
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Gated | Cached:
+        cfg, ratios = self.cfg, self.counts.ratios_of
+        if cfg.ngram == "gated":
+            return Gated(base, batch.index, self.head(network.hidden).double(), ratios)
+        weight = torch.full_like(network.log_p[..., :1], cfg.ngram_alpha, dtype=torch.float64)
+        if cfg.ngram == "backoff":
+            doubt = torch.sigmoid(2 * (entropy(network.log_p) - 4)).double().unsqueeze(-1)
+            weight = cfg.ngram_ent_base + cfg.ngram_ent_range * doubt
+        return Cached(base, batch.index, weight, ratios)
+
+
+class Scorer:
+    """A network, mixers over it, and perhaps test-time training. The harness calls, for each chunk:
+
+    predict(batch) -> Distribution, from the inputs and what was learned from earlier chunks
+    collect(...)      after the batch's targets were charged: what is to be learned, set aside
+    commit(chunk)     after all of the chunk was charged: it takes effect
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: WindowNetwork,
+        mixers: Sequence[Mixer] = (),
+        training: TestTimeTraining | None = None,
+        mix_chunk: int = 0,
+    ):
+        self.name = name
+        self.network = network
+        self.mixers = list(mixers)
+        self.training = training
+        self.counts = list(dict.fromkeys(m.counts for m in self.mixers if m.counts))
+        self.statistics = [m.statistics for m in self.mixers if m.statistics]
+        self.trains = training is not None and not training.first  # on what was charged
+        self.chunk_targets = network.chunk_targets
+        if self.trains:
+            self.chunk_targets = training.cfg.ttt_chunk_tokens
+        elif self.statistics and not self.chunk_targets:
+            self.chunk_targets = mix_chunk
+        self.learns = network.learns or self.trains or bool(self.statistics)
+        self.isolates_documents = network.isolates_documents and not (self.mixers or training)
+        # What carries on from batch to batch and learns is one sequence of work: rank 0 does it.
+        self.alone = network.carries_on and self.chunk_targets > 0
+        self.validity = "valid"
+        if any(mixer.validity == "unnormalised" for mixer in self.mixers):
+            self.validity = "unnormalised"
+        if training and training.first:
+            self.validity = "adapted_first"
+
+    @torch.inference_mode()
+    def predict(self, batch: Batch) -> Distribution:
+        """What is believed at the batch's positions."""
+        network = distribution = self.network.predict(batch)
+        for mixer in self.mixers:
+            distribution = mixer.over(distribution, batch, network)
+        return distribution
+
+    def collect(self, batch: Batch, distribution: Any, targets: Tensor) -> None:
+        """After a batch was charged: targets [B, S, 1] of what predict believed."""
+        with torch.inference_mode():
+            for mixer in reversed(self.mixers):
+                mixer.collect(distribution, targets, batch.real)
+                distribution = distribution.base
+        if self.network.learns:
+            self.network.collect(batch, targets.squeeze(-1))
+
+    def commit(self, chunk: Chunk, tokens: np.ndarray) -> None:
+        """After a chunk was charged; tokens: the stream's, as far as they are known."""
+        if self.network.learns:
+            self.network.commit(chunk)
+        if self.trains:
+            self.training.learn(tokens[chunk.lo : chunk.hi + 1], chunk.progress)
+        if chunk.closes:
+            for statistics in self.statistics:
+                statistics.commit()
+
+    def parts(self) -> list[Any]:
+        """What has a state."""
+        return [p for p in (self.network, self.training, *self.statistics) if p is not None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it has learned, as copies."""
+        return {"parts": [part.state_dict() for part in self.parts()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state back."""
+        for part, stored in zip(self.parts(), state["parts"], strict=True):
+            part.load_state_dict(stored)
+
+
+# --- the harness ----------------------------------------------------------------------------------
+
+LABELS = {
+    "valid": "val_bpb",
+    "unnormalised": "unnormalised_score",
+    "adapted_first": "adapted_before_scoring",
+}
 
 
 @dataclasses.dataclass
 class Score:
-    """What a predictor was charged. nats: [n] float32, one per target; events: what happened, in order."""
+    """What a scorer was charged."""
 
     name: str
-    nats: np.ndarray
-    sizes: np.ndarray  # bytes of each target
-    validity: str  # its name if it is no true score
-    complete: bool  # the whole validation set
-    coverage: np.ndarray  # how often each target was charged
-    events: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
-    counts: Any = None  # the n-gram counts that it used
+    nats: np.ndarray  # [n] float32, one a target
+    sizes: np.ndarray  # [n] bytes of each target
+    coverage: np.ndarray  # [n] how often each target was charged
+    validity: str = "valid"
+    complete: bool = True  # the whole validation set
+    events: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # in order
     seconds: float = 0.0
     loss: float = 0.0  # mean nats, from float64 sums
     bpb: float = 0.0
-    mass: float = 1.0  # mean sum of the charged p over the vocabulary
+    mass: float = 1.0  # mean sum over the vocabulary of what is charged
 
     @property
     def label(self) -> str:
-        return self.validity or ("val_bpb" if self.complete else "partial_bpb")
+        """What the figure may be called."""
+        if self.validity == "valid" and not self.complete:
+            return "partial_bpb"
+        return LABELS[self.validity]
 
     def record(self) -> dict[str, Any]:
+        """The stage's entry in result.json."""
+        loss = "val_loss" if self.label == "val_bpb" else "loss"
         return {
             "metric": self.label,
             self.label: self.bpb,
-            "val_loss" if self.label == "val_bpb" else "loss": self.loss,
-            "normalised": self.validity != "unnormalised_score",
+            loss: self.loss,
+            "normalised": self.validity != "unnormalised",
             "mass": self.mass,
             "complete": self.complete,
             "tokens": len(self.nats),
@@ -4129,480 +4471,431 @@ class Score:
         }
 
 
-def evaluate(
-    predictor: Any, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime, log: RunLog
-) -> Score | None:
-    """Scores every target once, in order: score -> commit -> observe. None: it would not fit the time.
+@dataclasses.dataclass
+class TimeGuard:
+    """Says whether a stage ends within MAX_EVAL_SECONDS at its pace so far."""
 
-    Units of work are the same for any number of processes, which take consecutive shares of every chunk.
+    name: str
+    cfg: Config
+    rt: Runtime
+    log: RunLog
+    start: float
+    begun: float  # since when the pace counts
+    adaptation_steps: int = 0
+
+    def adapting(self, share: float) -> bool:
+        """After a step of what comes before scoring -> whether there is time for the rest."""
+        self.adaptation_steps += 1
+        self.log.show_progress(f"{self.name}: adapting {100 * share:.0f}%")
+        return self.adaptation_steps != 3 or self.fits(share)
+
+    def fits(self, share: float) -> bool:
+        """Whether the stage ends in time if this share is done; rank 0 decides for all."""
+        limit = self.cfg.max_eval_seconds
+        needed = self.begun - self.start + (time.perf_counter() - self.begun) / share
+        left = limit - self.log.eval_seconds()
+        late = float(self.rt.rank == 0 and limit > 0 and needed > left)
+        late = self.rt.sum_(torch.tensor([late])).item() > 0
+        if late:
+            told = f"needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s"
+            self.log.log(f"scoring stage skipped: {told}")
+        return not late
+
+
+def evaluate(
+    scorer: Scorer, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime, log: RunLog
+) -> Score | None:
+    """Scores every target once, left to right. None: it would not fit the time.
+
+    The batches are the same for any number of processes, which take consecutive shares of every
+    chunk, or the slots of each batch.
     """
-    plan, rows, targets = predictor.plan(tokens), predictor.rows(cfg), len(tokens) - 1
-    alone = (
-        predictor.left_context and predictor.chunk
-    )  # what carries on and learns runs on every process
-    rank, world = (0, 1) if alone or predictor.shares == "rows" else (rt.rank, rt.world)
-    score = Score(
-        predictor.name,
-        np.zeros(targets, np.float32),
-        table.count(tokens),
-        predictor.validity,
-        not cfg.val_tokens,
-        np.zeros(targets, np.uint8),
-    )
-    with log.phase(predictor.name):
-        start, rounds, charged = time.perf_counter(), 0, np.zeros(2)
-        score.counts = predictor.counts and predictor.counts(tokens, plan, cfg)
-        if predictor.validity == "adapted_before_scoring":
-            score.events.append(("observe", 0, targets))
-            for number, share in enumerate(predictor.adapt(tokens, cfg.ttt_lr)):
-                log.progress(f"{score.name}: adapting {100 * share:.0f}%")
-                if number == 2 and not _fits(start, start, share, cfg, rt, log):
-                    return None
-        chunks, begun = list(plan.units(rows, predictor.chunk)), time.perf_counter()
-        total = sum(-(-len(units) // world) for units in chunks)
-        for number, units in enumerate(chunks):
-            lo, hi = plan.span(units)
-            share = -(-len(units) // world)  # consecutive units for each process
-            for at in range(rank * share, rank * share + share):
-                unit = units[at] if at < len(units) else ()
-                unit = plan.part(unit, rt.rank, rt.world) if predictor.shares == "rows" else unit
-                if len(unit) and np.size(unit[0]):
-                    batch = plan.batch(tokens, unit, rows, rt, predictor.left_context)
-                    nats = predictor.score(batch, score.counts)
-                    if rt.main or not alone:
-                        charged += _charge(score, batch, nats)
-                        predictor.charged(batch)
-                rounds += 1
-                if rounds == 3 and not _fits(start, begun, rounds / total, cfg, rt, log):
-                    return None
-                left = (time.perf_counter() - begun) * (total / rounds - 1)
-                log.progress(
-                    f"{score.name}: {100 * rounds / total:.0f}% running_loss:"
-                    f"{charged[0] / max(charged[1], 1):.4f} eta:{left:.0f}s"
-                )
-            score.events.append(("score", lo, hi))
-            predictor.observe(
-                tokens[lo : hi + 1], number / (len(chunks) - 1) if len(chunks) > 1 else 1.0
-            )
-            score.events.append(("observe", lo, hi))
-            if number == 0 and not _fits(start, begun, rounds / total, cfg, rt, log):
-                return None  # now that one adaptation is timed
-        for array in (score.nats, score.coverage):
+    targets = len(tokens) - 1
+    nats = np.zeros(targets, np.float32)
+    coverage = np.zeros(targets, np.uint8)
+    complete = not cfg.val_tokens
+    score = Score(scorer.name, nats, table.count(tokens), coverage, scorer.validity, complete)
+    with log.phase(scorer.name):
+        now = time.perf_counter()
+        guard = TimeGuard(scorer.name, cfg, rt, log, now, now)
+        plan = scorer.network.plan(tokens, scorer.chunk_targets)
+        for counts in scorer.counts:
+            counts.prepare(tokens, plan)
+        if scorer.validity == "adapted_first":
+            score.events.append(("commit", 0, targets))
+            if not scorer.training.learn(tokens, 0.0, guard.adapting):
+                return None
+        guard.begun = time.perf_counter()
+        if not charge(scorer, plan, tokens, score, rt, log, guard):
+            return None
+        for array in (nats, coverage):
             array[:] = rt.sum_(torch.from_numpy(array)).numpy()
-        score.loss = float(score.nats.mean(dtype=np.float64))
-        score.bpb = (
-            score.loss / math.log(2) * len(score.nats) / int(score.sizes.sum(dtype=np.int64))
-        )
-        score.seconds = time.perf_counter() - start
-    log.progress("", last=True)
+        score.loss = float(nats.mean(dtype=np.float64))
+        score.bpb = score.loss / math.log(2) * targets / int(score.sizes.sum(dtype=np.int64))
+        score.seconds = time.perf_counter() - now
+    log.show_progress("", last=True)
     return score
 
 
-def _charge(score: Score, batch: Batch, nats: Tensor) -> tuple[float, int]:
-    """Books a batch's charges; their sum and number."""
-    index, values = batch.index[batch.real], nats.float().cpu().numpy()[batch.real]
-    score.nats[index] = values
-    score.coverage[index] += 1
-    return values.sum(dtype=np.float64), len(values)
+def charge(
+    scorer: Scorer,
+    plan: Plan,
+    tokens: np.ndarray,
+    score: Score,
+    rt: Runtime,
+    log: RunLog,
+    guard: TimeGuard,
+) -> bool:
+    """Chunk after chunk: predict, charge, set aside, then learn -> false if there is no time."""
+    rank, world = (0, 1) if scorer.alone else (rt.rank, rt.world)
+    chunks = plan.chunks(rank, world)
+    total = sum(len(chunk.work) for chunk in chunks)
+    done = charged = count = 0
+    for chunk in chunks:
+        for work in chunk.work:
+            if work is not None and (rt.rank == 0 or not scorer.alone):
+                batch = plan.batch(tokens, work)
+                nats = score_batch(scorer, batch, tokens, rt)
+                index = batch.index[batch.real]
+                score.nats[index] = nats[batch.real]
+                score.coverage[index] += 1
+                charged += float(nats[batch.real].sum(dtype=np.float64))
+                count += len(index)
+            done += 1
+            left = (time.perf_counter() - guard.begun) * (total / done - 1)
+            figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
+            log.show_progress(f"{score.name}: {100 * done / total:.0f}% {figures}")
+            if done == 3 < total and not guard.fits(done / total):
+                return False
+        if chunk.closes:
+            score.events.append(("score", chunk.lo, chunk.hi))
+        if scorer.learns:
+            scorer.commit(chunk, tokens)
+            if chunk.closes:
+                score.events.append(("commit", chunk.lo, chunk.hi))
+        if chunk is chunks[0] is not chunks[-1] and not guard.fits(done / total):
+            return False  # now that one adaptation is timed
+    return True
 
 
-def _fits(start: float, begun: float, share: float, cfg: Config, rt: Runtime, log: RunLog) -> bool:
-    """Whether the stage, at the pace since `begun`, ends within MAX_EVAL_SECONDS; rank 0 decides for all."""
-    needed = begun - start + (time.perf_counter() - begun) / share
-    left = cfg.max_eval_seconds - log.eval_seconds()
-    late = (
-        rt.sum_(
-            torch.tensor([float(rt.main and cfg.max_eval_seconds > 0 and needed > left)])
-        ).item()
-        > 0
-    )
-    if late:
-        log.log(
-            f"scoring stage skipped: needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s"
-        )
-    return not late
+def score_batch(scorer: Scorer, batch: Batch, tokens: np.ndarray, rt: Runtime) -> np.ndarray:
+    """Nats of a batch's targets [B, S]: predicted, charged, and then set aside for what learns."""
+    distribution = scorer.predict(batch)
+    targets = rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)  # known only now
+    nats = -distribution.prob(targets).squeeze(-1).log().float().cpu().numpy()
+    if scorer.learns:
+        scorer.collect(batch, distribution, targets)
+    return nats
+
+
+def token_by_token(
+    scorer: Scorer, tokens: np.ndarray, cfg: Config, rt: Runtime
+) -> Iterator[Tensor]:
+    """The harness for a stream that is still being written: yields p of the next token [V].
+
+    tokens[0] is known; before the next step the caller has written the next token into the array.
+    The scorer learns as it does in evaluate: from the same batches, at the end of the same chunks.
+    """
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    for counts in scorer.counts:
+        counts.prepare(tokens, plan, whole=False)
+    vocabulary = torch.arange(cfg.vocab_size, device=rt.device).view(1, 1, -1)
+    for target in range(len(tokens) - 1):
+        batch = plan.position(tokens, target)
+        with torch.inference_mode():
+            p = scorer.predict(batch).prob(vocabulary)[0, 0].cpu()
+        yield p
+        if scorer.learns:
+            known = tokens[: target + 2]
+            for chunk in plan.completed(tokens, target + 2):
+                for work in chunk.work:
+                    score_batch(scorer, plan.batch(known, work), known, rt)
+                scorer.commit(chunk, known)
 
 
 def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     """Text the model writes after SAMPLE_PROMPT, drawn at SAMPLE_TEMPERATURE with SEED."""
-    predictor = Sliding(model, rt, "sample", cfg.score_len, max(1, cfg.score_len // 2))
+    length = cfg.score_len
+    network = WindowNetwork(model, rt, cfg, length, max(1, length // 2))
+    network.hidden = GPT.hidden  # not compiled: every position is another length
     generator = torch.Generator().manual_seed(cfg.seed)
-    tokens = [cfg.bos_id, *table.encode(cfg.sample_prompt)]
-    for _ in range(cfg.sample_tokens or 200):
-        prob = torch.softmax(predictor.next(np.array(tokens)) / cfg.sample_temperature, dim=-1)
-        tokens.append(int(torch.multinomial(prob, 1, generator=generator)))
-    documents = [
-        [*part] for is_start, part in itertools.groupby(tokens, cfg.bos_id.__eq__) if not is_start
-    ]
-    return "\n\n".join(table.decode(part).decode(errors="replace") for part in documents)
+    prompt = [cfg.bos_id, *table.encode(cfg.sample_prompt)]
+    tokens = np.zeros(len(prompt) + (cfg.sample_tokens or 200), np.uint16)
+    tokens[: len(prompt)] = prompt
+    for number, p in enumerate(token_by_token(Scorer("sample", network), tokens, cfg, rt), 1):
+        if number >= len(prompt):
+            tempered = torch.softmax(p.log() / cfg.sample_temperature, dim=-1)
+            tokens[number] = int(torch.multinomial(tempered, 1, generator=generator))
+    documents = np.split(tokens, np.flatnonzero(tokens == cfg.bos_id))
+    texts = [table.decode(part[part != cfg.bos_id]).decode(errors="replace") for part in documents]
+    return "\n\n".join(text for text in texts if text)
 
 
-def network(model: GPT, rt: Runtime, cfg: Config, table: ByteTable, stride: int) -> Predictor:
-    """The network as the later stages use it: over the stream or over windows, adapting if that is on."""
-    base = (
-        PerDocumentLoRA(model, rt, cfg)
-        if cfg.ttt_lora_rank
-        else Streaming(model, rt, cfg, cfg.ttt_temperature)
-        if cfg.eval_stream
-        else Sliding(model, rt, "sliding", cfg.score_len, stride, cfg.ttt_temperature)
+# --- stages: what a run scores, in this order -----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One evaluator: whether the settings ask for it, and its scorer."""
+
+    name: str
+    enabled: Callable[[Config], Any]
+    build: Callable[[GPT, Runtime, Config, ByteTable], Scorer]
+
+
+def _plain_enabled(cfg: Config) -> bool:
+    alone = cfg.stride == cfg.score_len and not cfg.eval_stream
+    return cfg.eval_plain or alone
+
+
+def _build_plain(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    return Scorer("plain", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
+
+
+def _sliding_enabled(cfg: Config) -> bool:
+    return cfg.stride < cfg.score_len
+
+
+def _build_sliding(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    return Scorer("sliding", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.stride))
+
+
+def _streaming_enabled(cfg: Config) -> bool:
+    return cfg.eval_stream > 0
+
+
+def _build_streaming(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    return Scorer("streaming", StreamNetwork(model, rt, cfg))
+
+
+def build_scorer(
+    name: str,
+    model: GPT,
+    rt: Runtime,
+    cfg: Config,
+    table: ByteTable,
+    stride: int,
+    mixers: Sequence[Mixer] = (),
+) -> Scorer:
+    """A later stage: over the stream or over windows, adapting if that is on."""
+    if cfg.ttt_lora_rank:
+        network = PerDocumentLoRA(model, rt, cfg)
+    elif cfg.eval_stream:
+        network = StreamNetwork(model, rt, cfg, cfg.ttt_temperature)
+    else:
+        network = WindowNetwork(model, rt, cfg, cfg.score_len, stride, cfg.ttt_temperature)
+    training = TestTimeTraining(network, cfg, table) if cfg.ttt_epochs else None
+    return Scorer(name, network, mixers, training, cfg.mix_chunk_tokens)
+
+
+def _mixed_enabled(cfg: Config) -> bool:
+    return cfg.tilt or cfg.ngram == "mix"
+
+
+def _ttt_enabled(cfg: Config) -> bool:
+    return (cfg.ttt_epochs or cfg.ttt_lora_rank) and not _mixed_enabled(cfg)  # which contains it
+
+
+def _build_ttt(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    return build_scorer("ttt", model, rt, cfg, table, cfg.stride)
+
+
+def _build_mixed(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    counts = NgramCounts(cfg, rt)
+    mixers: list[Mixer] = [Tilt(rt, counts)] if cfg.tilt else []
+    if cfg.ngram == "mix" and cfg.mixer_head:
+        mixers.append(GatedNgramMixer(cfg, counts, model))
+    elif cfg.ngram == "mix":
+        mixers.append(NgramMixer(rt, counts))
+    return build_scorer("mixed", model, rt, cfg, table, cfg.stride, mixers)
+
+
+def _ngram_enabled(cfg: Config) -> bool:
+    return cfg.ngram != "" and cfg.ngram != "mix"
+
+
+def _build_ngram(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
+    stride = cfg.ngram_stride or cfg.stride
+    cache = HashedNgramCache(rt, cfg, model)
+    return build_scorer("ngram", model, rt, cfg, table, stride, [cache])
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("plain", _plain_enabled, _build_plain),
+        Stage("sliding", _sliding_enabled, _build_sliding),
+        Stage("streaming", _streaming_enabled, _build_streaming),
+        Stage("ttt", _ttt_enabled, _build_ttt),
+        Stage("mixed", _mixed_enabled, _build_mixed),
+        Stage("ngram", _ngram_enabled, _build_ngram),
     )
-    return Adapting(base, cfg, table) if cfg.ttt_epochs else base
-
-
-def mixture(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Predictor:
-    predictor = network(model, rt, cfg, table, cfg.stride)
-    predictor = Tilt(predictor, cfg) if cfg.tilt else predictor
-    return Mixed(predictor, cfg) if cfg.ngram == "mix" else predictor
-
-
-# Scoring stages in order: name -> whether the settings ask for it, and its predictor from model, runtime,
-# settings and byte table. The last true score is the result; what a later one contains is not scored alone.
-PREDICTORS: dict[
-    str, tuple[Callable[[Config], Any], Callable[[GPT, Runtime, Config, ByteTable], Any]]
-] = {
-    "plain": (
-        lambda cfg: cfg.eval_plain or cfg.stride == cfg.score_len and not cfg.eval_stream,
-        lambda model, rt, cfg, table: Sliding(model, rt, "plain", cfg.score_len, cfg.score_len),
-    ),
-    "sliding": (
-        lambda cfg: cfg.stride < cfg.score_len,
-        lambda model, rt, cfg, table: Sliding(model, rt, "sliding", cfg.score_len, cfg.stride),
-    ),
-    "streaming": (
-        lambda cfg: cfg.eval_stream,
-        lambda model, rt, cfg, table: Streaming(model, rt, cfg),
-    ),
-    "ttt": (
-        lambda cfg: (cfg.ttt_epochs or cfg.ttt_lora_rank) and not cfg.tilt and cfg.ngram != "mix",
-        lambda model, rt, cfg, table: network(model, rt, cfg, table, cfg.stride),
-    ),
-    "mixed": (lambda cfg: cfg.tilt or cfg.ngram == "mix", mixture),
-    "ngram": (
-        lambda cfg: cfg.ngram and cfg.ngram != "mix",
-        lambda model, rt, cfg, table: HashedNgramCache(
-            network(model, rt, cfg, table, cfg.ngram_stride or cfg.stride), cfg
-        ),
-    ),
 }
 
+
 # ==================================================================================================
-# 11. CHECKS - what makes a score believable, tested on the score itself.
-#     Uses sections 3-10; changes nothing.
+# 11. CHECKS - what makes a score believable, tested on every score at the price of a few batches.
+#     Uses sections 1-10; changes nothing. `records/audit.py` is the reviewer's deep form.
 # ==================================================================================================
 
-Verdict = tuple[str | None, dict[str, Any]]  # what is wrong, or None; the figures
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of a check: what is wrong, or nothing; and figures."""
+
+    name: str
+    problem: str = ""  # empty = passed
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    expected: bool = False  # a labelled score fails it by its nature
+    warning: bool = False  # a reason to look, not to refuse
+
+    @property
+    def failed(self) -> bool:
+        """Whether it counts against the score."""
+        return bool(self.problem) and not self.expected and not self.warning
+
+    @property
+    def verdict(self) -> str:
+        """PASS, or FAIL, EXPECTED or WARN and the problem."""
+        if not self.problem:
+            return "PASS"
+        word = "EXPECTED" if self.expected else "WARN" if self.warning else "FAIL"
+        return f"{word}: {self.problem}"
+
+    def record(self) -> dict[str, Any]:
+        """Its entry in result.json."""
+        return {"verdict": self.verdict, **self.figures}
 
 
-class AccessWatch:
-    """Files opened and other hosts contacted while it watches (a Python audit hook)."""
-
-    def __init__(self) -> None:
-        self.mark, self.total = "", []
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, args: tuple) -> None:
-        if self.mark and event == "open" and self.mark in str(args[0]):
-            self.total.append(f"opened {Path(args[0]).name}")
-        elif (
-            self.mark
-            and event == "socket.connect"
-            and isinstance(args[1], tuple)
-            and args[1][0] not in ("127.0.0.1", "::1", "localhost")
-        ):
-            self.total.append(f"connected to {args[1][0]}")
-
-    @contextlib.contextmanager
-    def watching(self, mark: str) -> Iterator[list[str]]:
-        """Yields the list of what is seen: files with `mark` in their path, hosts."""
-        self.mark, self.total = mark, []
-        try:
-            yield self.total
-        finally:
-            self.mark = ""
+def check_coverage(score: Score, targets: int) -> Check:
+    """Every target was charged once."""
+    once = int((score.coverage == 1).sum())
+    complete = once == len(score.nats) == targets
+    problem = "" if complete else f"{once} of {targets} targets charged exactly once"
+    return Check("coverage", problem, {"charged_once": once})
 
 
-access_watch = functools.cache(AccessWatch)  # one a process: Python cannot take a hook back
-
-
-def audit_bytes(
+def check_bytes(
     tokens: np.ndarray, table: ByteTable, bos: int, sample_tokens: int = 1 << 20
-) -> Verdict:
+) -> Check:
     """The byte table against the decoded text, by document, over the first tokens."""
     tokens = tokens[:sample_tokens]
-    starts, counted = (
-        np.flatnonzero(tokens == bos),
-        np.concatenate(([0], np.cumsum(table.count(tokens)))),
-    )
+    starts = np.flatnonzero(tokens == bos)
+    counted = np.concatenate(([0], np.cumsum(table.count(tokens))))
     for lo, hi in itertools.pairwise(starts):
-        text, count = len(table.decode(tokens[lo + 1 : hi])), counted[hi - 1] - counted[lo]
+        text = len(table.decode(tokens[lo + 1 : hi]))
+        count = counted[hi - 1] - counted[lo]
         if count != text:
-            return f"document at token {lo}: counted {count}, decoded {text}", {}
-    return None, {"documents": len(starts)}
+            return Check("bytes", f"document at token {lo}: counted {count}, decoded {text}")
+    return Check("bytes", figures={"documents": len(starts)})
 
 
-def audit_order(events: Sequence[tuple[str, int, int]]) -> Verdict:
-    """No token may be observed before it was charged (C3), and charges go left to right (C4)."""
+def check_byte_algebra(score: Score, sizes: np.ndarray) -> Check:
+    """bpb = sum of nats / ln 2 / bytes, counted again."""
+    recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / sizes.sum())
+    wrong = abs(recount - score.bpb) >= 1e-9
+    problem = f"recount gives {recount}, reported {score.bpb}" if wrong else ""
+    return Check("byte_algebra", problem, {"recount": recount})
+
+
+def check_order(score: Score) -> Check:
+    """Nothing is learned from a token before it was charged, and charges go left to right."""
     charged = 0
-    for kind, lo, hi in events:
+    for kind, lo, hi in score.events:
         if kind == "score" and lo != charged:
-            return f"scored from target {lo}, expected {charged}", {}
-        if kind == "observe" and hi > charged:
-            return f"observed up to target {hi}, charged only up to {charged}", {}
+            return Check("order", f"scored from target {lo}, expected {charged}")
+        if kind == "commit" and hi > charged:
+            told = f"learned from targets up to {hi}, charged only up to {charged}"
+            return Check("order", told, expected=score.validity == "adapted_first")
         charged = max(charged, hi)
-    return None, {"events": len(events)}
+    return Check("order", figures={"events": len(score.events)})
 
 
-def audit_future(predictor: Predictor, batch: Batch, counts: Any, vocab: int) -> Verdict:
-    """Other tokens after a position must not change what is charged up to it (C1): two positions."""
-    before = predictor.score(batch, counts).float()
-    size, moved = batch.targets.size(1), 0.0
-    for last in (size // 3, 2 * size // 3):
-        ids, targets = batch.ids.clone(), batch.targets.clone()
-        for later in (ids[:, ids.size(1) - size + last + 1 :], targets[:, last + 1 :]):
-            later.copy_((later + 1) % vocab)
-        after = predictor.score(batch._replace(ids=ids, targets=targets), counts).float()
+def targets_of(tokens: np.ndarray, batch: Batch, rt: Runtime) -> Tensor:
+    """A batch's targets [B, S, 1]."""
+    return rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)
+
+
+@torch.inference_mode()
+def check_future(
+    scorer: Scorer, batch: Batch, tokens: np.ndarray, vocab: int, rt: Runtime
+) -> Check:
+    """Other inputs after a position change no probability up to it: two positions."""
+    targets = targets_of(tokens, batch, rt)
+    before = scorer.predict(batch).prob(targets).log()
+    scored = batch.index.shape[1]
+    moved = 0.0
+    for last in (scored // 3, 2 * scored // 3):
+        ids = batch.ids.copy()
+        later = ids[:, ids.shape[1] - scored + last + 1 :]
+        later[:] = (later + 1) % vocab
+        after = scorer.predict(dataclasses.replace(batch, ids=ids)).prob(targets).log()
         moved = max(moved, (after - before)[:, : last + 1].abs().max().item())
-    return f"later tokens move charges by {moved:.2g} nats" if moved > 1e-4 else None, {
-        "nats": moved
-    }
+    problem = f"later tokens move charges by {moved:.2g} nats" if moved > 1e-4 else ""
+    return Check("future", problem, {"nats": moved})
 
 
-def audit_distribution(
-    predictor: Predictor, batch: Batch, score: Score, tolerance: float
-) -> Verdict:
-    """At 256 positions the probabilities sum to one and the target's entry is what was charged (C2)."""
+@torch.inference_mode()
+def check_distribution(
+    scorer: Scorer, batch: Batch, tokens: np.ndarray, vocab: int, score: Score, rt: Runtime
+) -> Check:
+    """At 256 positions probabilities sum to one, and the target's entry is what was charged."""
+    tolerance = rt.profile.tolerance
     real = np.argwhere(batch.real)
-    rows, at = real[np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)].T
-    log_p = predictor.full(batch, score.counts, rows, at)  # [256, V]
-    entries = log_p.gather(1, batch.targets.cpu()[rows, at][:, None]).squeeze(1).numpy()
-    charged = (
-        predictor.score(batch, score.counts).cpu().numpy()[rows, at]
-        if predictor.chunk
-        else score.nats[batch.index[rows, at]]
-    )  # what adapts is asked as it is now
-    total, gap = (
-        torch.logsumexp(log_p, -1).abs().max().item(),
-        float(np.abs(entries + charged).max()),
-    )
-    score.mass = log_p.exp().sum(-1).mean().item()
-    problem = (
-        f"log of the sum over the vocabulary is off by {total:.2g}, the charge from its entry by "
-        f"{gap:.2g} nats"
-        if total > tolerance or gap > tolerance
-        else None
-    )
-    return problem, {"positions": len(rows), "log_sum": total, "entry_gap": gap, "mass": score.mass}
+    places = np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)
+    rows, columns = real[places].T
+    distribution = scorer.predict(batch)
+    targets = targets_of(tokens, batch, rt)
+    charged = -score.nats[batch.index[rows, columns]]
+    if scorer.chunk_targets:  # what adapts is asked as it is now
+        charged = distribution.prob(targets).log().cpu().numpy()[rows, columns, 0]
+    chosen = distribution.at(rows, columns)
+    vocabulary = torch.arange(vocab, device=rt.device)
+    p = chosen.prob(vocabulary.expand(len(rows), 1, -1))[:, 0].cpu()  # [m, V]
+    target = targets.cpu()[rows, columns]  # [m, 1]
+    entries = p.gather(1, target)[:, 0].log().numpy()
+    off = p.sum(-1).log().abs().max().item()
+    gap = float(np.abs(entries - charged).max())
+    score.mass = p.sum(-1).mean().item()
+    sums = f"log of the sum over the vocabulary is off by {off:.2g}"
+    told = f"{sums}, the charge from its entry by {gap:.2g} nats"
+    wrong = off > tolerance or gap > tolerance
+    known = score.validity == "unnormalised" and gap <= tolerance
+    figures = {"positions": len(rows), "log_sum": off, "entry_gap": gap, "mass": score.mass}
+    return Check("distribution", told if wrong else "", figures, expected=known)
 
 
-# The checks that a labelled score fails by its nature; any other failure counts against it too.
-FAULTS = {
-    "unnormalised_score": ("distribution", "every_token", "random_stream"),
-    "adapted_before_scoring": ("order", "future_again", "every_token", "random_stream"),
-}
+def check_plausibility(score: Score, true_scores: Mapping[str, float]) -> Check:
+    """Large gains over another stage, and very low scores, want an explanation."""
+    gain = max(true_scores.values(), default=score.bpb) - score.bpb
+    problem = ""
+    if gain > 0.03:
+        problem = f"gains {gain:.4f} bpb over another stage"
+    elif score.bpb < 0.9:
+        problem = "below 0.9 bpb"
+    return Check("plausibility", problem, {"gain": gain}, warning=True)
 
 
-def verdicts_of(
-    checks: Mapping[str, Verdict], validity: str, tolerance: float
-) -> dict[str, dict[str, Any]]:
-    """Check -> verdict (PASS, or FAIL or EXPECTED and the reason) and figures."""
-    verdicts = {}
-    for name, (problem, figures) in checks.items():
-        known = name in FAULTS.get(validity, ()) and figures.get("entry_gap", 0.0) <= tolerance
-        verdict = f"{'EXPECTED' if known else 'FAIL'}: {problem}" if problem else "PASS"
-        verdicts[name] = {"verdict": verdict, **figures}
-    return verdicts
-
-
-class Rescorer:
-    """Scores short streams again and again, each time from the same state, for the checks of MODE=audit.
-
-    Windows and chunks are as short as 128 targets, so that a stream of six of them holds every kind of edge.
-    """
-
-    def __init__(
-        self,
-        build: Callable[..., Predictor],
-        model: GPT,
-        rt: Runtime,
-        cfg: Config,
-        table: ByteTable,
-        log: RunLog,
-    ):
-        self.build, self.model, self.table, self.rt = build, model, table, rt
-        self.size, self.log = min(cfg.score_len, 128), RunLog(log.out_dir, rt, silent=True)
-        stride = min(cfg.stride, self.size // 2) if cfg.stride < cfg.score_len else 0
-        short = ("eval_seq_len", "ttt_chunk_tokens", "mix_chunk_tokens", "eval_batch_tokens")
-        self.cfg = dataclasses.replace(
-            cfg,
-            **dict.fromkeys(short, self.size),
-            eval_stream=min(cfg.eval_stream, self.size),
-            ttt_docs=2,
-            eval_stride=stride,
-            ngram_stride=0,
-            max_eval_seconds=0.0,
-        )
-
-    def __call__(
-        self,
-        tokens: np.ndarray,
-        model: GPT | None = None,
-        rt: Runtime | None = None,
-        scale: int = 1,
-    ) -> np.ndarray:
-        """Nats of every target [n], float64."""
-        cfg = dataclasses.replace(self.cfg, eval_batch_tokens=scale * self.size)
-        predictor = self.build(model or self.model, rt or self.rt, cfg, self.table)
-        state = predictor.snapshot()
-        score = evaluate(predictor, tokens, self.table, cfg, rt or self.rt, self.log)
-        predictor.restore(state)
-        return score.nats.astype(np.float64)
-
-
-def audit_again(
-    scores: Rescorer, tokens: np.ndarray, cfg: Config, predictor: Predictor
-) -> dict[str, dict[str, Any]]:
-    """The checks of MODE=audit, minutes of them. The stream is cut into three documents."""
-    size, rng, vocab = scores.size, np.random.default_rng(cfg.seed), cfg.vocab_size
-    tolerance = scores.rt.profile.tolerance
-    stream = np.resize(tokens, 6 * size + 1)
-    document_starts = [0, 2 * size, 4 * size - 7]
-    stream[document_starts] = cfg.bos_id
-
-    def digest(model: nn.Module) -> bytes:
-        return hashlib.sha256(
-            b"".join(p.data.cpu().numpy().tobytes() for p in model.parameters())
-        ).digest()
-
-    before, first = digest(scores.model), scores(stream)
-
-    def gap(
-        name: str, other: np.ndarray, own: np.ndarray = first, bound: float = tolerance
-    ) -> Verdict:
-        nats = float(np.abs(other - own).max())
-        return f"{name} move charges by {nats:.2g} nats" if nats > bound else None, {"nats": nats}
-
-    moved = []
-    for last in (
-        3,
-        size - 1,
-        size,
-        document_starts[1],
-        3 * size + 5,
-        document_starts[2],
-        5 * size - 1,
-        6 * size - 2,
-    ):
-        other = np.append(stream[: last + 2], rng.integers(0, vocab, len(stream) - last - 2))
-        moved.append(scores(other)[: last + 1] - first[: last + 1])
-    sums = [
-        sum(math.exp(-scores(np.append(stream[: last + 1], v))[last]) for v in range(vocab))
-        for last in (size - 1, size)
-    ]  # on both sides of a chunk's end
-    blank = copy.deepcopy(scores.model)
-    for name, p in blank.named_parameters():
-        p.data.mul_(0.0 if name.startswith(("tok_emb", "lm_head")) else 1.0)
-    noise = scores(rng.integers(0, vocab, len(stream)).astype(stream.dtype), model=blank)
-    least, mean = (
-        math.log(vocab) - 4 * float(noise.std()) / math.sqrt(len(noise)) - 1e-6,
-        float(noise.mean()),
-    )
-    solo = copy.copy(scores.rt)
-    solo.rank, solo.world = 0, 1
-    swapped = np.concatenate(
-        (
-            stream[document_starts[1] : document_starts[2]],
-            stream[: document_starts[1]],
-            stream[document_starts[2] :],
-        )
-    )
-    return verdicts_of(
-        {
-            "future_again": gap("later tokens", np.concatenate(moved), 0.0),
-            "every_token": (
-                f"charges of all tokens add up to {sums}"
-                if any(abs(total - 1) > 10 * tolerance for total in sums)
-                else None,
-                {"sums": sums},
-            ),
-            "random_stream": (
-                f"{mean:.4f} nats on random tokens, ln V is {math.log(vocab):.4f}"
-                if mean < least
-                else None,
-                {"nats": mean},
-            ),
-            "batches": gap("other batch sizes", scores(stream, scale=4)),
-            "processes": gap("other numbers of processes", scores(stream, rt=solo)),
-            "isolation": gap(
-                "other documents",
-                scores(swapped)[document_starts[2] :],
-                first[document_starts[2] :],
-            )
-            if predictor.isolates
-            else (None, {"claimed": False}),
-            "repeat": gap("repeated scores", scores(stream)),
-            "neutral": (
-                None if digest(scores.model) == before else "scoring left other weights",
-                {},
-            ),
-        },
-        predictor.validity,
-        tolerance,
-    )
-
-
-def audit(
+def check_score(
     score: Score,
-    predictor: Predictor,
+    scorer: Scorer,
     tokens: np.ndarray,
     table: ByteTable,
     cfg: Config,
     rt: Runtime,
-    stages: Mapping[str, float],
-    accessed: Sequence[str],
-) -> dict[str, dict[str, Any]]:
-    """The checks of every score, at the price of a few batches."""
-    plan = predictor.probe(tokens)
-    near, batch = (
-        plan.batch(tokens, unit, len(unit), rt, predictor.left_context)
-        for unit in plan.samples(256)
-    )
-    targets, once, tolerance = (
-        len(tokens) - 1,
-        int((score.coverage == 1).sum()),
-        rt.profile.tolerance,
-    )
-    recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / table.count(tokens).sum())
-    checks: dict[str, Verdict] = {
-        "coverage": (
-            None
-            if once == len(score.nats) == targets
-            else f"{once} of {targets} targets charged exactly once",
-            {"charged_once": once},
-        ),
-        "bytes": audit_bytes(tokens, table, cfg.bos_id),
-        "byte_algebra": (
-            None
-            if abs(recount - score.bpb) < 1e-9
-            else f"recount gives {recount}, reported {score.bpb}",
-            {"recount": recount},
-        ),
-        "order": audit_order(score.events),
-        "future": audit_future(predictor, near, score.counts, cfg.vocab_size),
-        "distribution": audit_distribution(predictor, batch, score, tolerance),
-        "access": ("; ".join(accessed) or None, {"seen": len(accessed)}),
-    }
-    gain = max(stages.values(), default=score.bpb) - score.bpb
-    doubt = (
-        f"WARN: gains {gain:.4f} bpb over another stage"
-        if gain > 0.03
-        else "WARN: below 0.9 bpb"
-        if score.bpb < 0.9
-        else "PASS"
-    )
-    return {
-        **verdicts_of(checks, score.validity, tolerance),
-        "plausibility": {"verdict": doubt, "gain": gain},
-    }
+    true_scores: Mapping[str, float],
+) -> list[Check]:
+    """The checks of every score; true_scores: bpb of the stages before it."""
+    early, spread = scorer.network.probe(tokens).samples(tokens, 256)
+    return [
+        check_coverage(score, len(tokens) - 1),
+        check_bytes(tokens, table, cfg.bos_id),
+        check_byte_algebra(score, table.count(tokens)),
+        check_order(score),
+        check_future(scorer, early, tokens, cfg.vocab_size, rt),
+        check_distribution(scorer, spread, tokens, cfg.vocab_size, score, rt),
+        check_plausibility(score, true_scores),
+    ]
 
 
 # ==================================================================================================
@@ -4622,31 +4915,6 @@ BAD_INPUT = 64
 INTERRUPTED = 143
 
 
-def commit_of(folder: Path) -> tuple[str | None, bool | None]:
-    """The commit of the repository around a folder, and whether tracked files differ."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(folder),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-        name = done.stdout.strip()
-        if name:
-            return name.removesuffix("-dirty"), name.endswith("-dirty")
-    return None, None
-
-
 def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
     """First lines of the log, first fields of the result: versions, machine, settings, code."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
@@ -4664,8 +4932,7 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
     log.log(f"overrides: {typed or 'none'}")
 
     code = sha256(SCRIPT)
-    commit, dirty = commit_of(SCRIPT.parent) if rt.main else (None, None)
-    log.log(f"seed:{cfg.seed} code_sha256:{code} commit:{commit}{' dirty' if dirty else ''}")
+    log.log(f"seed:{cfg.seed} code_sha256:{code}")
 
     recipe = json.dumps(
         cfg.group("data", "train", "model", "optim", "pack", "score"), sort_keys=True
@@ -4677,8 +4944,6 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
         overrides=changed,
         code_sha256=code,
         config_sha256=hashlib.sha256(recipe.encode()).hexdigest(),
-        commit=commit,
-        dirty=dirty,
         versions=versions,
         world_size=rt.world,
         resumed=bool(cfg.resume),
@@ -4725,9 +4990,8 @@ class Validator:
         self.trainer = trainer
         self.table = table
         cfg = trainer.cfg
-        self.predictor = Sliding(
-            trainer.model, trainer.rt, "validate", cfg.score_len, cfg.score_len
-        )
+        network = WindowNetwork(trainer.model, trainer.rt, cfg, cfg.score_len, cfg.score_len)
+        self.scorer = Scorer("validate", network)
         self.tokens: np.ndarray | None = None
 
     def __call__(self, step: int) -> None:
@@ -4735,7 +4999,7 @@ class Validator:
         if self.tokens is None:
             self.tokens = load_validation(cfg)
         seconds = self.trainer.clock.elapsed()  # without this validation's own
-        score = evaluate(self.predictor, self.tokens, self.table, cfg, rt, log)
+        score = evaluate(self.scorer, self.tokens, self.table, cfg, rt, log)
         if score:
             bpb = f"{score.label}:{score.bpb:.4f}"
             steps = f"step:{step}/{cfg.iterations}"
@@ -4800,30 +5064,25 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog) -> int:
         log.identify(shards_identity, cfg, "val", len(tokens))
     true_scores: dict[str, float] = {}
     code = OK
-    chosen = {name: build for name, (wanted, build) in PREDICTORS.items() if wanted(cfg)}
-    for name, build in chosen.items():
-        predictor = build(model, rt, cfg, table)
-        state = predictor.snapshot()  # what a stage learns ends with it
-        with access_watch().watching("fineweb_train") as accessed:
-            score = evaluate(predictor, tokens, table, cfg, rt, log)
-        with log.phase("audit"):
-            checks = {}
-            if score:
-                checks = audit(score, predictor, tokens, table, cfg, rt, true_scores, accessed)
-            predictor.restore(state)
-            if score and cfg.mode == "audit":
-                rescorer = Rescorer(build, model, rt, cfg, table, log)
-                checks |= audit_again(rescorer, tokens, cfg, predictor)
-        if score is None:
-            log.result["stages"][name] = {"skipped": "MAX_EVAL_SECONDS"}
-            code = code or OVER_TIME
+    for stage in STAGES.values():
+        if not stage.enabled(cfg):
             continue
-        log_score(cfg, log, name, score, checks)
-        if not score.validity:  # the last true score is the run's
-            true_scores[name] = score.bpb
-            log.result["result"] = {"stage": name, **score.record()}
-        if any(found["verdict"].startswith("FAIL") for found in checks.values()):
-            code = AUDIT_FAILED
+        scorer = stage.build(model, rt, cfg, table)
+        state = scorer.state_dict()  # what a stage learns ends with it
+        score = evaluate(scorer, tokens, table, cfg, rt, log)
+        if score is None:
+            log.result["stages"][stage.name] = {"skipped": "MAX_EVAL_SECONDS"}
+            code = code or OVER_TIME
+        else:
+            with log.phase("audit"):
+                checks = check_score(score, scorer, tokens, table, cfg, rt, true_scores)
+            log_score(cfg, log, score, checks)
+            if score.validity == "valid":  # the last true score is the run's
+                true_scores[stage.name] = score.bpb
+                log.result["result"] = {"stage": stage.name, **score.record()}
+            if any(check.failed for check in checks):
+                code = AUDIT_FAILED
+        scorer.load_state_dict(state)
         log.save()
     with log.phase("sample"):
         if cfg.sample_tokens:
@@ -4831,18 +5090,19 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog) -> int:
     return code
 
 
-def log_score(cfg: Config, log: RunLog, name: str, score: Score, checks: dict[str, Any]) -> None:
+def log_score(cfg: Config, log: RunLog, score: Score, checks: Sequence[Check]) -> None:
     """A stage's lines in the log, and its entry in the result."""
     record = score.record()
-    final = f"final_{cfg.compressor}_{name}"
+    final = f"final_{cfg.compressor}_{score.name}"
     mass = "" if record["normalised"] else f" vocabulary_mass:{score.mass:.2f}"
     took = f"eval_time:{score.seconds * 1000:.0f}ms"
     log.log(f"{final} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} {took}{mass}")
     log.log(f"{final}_exact val_loss:{score.loss:.8f} {score.label}:{score.bpb:.8f}")
-    for check_name, found in checks.items():
-        if found["verdict"] != "PASS":
-            log.log(f"audit {name} {check_name} {found['verdict']}")
-    log.result["stages"][name] = {**record, "audit": checks}
+    for check in checks:
+        if check.problem:
+            log.log(f"audit {score.name} {check.name} {check.verdict}")
+    record["audit"] = {check.name: check.record() for check in checks}
+    log.result["stages"][score.name] = record
 
 
 def result_card(cfg: Config, log: RunLog, code: int) -> None:
@@ -4879,9 +5139,7 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog) -> int:
     """One run in one mode -> its exit code."""
     log_identity(cfg, rt, log)
     if cfg.mode == "train":
-        with access_watch().watching("fineweb_val") as opened:
-            status, blob = train_model(cfg, rt, log)
-        log.save(opened_in_training=opened)
+        status, blob = train_model(cfg, rt, log)
         if not blob:
             return DIVERGED if status == "diverged" else INTERRUPTED
     else:

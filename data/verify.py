@@ -279,11 +279,10 @@ def check_bytes(data: Dataset) -> str:
     """
     for split, limit in (("val", None), ("train", 1 << 20)):
         tokens = data.spelled(split, limit)
-        complaint, _ = tg.audit_bytes(
-            np.append(tokens, data.bos), data.table, data.bos, len(tokens) + 1
-        )
-        if complaint:
-            raise Fault(f"{split} {complaint}")
+        closed = np.append(tokens, data.bos)
+        outcome = tg.check_bytes(closed, data.table, data.bos, len(closed))
+        if outcome.problem:
+            raise Fault(f"{split} {outcome.problem}")
     entry = data.entry or {}
     told, text = (entry.get(key, {}).get("val") for key in ("charged_bytes", "text_bytes"))
     if told not in (None, data.charged):

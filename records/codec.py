@@ -1,6 +1,6 @@
 """A real compressor out of any true score.
 
-What a predictor claims in bits, an arithmetic coder writes in bits.
+What a scorer claims in bits, an arithmetic coder writes in bits.
 
     export ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=...
     python records/codec.py compress speech.txt                         # -> speech.txt.pgolf
@@ -8,13 +8,13 @@ What a predictor claims in bits, an arithmetic coder writes in bits.
     python records/codec.py verify                                      # the proof
 
 Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose
-the predictor (the last true stage that a run with them would score). The artifact is not part of
+the scorer (the last true stage that a run with them would score). The artifact is not part of
 the compressed file; its hash is.
 
 `verify` compresses documents of the validation set, decompresses them in a fresh process, compares
 the text byte for byte and the size with the bits that the harness of train_gpt.py charges for the
-same tokens. Encoder and decoder run the same loop, `walk`, token after token: one thread, the same
-shapes, whole frequencies. They agree on machines that compute alike, not across CPU models or
+same tokens. Encoder and decoder run the same loop, `token_by_token`: one thread, the same shapes,
+whole frequencies. They agree on machines that compute alike, not across CPU models or
 versions of torch; the header says what made a file.
 """
 
@@ -34,7 +34,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,91 +193,34 @@ def documents_of(tokens: np.ndarray, table: tg.ByteTable, bos: int) -> bytes:
 # --- one token at a time --------------------------------------------------------------------------
 
 
-def walk(
-    predictor: Any, count: int, first: int, cfg: tg.Config
-) -> Generator[torch.Tensor, int, None]:
-    """The harness with the tokens still to come.
-
-    It yields log p over V and is sent the token, `count` times. The predictor learns as it does in
-    tg.evaluate: from the same batches, at the end of the same chunks.
-    """
-    tokens = np.zeros(count + 1, np.uint16)
-    tokens[0] = first
-    steps = (
-        _documents(predictor, tokens, cfg)
-        if predictor.shares == "rows"
-        else _chunks(predictor, tokens, cfg)
-    )
-    for known in steps:
-        tokens[known] = yield predictor.next(tokens[:known])
-
-
-def _learn(predictor: Any, tokens: np.ndarray, batch: tg.Batch, plan: Any, cfg: tg.Config) -> None:
-    predictor.score(batch, predictor.counts and predictor.counts(tokens, plan, cfg))
-    predictor.charged(batch)
-
-
-def _chunks(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
-    """How many tokens are known, before each next one.
-
-    Learns when a chunk of windows is complete.
-    """
-    plan, rt = predictor.plan(tokens), predictor.rt
-    rows = predictor.rows(cfg)
-    chunks = list(plan.units(rows, predictor.chunk))
-    for number, units in enumerate(chunks):
-        lo, hi = plan.span(units)
-        yield from range(lo + 1, hi + 1)
-        for unit in units if predictor.chunk else ():
-            _learn(
-                predictor,
-                tokens[: hi + 1],
-                plan.batch(tokens, unit, rows, rt, predictor.left_context),
-                plan,
-                cfg,
-            )
-        predictor.observe(
-            tokens[lo : hi + 1], number / (len(chunks) - 1) if len(chunks) > 1 else 1.0
-        )
-
-
-def _documents(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> Iterator[int]:
-    """The same for chunks of documents: a document ends where the next one starts."""
-    for known in range(1, len(tokens)):
-        yield known
-        seen = tokens[: known + 1]
-        plan, (members, chunk) = predictor.plan(seen), predictor.unit_of(seen)
-        ended = tokens[known] == cfg.bos_id or known == len(tokens) - 1
-        if ended or (known - plan.starts[members[0]]) % plan.chunk == 0:
-            _learn(predictor, seen, plan.batch(seen, (members, chunk), 1, predictor.rt), plan, cfg)
-        if ended and (members[0] + 1) % plan.slots == 0:
-            predictor.observe(seen, 0.0)
-
-
-def encode(predictor: Any, tokens: np.ndarray, cfg: tg.Config) -> bytes:
+def encode(scorer: tg.Scorer, tokens: np.ndarray, cfg: tg.Config, rt: tg.Runtime) -> bytes:
     """All tokens but the first."""
-    coder, steps = Encoder(), walk(predictor, len(tokens) - 1, int(tokens[0]), cfg)
-    log_p = next(steps)
-    for number, token in enumerate(tokens[1:].tolist(), 2):
-        coder.encode(frequencies(log_p), token)
-        log_p = steps.send(token) if number < len(tokens) else None
+    coder = Encoder()
+    written = np.zeros(len(tokens), np.uint16)
+    written[0] = tokens[0]
+    for number, p in enumerate(tg.token_by_token(scorer, written, cfg, rt), 1):
+        coder.encode(frequencies(p.log()), int(tokens[number]))
+        written[number] = tokens[number]
     return coder.finish()
 
 
-def decode(predictor: Any, data: bytes, count: int, first: int, cfg: tg.Config) -> np.ndarray:
-    coder, steps, tokens = Decoder(data), walk(predictor, count, first, cfg), [first]
-    log_p = next(steps)
-    for left in reversed(range(count)):
-        tokens.append(coder.decode(frequencies(log_p)))
-        log_p = steps.send(tokens[-1]) if left else None
-    return np.array(tokens)
+def decode(
+    scorer: tg.Scorer, data: bytes, count: int, first: int, cfg: tg.Config, rt: tg.Runtime
+) -> np.ndarray:
+    """The tokens of encode, of which there are `count` after the first."""
+    coder = Decoder(data)
+    tokens = np.zeros(count + 1, np.uint16)
+    tokens[0] = first
+    for number, p in enumerate(tg.token_by_token(scorer, tokens, cfg, rt), 1):
+        tokens[number] = coder.decode(frequencies(p.log()))
+    return tokens
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 class Codec:
-    """Artifact, tokenizer and predictor that the settings name."""
+    """Artifact, tokenizer and scorer that the settings name."""
 
     def __init__(self, env: dict[str, str]):
         torch.set_num_threads(1)  # sums must not depend on the machine's load
@@ -287,15 +229,14 @@ class Codec:
         self.rt, self.table = tg.Runtime(self.cfg, {}), tg.ByteTable.load(self.cfg)
         self.blob = tg.read_artifact(self.cfg)
 
-    def predictor(self) -> Any:
+    def scorer(self) -> tg.Scorer:
         """A fresh one: the last true stage of a run with these settings."""
-        stages = [build for wanted, build in tg.PREDICTORS.values() if wanted(self.cfg)]
-        for build in reversed(stages):
-            predictor = build(
-                tg.load_artifact(self.cfg, self.blob, self.rt), self.rt, self.cfg, self.table
-            )
-            if not predictor.validity:
-                return predictor
+        for stage in reversed(tg.STAGES.values()):
+            if stage.enabled(self.cfg):
+                model = tg.load_artifact(self.cfg, self.blob, self.rt)
+                scorer = stage.build(model, self.rt, self.cfg, self.table)
+                if scorer.validity == "valid":
+                    return scorer
         raise tg.InputError(
             "these settings score nothing that is a true score: no code can be made of it"
         )
@@ -328,7 +269,7 @@ class Codec:
                 "text_sha256": hashlib.sha256(self.text(tokens)).hexdigest(),
             }
         ).encode()
-        data = encode(self.predictor(), tokens, self.cfg)
+        data = encode(self.scorer(), tokens, self.cfg, self.rt)
         return (
             MAGIC
             + struct.pack("<I", len(header))
@@ -362,7 +303,7 @@ class Codec:
         ]
         tg.check(not told, f"compressed with another {', another '.join(told)}")
         text = self.text(
-            decode(self.predictor(), data, header["targets"], header["first"], self.cfg)
+            decode(self.scorer(), data, header["targets"], header["first"], self.cfg, self.rt)
         )
         tg.check(
             hashlib.sha256(text).hexdigest() == header["text_sha256"],
@@ -375,10 +316,9 @@ class Codec:
     def claimed_bits(self, tokens: np.ndarray) -> float:
         """What the harness charges for the same tokens."""
         with tempfile.TemporaryDirectory() as folder:
-            run_log = tg.RunLog(Path(folder), self.rt)
-            run_log.writes = False
+            run_log = tg.RunLog(Path(folder), self.rt, silent=True)
             cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
-            score = tg.evaluate(self.predictor(), tokens, self.table, cfg, self.rt, run_log)
+            score = tg.evaluate(self.scorer(), tokens, self.table, cfg, self.rt, run_log)
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
 
     def payload_bits(self, blob: bytes) -> int:
@@ -445,7 +385,7 @@ def verify(codec: Codec, env: dict[str, str], documents: int, limit: int) -> boo
             stdout=subprocess.DEVNULL,
         )
         same = done.returncode == 0 and plain.read_bytes() == text
-    fits, name = coded <= claimed * 1.001 + 64, codec.predictor().name
+    fits, name = coded <= claimed * 1.001 + 64, codec.scorer().name
     print(
         f"{name}: {(tokens == bos).sum()} documents, {len(tokens) - 1} tokens, {len(text)} bytes\n"
         f"claimed {claimed:.1f} bits, coded {coded} bits ({100 * (coded / claimed - 1):+.3f} %): "

@@ -106,3 +106,45 @@ def randomized(cfg, seed=0):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 2 else 0.5))
     return model
+
+
+def everything(scorer, batch):
+    """p of the whole vocabulary at the one position of a batch -> [V], float64."""
+    import torch
+
+    vocabulary = torch.arange(scorer.network.model.cfg.vocab_size)
+    with torch.inference_mode():
+        return scorer.predict(batch).prob(vocabulary.view(1, 1, -1))[0, 0].clone()
+
+
+def failed(checks):
+    """Names of the checks that count against a score."""
+    return {check.name for check in checks if check.failed}
+
+
+def functions_entered(action):
+    """Names of the script's own functions that an action enters; comprehensions are not counted."""
+    entered = set()
+
+    def note(frame, event, arg):
+        code = frame.f_code
+        if event == "call" and code.co_filename == tg.__file__ and code.co_name[0] != "<":
+            entered.add(code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def mild(cfg, seed=0):
+    """A model of random parameters whose outputs stay moderate."""
+    import torch
+
+    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model

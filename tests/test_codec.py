@@ -424,8 +424,8 @@ def test_a_text_that_cannot_be_spelled_is_refused(refused, tmp_path, monkeypatch
     ],
 )
 def test_the_last_true_stage_is_chosen(settings, name, env):
-    predictor = codec.Codec({**env, **settings}).predictor()
-    assert predictor.name == name and not predictor.validity
+    scorer = codec.Codec({**env, **settings}).scorer()
+    assert scorer.name == name and scorer.validity == "valid"
 
 
 MIXED = dict(EVAL_STREAM="16", TILT="1", NGRAM="mix", MIX_CHUNK_TOKENS="64", TTT_CHUNK_TOKENS="64")

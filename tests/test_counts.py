@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt as tg
 
@@ -102,7 +103,7 @@ def test_absolute_discounting_from_its_definition(rng):
     """
     tokens, vocab, d, a = repetitive(rng, 5, 200), 5, tg.DISCOUNT, tg.CONCENTRATION
     counts = slow_counts(tokens, ORDERS)
-    grams = tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), vocab)
+    by_order, facts = tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), vocab)
     for t in range(200):
         q, longest = 1 / vocab, (0, 0, 0, 0)
         for rank, order in enumerate(ORDERS):
@@ -110,25 +111,34 @@ def test_absolute_discounting_from_its_definition(rng):
             if total:
                 q = (max(n - d, 0) + (a + d * distinct) * q) / (total + a)
                 longest = rank + 1, total, hint, agree
-            assert np.isclose(grams.q[rank][t], q, rtol=1e-12)
-        assert longest == (grams.rank[t], grams.count[t], grams.hint[t], grams.agree[t])
+            assert np.isclose(by_order[rank][t], q, rtol=1e-12)
+        assert longest == (facts.rank[t], facts.count[t], facts.hint[t], facts.agree[t])
 
 
 @pytest.mark.parametrize("docs", [False, True])
-def test_distributions_sum_to_one_and_hold_the_target(docs, rng):
+def test_distributions_sum_to_one_and_hold_the_target(docs, rng, rt):
     """At thousands of positions: first ones, unseen contexts, document starts, repeats."""
     cfg, tokens = tg.Config(vocab_size=60, ngram_docs=docs), repetitive(rng, 60, 3001)
     tokens[[0, 700, 1500]] = cfg.bos_id
-    counts, index = tg.NgramCounts(tokens, None, cfg), np.arange(3000)
-    every, own = counts.every(index), counts.of(index)
-    assert np.abs(every.q.sum(1) - 1).max() < 1e-12 and every.q.min() > 0
-    np.testing.assert_allclose(every.q[index, tokens[1:]], own.q, rtol=1e-12)
-    for a, b in zip(every[1:], own[1:]):
-        np.testing.assert_array_equal(a, b)
-    assert (own.rank == len(ORDERS)).any() and (own.rank == 1).any()
+    counts, searched = (tg.NgramCounts(cfg, rt) for _ in range(2))
+    counts.prepare(tokens)
+    searched.prepare(tokens, whole=False)
+    index = np.arange(3000)
+    ids = torch.from_numpy(tokens[1:].astype(np.int64))[:, None]
+    vocabulary = torch.arange(60).expand(3000, -1)
+    every, own = counts.prob(index, vocabulary), counts.prob(index, ids)[:, 0]  # [n, V, K], [n, K]
+    assert (every.sum(1) - 1).abs().max() < 1e-12 and every.min() > 0
+    torch.testing.assert_close(every[index, tokens[1:]], own, rtol=1e-12, atol=0)
+    facts = counts.facts(index)
+    for a, b in zip(searched.facts(index), facts):
+        assert torch.equal(a, b)
+    assert (facts.rank == len(ORDERS)).any() and (facts.rank == 1).any()
     some = np.array([700, 3, 2999, 3])  # asked again, elsewhere, and backwards
-    for a, b in zip(counts.every(some), every):
-        np.testing.assert_array_equal(a, b[some])
+    for service in (counts, searched):
+        assert torch.equal(service.prob(some, vocabulary[:4]), every[some])
+        torch.testing.assert_close(
+            service.prob(some, ids[some])[:, 0], own[some], rtol=1e-12, atol=0
+        )
 
 
 def test_counts_know_nothing_of_later_tokens(rng):

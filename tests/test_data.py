@@ -220,7 +220,7 @@ def check_table(path, texts):
     # The last charge is the added start's: 0.
     counted = np.add.reduceat(table.count(np.array([*stream, 1])), starts)
     assert counted.tolist() == sizes
-    assert tg.audit_bytes(np.array(stream), table, 1)[0] is None
+    assert not tg.check_bytes(np.array(stream), table, 1).problem
     wrong = tg.ByteTable(
         table.sizes + (np.arange(table.vocab_size) == stream[5]),
         table.marked,
@@ -228,7 +228,7 @@ def check_table(path, texts):
         "x",
         table.processor,
     )
-    assert ": counted " in tg.audit_bytes(np.array(stream), wrong, 1)[0]
+    assert ": counted " in tg.check_bytes(np.array(stream), wrong, 1).problem
 
 
 def test_byte_table_equals_decoded_text(small_tokenizer):

@@ -17,6 +17,19 @@ from conftest import FULL, TINY, randomized, take_step
 import train_gpt as tg
 
 TABLE = tg.ByteTable.bytes260()
+
+
+def verdicts(score, scorer, tokens, cfg, rt):
+    """Check -> verdict of a score."""
+    checks = tg.check_score(score, scorer, tokens, TABLE, cfg, rt, {})
+    return {check.name: check.verdict for check in checks}
+
+
+def learn(scorer, tokens, progress=0.0):
+    """Test-time training on a stream as one chunk."""
+    scorer.training.learn(tokens, progress)
+
+
 SMALL = dict(TINY, num_layers=2)
 PRIMES = {
     "fixed": (36313, 27191, 51647, 81929, 131071, 65537, 104729),
@@ -183,6 +196,24 @@ SHAPES = [
 ]
 
 
+def hashed(tokens, windows, cfg):
+    """The hashed counts of a stream."""
+    counts = tg.HashedCounts(cfg, tg.Runtime(tg.Config(device="cpu"), {}))
+    counts.prepare(tokens, windows)
+    return counts
+
+
+def own_ratios(counts, tokens, index):
+    """Ratios of the stream's own targets [..., K]: what one sort has counted."""
+    ids = torch.from_numpy(tokens[index + 1].astype(np.int64))[..., None]
+    return counts.ratios_of(index, ids)[..., 0, :].numpy()
+
+
+def every_ratio(counts, index, vocab):
+    """Ratios of every token at targets [m] -> [m, V, K]: from plain tables."""
+    return counts.ratios_of(index, torch.arange(vocab).expand(len(index), -1)).numpy()
+
+
 @pytest.mark.parametrize("n, seq_len, stride", SHAPES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_hashed_counts_equal_a_simulation(cache, n, seq_len, stride, rng):
@@ -191,11 +222,11 @@ def test_hashed_counts_equal_a_simulation(cache, n, seq_len, stride, rng):
     for vocab, buckets in ((3, 4096), (6, 64), (30, 16)):
         cfg = tg.Config(**CACHES[cache], vocab_size=vocab, ngram_buckets=buckets)
         tokens = rng.integers(0, vocab, n + 1).astype(np.uint16)
-        counts = tg.HashedCounts(tokens, tg.Windows(n, seq_len, stride), cfg)
+        counts = hashed(tokens, tg.Windows(n, seq_len, stride), cfg)
         expected = slow_ratios(tokens, seq_len, stride, cfg)[:, 0]
-        np.testing.assert_allclose(counts.of(np.arange(n)), expected, rtol=1e-6)
+        np.testing.assert_allclose(own_ratios(counts, tokens, np.arange(n)), expected, rtol=1e-6)
         pairs = np.array([[0, n - 1], [n // 2, n // 3]])
-        np.testing.assert_allclose(counts.of(pairs), expected[pairs], rtol=1e-6)
+        np.testing.assert_allclose(own_ratios(counts, tokens, pairs), expected[pairs], rtol=1e-6)
         counting += (expected >= 0).sum()
     assert counting > 10 or n < 20  # there was something to compare
 
@@ -207,12 +238,14 @@ def test_every_possible_target_equals_the_simulation(cache, n, seq_len, stride, 
     for vocab, buckets in ((4, 4096), (9, 16)):
         cfg = tg.Config(**CACHES[cache], vocab_size=vocab, ngram_buckets=buckets)
         tokens = rng.integers(0, vocab, n + 1).astype(np.uint16)
-        counts = tg.HashedCounts(tokens, tg.Windows(n, seq_len, stride), cfg)
+        counts = hashed(tokens, tg.Windows(n, seq_len, stride), cfg)
         expected = slow_ratios(tokens, seq_len, stride, cfg, vocab)
         for index in (np.arange(n), np.sort(rng.integers(0, n, 15))):
-            np.testing.assert_allclose(counts.every(index), expected[index], rtol=1e-6)
-        own = counts.every(np.arange(n))[np.arange(n), tokens[1:]]
-        np.testing.assert_array_equal(own, counts.of(np.arange(n)))
+            np.testing.assert_allclose(
+                every_ratio(counts, index, vocab), expected[index], rtol=1e-6
+            )
+        own = every_ratio(counts, np.arange(n), vocab)[np.arange(n), tokens[1:]]
+        np.testing.assert_array_equal(own, own_ratios(counts, tokens, np.arange(n)))
 
 
 @pytest.mark.parametrize("cache", ["PR 740 v2", "PR 859"])
@@ -221,7 +254,8 @@ def test_counts_never_look_ahead(cache, rng):
     cfg, tokens = tg.Config(**CACHES[cache], ngram_buckets=64), rng.integers(0, 4, 121)
     other = np.concatenate((tokens[:81], rng.integers(0, 4, 40)))
     first, second = (
-        tg.HashedCounts(t, tg.Windows(120, 20, 4), cfg).of(np.arange(120)) for t in (tokens, other)
+        own_ratios(hashed(t, tg.Windows(120, 20, 4), cfg), t, np.arange(120))
+        for t in (tokens, other)
     )
     assert np.array_equal(first[:80], second[:80]) and not np.array_equal(first, second)
 
@@ -322,8 +356,8 @@ def test_cache_charges_equal_the_slow_mixture(mixture, buckets, rt, run_log, rng
     model, tokens = randomized(cfg), few_words(rng)
     with torch.no_grad():
         model.tok_emb.weight.mul_(1.15)  # entropies on both sides of 4 nats
-    predictor = tg.PREDICTORS["ngram"][1](model, rt, cfg, TABLE)
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+    scorer = tg.STAGES["ngram"].build(model, rt, cfg, TABLE)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     outputs = slow_outputs(
         model, tokens, slow_windows(299, 32, cfg.ngram_stride or 8), cfg.ttt_temperature
     )
@@ -332,10 +366,10 @@ def test_cache_charges_equal_the_slow_mixture(mixture, buckets, rt, run_log, rng
     # More than the network's charges.
     assert np.abs(expected + outputs[0][np.arange(299), tokens[1:]]).max() > 0.1
     assert mixture != "backoff" or alphas.min() < 0.3 and alphas.max() > 0.5
-    checks = tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, ())
+    checks = verdicts(score, scorer, tokens, cfg, rt)
     assert score.label == "unnormalised_score" and "val_bpb" not in score.record()
-    assert checks["distribution"]["verdict"].startswith("EXPECTED")
-    assert not [name for name, found in checks.items() if found["verdict"].startswith("FAIL")]
+    assert checks["distribution"].startswith("EXPECTED")
+    assert not [name for name, found in checks.items() if found.startswith("FAIL")]
     assert buckets > 16 or score.mass > 10
 
 
@@ -605,10 +639,15 @@ def test_adaptation_equals_a_slow_loop(case, rt, run_log, rng):
             rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
             slow.learn(tokens[windows[0][1] : windows[-1][2] + 1], rate)
     without = tg.evaluate(
-        tg.Sliding(model, rt, "s", 16, cfg.eval_stride), tokens, SIZES, cfg, rt, run_log
+        tg.Scorer("s", tg.WindowNetwork(model, rt, cfg, 16, cfg.eval_stride)),
+        tokens,
+        SIZES,
+        cfg,
+        rt,
+        run_log,
     )
-    predictor = tg.PREDICTORS["ttt"][1](model, rt, cfg, SIZES)
-    score = tg.evaluate(predictor, tokens, SIZES, cfg, rt, run_log)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, SIZES)
+    score = tg.evaluate(scorer, tokens, SIZES, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, expected, atol=5e-4)
     for (name, p), wanted in zip(model.named_parameters(), slow.model.parameters()):
         torch.testing.assert_close(p, wanted, atol=2e-4, rtol=1e-3, msg=name)
@@ -619,13 +658,8 @@ def test_adaptation_equals_a_slow_loop(case, rt, run_log, rng):
         and score.label == "val_bpb"
         and len(chunks) > 2
     )
-    checks = tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, ())
-    assert (
-        checks["order"]["verdict"]
-        == checks["future"]["verdict"]
-        == checks["distribution"]["verdict"]
-        == "PASS"
-    )
+    checks = verdicts(score, scorer, tokens, cfg, rt)
+    assert checks["order"] == checks["future"] == checks["distribution"] == "PASS"
 
 
 def test_gated_cache_over_an_adapting_network(rt, run_log, rng):
@@ -643,7 +677,7 @@ def test_gated_cache_over_an_adapting_network(rt, run_log, rng):
             slow.learn(tokens[windows[0][1] : windows[-1][2] + 1], rate)
     expected, _ = slow_nats(copy.deepcopy(model), tokens, cfg, *map(np.concatenate, zip(*outputs)))
     score = tg.evaluate(
-        tg.PREDICTORS["ngram"][1](model, rt, cfg, SIZES), tokens, SIZES, cfg, rt, run_log
+        tg.STAGES["ngram"].build(model, rt, cfg, SIZES), tokens, SIZES, cfg, rt, run_log
     )
     np.testing.assert_allclose(score.nats, expected, atol=5e-4)
     assert score.label == "unnormalised_score"
@@ -656,20 +690,21 @@ def test_weights_rest_while_a_chunk_is_charged(rt, run_log, rng):
     """
     cfg = tg.Config(**ADAPTS)
     tokens, model = rng.integers(4, 260, 171).astype(np.uint16), randomized(cfg)
-    predictor, seen = tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE), []
+    scorer, seen = tg.STAGES["ttt"].build(model, rt, cfg, TABLE), []
+    optimizer = scorer.training.optimizer
     weights = lambda: torch.cat([p.detach().flatten() for p in model.parameters()])  # noqa: E731
-    start, score_one, step, steps = weights(), predictor.score, predictor.optimizer.step, Counter()
+    start, predict, step, steps = weights(), scorer.predict, optimizer.step, Counter()
 
-    def watched(batch, counts=None):
+    def watched(batch):
         seen.append((int(batch.index[0, 0]), weights()))
-        return score_one(batch, counts)
+        return predict(batch)
 
     def counted():
         steps[seen[-1][0] // 48] += 1
         step()
 
-    predictor.score, predictor.optimizer.step = watched, counted
-    tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+    scorer.predict, optimizer.step = watched, counted
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     assert steps == dict.fromkeys(range(3), 2 * 2)  # two epochs of two batches of rows
     states = {number: [w for at, w in seen if at // 48 == number] for number in range(4)}
     assert all(torch.equal(w, start) for w in states[0]) and torch.equal(weights(), states[3][-1])
@@ -731,9 +766,8 @@ def test_adaptation_moves_what_it_says_and_nothing_else(case, optimizer, rt, rng
     )
     model = randomized(cfg)
     before = copy.deepcopy(dict(model.named_parameters()))
-    tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE).observe(
-        rng.integers(4, 260, 129).astype(np.uint16), 0.0
-    )
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    learn(scorer, rng.integers(4, 260, 129).astype(np.uint16))
     assert {
         name for name, p in model.named_parameters() if not torch.equal(p, before[name])
     } == expected
@@ -762,7 +796,7 @@ def test_adapted_parameters_at_full_size(settings, count, rt):
     )
     with torch.device("meta"):
         model = tg.GPT(cfg)
-    tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE)
+    tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
@@ -785,19 +819,15 @@ def test_adapting_first_is_called_what_it_is(optimizer, rows, parts, rt, run_log
     tokens, model = rng.integers(4, 260, rows * 16 + 4).astype(np.uint16), randomized(cfg)
     slow = SlowAdaptation(model, cfg, every_name(model))
     slow.learn(tokens, 0.003, steps_before_scoring)
-    predictor = tg.PREDICTORS["ttt"][1](model, rt, cfg, SIZES)
-    score = tg.evaluate(predictor, tokens, SIZES, cfg, rt, run_log)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, SIZES)
+    score = tg.evaluate(scorer, tokens, SIZES, cfg, rt, run_log)
     np.testing.assert_allclose(
         score.nats, slow.charge(tokens, slow_windows(len(tokens) - 1, 16, 16)), atol=5e-4
     )
     assert score.label == "adapted_before_scoring" and "val_bpb" not in score.record()
-    checks = tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, ())
-    assert checks["order"]["verdict"].startswith("EXPECTED")
-    assert not [
-        name
-        for name in ("coverage", "future", "distribution", "access")
-        if checks[name]["verdict"] != "PASS"
-    ]
+    checks = verdicts(score, scorer, tokens, cfg, rt)
+    assert checks["order"].startswith("EXPECTED")
+    assert not [name for name in ("coverage", "future", "distribution") if checks[name] != "PASS"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -805,14 +835,14 @@ def test_restored_adaptation_is_bit_equal(optimizer, rt, rng):
     """Weights and optimizer: what comes after a restore is what came after the snapshot."""
     cfg = tg.Config(**dict(ADAPTS, ttt_optimizer=optimizer))
     model, tokens = randomized(cfg), rng.integers(4, 260, 49).astype(np.uint16)
-    predictor = tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE)
-    predictor.observe(tokens, 0.0)
-    state, then = predictor.snapshot(), copy.deepcopy(model.state_dict())
-    predictor.observe(tokens, 0.3)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    learn(scorer, tokens)
+    state, then = scorer.state_dict(), copy.deepcopy(model.state_dict())
+    learn(scorer, tokens, 0.3)
     after = copy.deepcopy(model.state_dict())
-    predictor.restore(state)
+    scorer.load_state_dict(state)
     assert all(torch.equal(w, then[name]) for name, w in model.state_dict().items())
-    predictor.observe(tokens, 0.3)
+    learn(scorer, tokens, 0.3)
     assert all(torch.equal(w, after[name]) for name, w in model.state_dict().items())
     assert not all(torch.equal(then[name], after[name]) for name in then)
 

@@ -16,11 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, ROOT, TINY, clean_env
+from conftest import FULL, ROOT, TINY, clean_env, everything
 from test_counts import ORDERS, slow_counts
-
-sys.path.insert(0, str(ROOT / "records"))
-import codec
 
 import train_gpt as tg
 
@@ -60,8 +57,8 @@ def build(rt, **settings):
     """Settings, a fresh model and the last stage that the settings ask for."""
     cfg = tg.Config(**dict(SHORT, **settings))
     assert not tg.check_config(cfg)
-    rows = [build for wanted, build in tg.PREDICTORS.values() if wanted(cfg)]
-    return cfg, rows[-1](mild(cfg), rt, cfg, TABLE)
+    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
+    return cfg, stages[-1].build(mild(cfg), rt, cfg, TABLE)
 
 
 # --- streaming: one pass with a sliding-window mask -----------------------------------------------
@@ -157,21 +154,22 @@ def test_angles_stay_small_and_follow_the_window(tokens):
 
 def test_streaming_in_any_order(tokens, rt):
     """A batch that does not continue the last one starts from the tokens that can reach it."""
-    cfg, predictor = build(rt, eval_stream=8, eval_batch_tokens=8)
-    plan = predictor.plan(tokens)
-    batches = [
-        plan.batch(tokens, unit, 1, rt, predictor.left_context)
-        for unit in itertools.chain(*plan.units(1))
-    ]
-    assert predictor.left_context == 3 * 7 + 2 and len(batches) == 38
-    forward = [predictor.score(batch) for batch in batches]
-    backward = [predictor.score(batch) for batch in reversed(batches)][::-1]
-    assert max((a - b).abs().max().item() for a, b in zip(forward, backward)) < 1e-5
-    predictor.score(batches[4]._replace(ids=batches[4].ids + 1))  # other text before: not continued
-    assert (predictor.score(batches[5]) - forward[5]).abs().max() < 1e-5
+    cfg, scorer = build(rt, eval_stream=8, eval_batch_tokens=8)
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    batches = [plan.batch(tokens, work) for chunk in plan.chunks() for work in chunk.work]
+    assert scorer.network.left_context == 3 * 7 + 2 and len(batches) == 38
+
+    def nats(batch):
+        return tg.score_batch(scorer, batch, tokens, rt)
+
+    forward = [nats(batch) for batch in batches]
+    backward = [nats(batch) for batch in reversed(batches)][::-1]
+    assert max(np.abs(a - b).max() for a, b in zip(forward, backward)) < 1e-5
+    nats(dataclasses.replace(batches[4], ids=batches[4].ids + 1))  # other text: not continued
+    assert np.abs(nats(batches[5]) - forward[5]).max() < 1e-5
 
 
-# --- every predictor and nesting ------------------------------------------------------------------
+# --- every scorer and nesting ---------------------------------------------------------------------
 
 STREAM = dict(eval_stream=16)
 TTT = dict(ttt_epochs=1, ttt_batch_seqs=1)
@@ -196,38 +194,78 @@ NESTINGS = {
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_score_equals_next(name, tokens, rt, run_log):
-    """The fast path charges what the predictor says one token at a time, learning on its way."""
-    cfg, predictor = build(rt, **NESTINGS[name])
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+def test_score_equals_one_token_at_a_time(name, tokens, rt, run_log):
+    """The fast path charges what the scorer says token by token, learning on its way."""
+    cfg, scorer = build(rt, **NESTINGS[name])
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     assert score.label == "val_bpb" and (score.coverage == 1).all()
-    _, twin = build(rt, **NESTINGS[name])
-    steps, nats = codec.walk(twin, 300, int(tokens[0]), cfg), []
-    log_p = next(steps)
-    for number, token in enumerate(tokens[1:].tolist(), 1):
-        assert abs(log_p.logsumexp(0).item()) < 1e-12
-        nats.append(-log_p[token].item())
-        log_p = steps.send(token) if number < 300 else None
+    cfg, twin = build(rt, **NESTINGS[name])
+    written, nats = np.zeros_like(tokens), []
+    written[0] = tokens[0]
+    for number, p in enumerate(tg.token_by_token(twin, written, cfg, rt), 1):
+        assert abs(p.sum().item() - 1) < 1e-6
+        nats.append(-p[int(tokens[number])].log().item())
+        written[number] = tokens[number]
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
     assert abs(score.nats.mean(dtype=np.float64) - np.mean(nats)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_batch_size_and_snapshots_do_not_matter(name, tokens, rt, run_log):
+def test_batch_size_and_state_do_not_matter(name, tokens, rt, run_log):
+    """Scored again after load_state_dict, and by a deep copy made before, it is the same."""
     losses = []
     for size in (32, 64, 256):
-        cfg, predictor = build(rt, **dict(NESTINGS[name], eval_batch_tokens=size))
-        state = predictor.snapshot()
+        cfg, scorer = build(rt, **dict(NESTINGS[name], eval_batch_tokens=size))
+        state, twin = scorer.state_dict(), copy.deepcopy(scorer)
         for _ in range(2):
-            losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss)
-            predictor.restore(state)
+            losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
+            scorer.load_state_dict(state)
+        if size == 64:
+            losses.append(tg.evaluate(twin, tokens, TABLE, cfg, rt, run_log).loss)
     assert max(losses) - min(losses) < (1e-5 if "ttt" in name or "lora" in name else 1e-6)
+
+
+def test_a_deep_copy_has_a_model_of_its_own(tokens, rt, run_log, monkeypatch):
+    """With compiled functions too, which no deep copy copies."""
+
+    def atomic(function):
+        def compiled(*inputs):
+            return function(*inputs)
+
+        return compiled
+
+    monkeypatch.setattr(rt, "compile", atomic)
+    cfg, scorer = build(rt, **NESTINGS["sliding ttt"])
+    twin = copy.deepcopy(scorer)
+    first = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
+    assert (tg.evaluate(twin, tokens, TABLE, cfg, rt, run_log).nats == first).all()
+    pairs = zip(scorer.network.model.parameters(), twin.network.model.parameters())
+    assert all(torch.equal(one, other) and one is not other for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_a_query_changes_nothing(name, tokens, rt):
+    """The same batch asked again, and again after others: the same answer, and no state."""
+    cfg, scorer = build(rt, **NESTINGS[name])
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    for counts in scorer.counts:
+        counts.prepare(tokens, plan)
+    work = [work for chunk in plan.chunks() for work in chunk.work][:3]
+    ids = torch.arange(260)
+    answers = []
+    for number in (0, 0, 2, 0):
+        batch = plan.batch(tokens, work[min(number, len(work) - 1)])
+        distribution = scorer.predict(batch)
+        answers.append(distribution.prob(ids.expand(*batch.index.shape, -1)))
+        assert torch.equal(distribution.prob(ids.expand(*batch.index.shape, -1)), answers[-1])
+    assert torch.equal(answers[0], answers[1])
+    assert (answers[0] - answers[3]).abs().max() < 1e-6
 
 
 def test_every_switch_acts(tokens, rt, run_log):
     def loss(**settings):
-        cfg, predictor = build(rt, **settings)
-        return round(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss, 9)
+        cfg, scorer = build(rt, **settings)
+        return round(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss, 9)
 
     losses = [loss(**settings) for settings in NESTINGS.values()]
     losses += [
@@ -255,8 +293,8 @@ def test_compiled_as_eager(name, tokens, rt, run_log):
         function, backend="aot_eager", fullgraph=True, dynamic=False
     )
     for runtime in (rt, compiling):
-        cfg, predictor = build(runtime, **NESTINGS[name])
-        losses.append(tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).loss)
+        cfg, scorer = build(runtime, **NESTINGS[name])
+        losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
     assert abs(losses[0] - losses[1]) < 1e-5
 
 
@@ -270,8 +308,8 @@ from test_predictors import NESTINGS, TABLE, build, tg
 rt = tg.Runtime(tg.Config(device="cpu"), os.environ)
 run_log, losses = tg.RunLog(Path({out!r}), rt), {{}}
 for name, settings in NESTINGS.items():
-    cfg, predictor = build(rt, **settings)
-    score = tg.evaluate(predictor, np.load({tokens!r}), TABLE, cfg, rt, run_log)
+    cfg, scorer = build(rt, **settings)
+    score = tg.evaluate(scorer, np.load({tokens!r}), TABLE, cfg, rt, run_log)
     losses[name] = score.loss
     assert (score.coverage == 1).all(), name
 if rt.main:
@@ -316,9 +354,11 @@ def test_the_number_of_processes_does_not_matter(tokens, rt, run_log, tmp_path):
 
 def network_p(tokens, rt, **settings):
     """p of every token at every target [n, V] by the network alone, and its entropies."""
-    _, predictor = build(rt, **settings)
-    log_p = torch.stack([predictor.next(tokens[: j + 1]) for j in range(len(tokens) - 1)]).numpy()
-    return np.exp(log_p), -(np.exp(log_p) * log_p).sum(1)
+    _, scorer = build(rt, **settings)
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    every = [everything(scorer, plan.position(tokens, j)) for j in range(len(tokens) - 1)]
+    p = torch.stack(every).numpy()
+    return p, -(p * np.log(p)).sum(1)
 
 
 def test_tilt_from_its_definition(tokens, rt, run_log):
@@ -327,7 +367,7 @@ def test_tilt_from_its_definition(tokens, rt, run_log):
     Counted chunk by chunk of 64 targets.
     """
     p, _ = network_p(tokens, rt, eval_stream=16)
-    cfg, predictor = build(rt, eval_stream=16, tilt=True)
+    cfg, scorer = build(rt, eval_stream=16, tilt=True)
     counts, seen, fresh, nats, raised = slow_counts(tokens, ORDERS, 1), {}, {}, [], 0
     for j in range(300):
         if j % 64 == 0:
@@ -354,7 +394,7 @@ def test_tilt_from_its_definition(tokens, rt, run_log):
             old = fresh.get(bucket, (0, 0))
             fresh[bucket] = old[0] + (target == hint), old[1] + 1
         nats.append(-math.log(charged))
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
     assert raised > 30
 
@@ -365,7 +405,7 @@ def test_mixture_from_its_definition(tokens, rt, run_log):
     Counted chunk by chunk.
     """
     p, doubt = network_p(tokens, rt, eval_stream=16)
-    cfg, predictor = build(rt, eval_stream=16, ngram="mix")
+    cfg, scorer = build(rt, eval_stream=16, ngram="mix")
     counts, prior = slow_counts(tokens, ORDERS, 1), np.array([9.0, *[1 / 9] * 9])
     seen, fresh, nats = {}, {}, []
     for j in range(300):
@@ -385,7 +425,7 @@ def test_mixture_from_its_definition(tokens, rt, run_log):
         parts = weights / weights.sum() * np.array(experts)
         nats.append(-math.log(parts.sum()))
         fresh[bucket] = fresh.get(bucket, 0) + parts / parts.sum()
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
 
 
@@ -395,7 +435,7 @@ def test_adapters_from_their_definition(keep, tokens, rt, run_log):
 
     With torch's AdamW, one step after each whole chunk.
     """
-    cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
+    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
     model = mild(cfg)
     names = [
         f"{name}.weight"
@@ -404,7 +444,7 @@ def test_adapters_from_their_definition(keep, tokens, rt, run_log):
     ]
     weights = {name: p.detach() for name, p in model.named_parameters()}
     starts = [*np.flatnonzero(tokens[:-1] == 1), 300]
-    kept = {slot: [low[slot].clone() for low in predictor.start] for slot in range(3)}
+    kept = {slot: [low[slot].clone() for low in scorer.network.start] for slot in range(3)}
     nats = np.zeros(300)
     for document, (begin, end) in enumerate(itertools.pairwise(starts)):
         lows = [low.clone().requires_grad_() for low in kept[document % 3]]
@@ -433,7 +473,7 @@ def test_adapters_from_their_definition(keep, tokens, rt, run_log):
                 optimizer.step()
         if keep:
             kept[document % 3] = [low.detach() for low in lows]
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, nats, atol=2e-4)
 
 
@@ -452,30 +492,32 @@ def tg_hidden(model):
 
 
 def test_no_document_sees_another_ones_adapters(tokens, rt, run_log):
-    cfg, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    first = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).nats
+    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
+    first = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
     other = tokens.copy()
     other[2:40] += 1
-    _, predictor = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    second = tg.evaluate(predictor, other, TABLE, cfg, rt, run_log).nats
+    _, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
+    second = tg.evaluate(scorer, other, TABLE, cfg, rt, run_log).nats
     assert np.abs(second - first)[:38].max() > 0.01 and np.abs(second - first)[40:].max() < 1e-5
 
 
 def test_the_mixers_head_reads_true_distributions(tokens, rt, run_log):
     """PR 859's formula with exact distributions in place of the hashed ratios."""
     settings = dict(ngram="mix", mixer_head=True, ngram_order=5)
-    cfg, predictor = build(rt, **settings)
-    counts = tg.NgramCounts(tokens, None, cfg)
+    cfg, scorer = build(rt, **settings)
+    counts = scorer.mixers[0].counts
     p, _ = network_p(tokens, rt, mixer_head=True, ngram_order=5)
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    counts.prepare(tokens, plan)
     nats = []
     for j in range(300):
-        hidden = predictor.last(tokens[: j + 1])[1][0]
-        gate = predictor.model.alpha_head(hidden).double().softmax(-1).detach().numpy()
+        hidden = scorer.predict(plan.position(tokens, j)).base.hidden[0, 0].clone()
+        gate = scorer.network.model.alpha_head(hidden).double().softmax(-1).detach().numpy()
         target = p[j, tokens[j + 1]]
-        mixed = gate @ np.array([target, *counts.of(np.array([j])).q[0, 1:5]])
-        nats.append(-math.log(0.05 * target + 0.95 * mixed))
+        q = counts.prob(np.array([j]), torch.tensor([[int(tokens[j + 1])]]))[0, 0, 1:5]
+        nats.append(-math.log(0.05 * target + 0.95 * (gate @ np.array([target, *q]))))
     np.testing.assert_allclose(
-        tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log).nats, nats, atol=1e-5
+        tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats, nats, atol=1e-5
     )
 
 

@@ -1,4 +1,4 @@
-"""Windows, the harness, and the audit with predictors that cheat."""
+"""Plans, the harness, and the checks with scorers that cheat."""
 
 import dataclasses
 import itertools
@@ -6,32 +6,70 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, TINY, randomized
+from conftest import (
+    FULL,
+    TINY,
+    everything,
+    failed,
+    functions_entered,
+    on_device_with,
+    randomized,
+)
 
 import train_gpt as tg
 
 TABLE = tg.ByteTable.bytes260()
 
 
+def windows(model, rt, cfg, stride=8):
+    """The plain model over windows of 32."""
+    return tg.Scorer("s", tg.WindowNetwork(model, rt, cfg, 32, stride))
+
+
+@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize(
     "stride, batch, chunk", [*itertools.product([1, 3, 8, 20], [1, 4], [0, 25])]
 )
-def test_every_target_is_scored_once(stride, batch, chunk):
+def test_every_target_is_scored_once(stride, batch, chunk, world):
+    """In order of chunks, by the window that window_of names, for any number of processes."""
     for n in (1, 2, 19, 20, 21, 23, 40, 41, 97):
-        windows = tg.Windows(n, 20, stride)
+        plan, tokens = tg.Windows(n, 20, stride, batch, chunk), np.arange(n + 1)
         seen = []
-        for units in windows.units(batch, chunk):
-            for k in itertools.chain.from_iterable(units):
-                lo, hi = windows.scored(k)
-                assert lo < hi and k * stride <= lo and hi - k * stride <= 20
-                assert all(windows.of(j) == k for j in range(lo, hi))
-                seen += range(lo, hi)
+        for parts in zip(*(plan.chunks(rank, world) for rank in range(world)), strict=True):
+            assert len({len(part.work) for part in parts}) == 1  # every process makes as many calls
+            targets = []
+            for work in itertools.chain(*(part.work for part in parts)):
+                if work is not None:
+                    found = plan.batch(tokens, work)
+                    targets += found.index[found.real].tolist()
+                    for row, k in zip(range(len(work)), work):
+                        own = found.index[row][found.real[row]]
+                        assert (plan.window_of(own) == k).all() and own[-1] - k * stride < 20
+            assert targets == list(range(parts[0].lo, parts[0].hi))
+            seen += targets
         assert seen == list(range(n))
 
 
+def test_a_batch_holds_inputs_and_no_targets():
+    """Its ids end with the token before the last target, whatever the plan."""
+    tokens = np.arange(100, 142)
+    for plan in (tg.Windows(41, 20, 8, 3), tg.Documents(tokens, 0, 20, 8, 2)):
+        for work in itertools.chain(*(chunk.work for chunk in plan.chunks())):
+            batch = plan.batch(tokens, work)
+            names = {field.name for field in dataclasses.fields(batch)}
+            assert names == {"ids", "index", "real", "left_context", "slots"}
+            inputs = batch.ids[:, -batch.index.shape[1] :]
+            assert (inputs[batch.real] == tokens[batch.index[batch.real]]).all()
+            assert batch.ids.max() < 141  # the stream's last token is only a target
+
+
 def test_context_is_as_long_as_the_stride_allows():
-    windows = tg.Windows(100, 20, 5)
-    assert all(15 <= windows.scored(k)[0] - 5 * k < 20 for k in range(1, windows.count))
+    plan, tokens = tg.Windows(100, 20, 5), np.arange(101)
+    for chunk in plan.chunks():
+        for work in chunk.work[1:]:
+            batch = plan.batch(tokens, work)
+            context = batch.index[:, 0] - batch.ids[:, 0]  # inputs before the first scored one
+            assert ((context >= 15) & (context < 20)).all()
 
 
 def slow_nats(model, tokens, seq_len, stride):
@@ -62,35 +100,53 @@ def tokens(rng):
 def test_score_equals_one_target_at_a_time(n, stride, tokens, rt, run_log):
     cfg = tg.Config(**dict(FULL, eval_batch_tokens=96))
     model = randomized(cfg)
-    predictor = tg.Sliding(model, rt, "sliding", 32, stride)
+    scorer = windows(model, rt, cfg, stride)
     with torch.no_grad():
         expected = slow_nats(model, tokens[:n], 32, stride)
-    score = tg.evaluate(predictor, tokens[:n], TABLE, cfg, rt, run_log)
+    score = tg.evaluate(scorer, tokens[:n], TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, expected, atol=1e-4)
     assert np.isclose(score.loss, expected.mean(), atol=1e-5)
     assert np.isclose(
         score.bpb, expected.sum() / np.log(2) / TABLE.count(tokens[:n]).sum(), rtol=1e-5
     )
+    plan = scorer.network.plan(tokens[:n], 0)
     for j in {0, (n - 2) // 2, n - 2}:
-        following = predictor.next(tokens[: j + 1])
-        assert abs(following.logsumexp(0).item()) < 1e-9
-        assert abs(-following[int(tokens[j + 1])].item() - expected[j]) < 1e-4
+        p = everything(scorer, plan.position(tokens[:n], j))
+        assert abs(p.sum().item() - 1) < 1e-6
+        assert abs(-p[int(tokens[j + 1])].log().item() - expected[j]) < 1e-4
 
 
 def test_batch_size_does_not_matter(tokens, rt, run_log):
-    model = randomized(tg.Config(**FULL))
-    losses = [
-        tg.evaluate(
-            tg.Sliding(model, rt, "s", 32, 8),
-            tokens,
-            TABLE,
-            tg.Config(**dict(FULL, eval_batch_tokens=size)),
-            rt,
-            run_log,
-        ).loss
-        for size in (32, 320, 0)
-    ]
+    model, losses = randomized(tg.Config(**FULL)), []
+    for size in (32, 320, 0):
+        cfg = tg.Config(**dict(FULL, eval_batch_tokens=size))
+        losses.append(tg.evaluate(windows(model, rt, cfg), tokens, TABLE, cfg, rt, run_log).loss)
     assert max(losses) - min(losses) < 1e-6
+
+
+@pytest.mark.parametrize("stride", [4, 32])
+def test_fixed_rows(stride, tokens, rt, run_log):
+    """On a GPU all inputs have one shape, and the checks ask with it: rounding has no say."""
+    cfg = tg.Config(**dict(FULL, eval_batch_tokens=160))
+    exact = tg.evaluate(windows(randomized(cfg), rt, cfg, stride), tokens, TABLE, cfg, rt, run_log)
+    on_device_with(rt, dtype=torch.bfloat16, fixed_rows=True)
+    model = randomized(cfg)
+    model.dtype = torch.bfloat16
+    scorer = windows(model, rt, cfg, stride)
+    shapes = set()
+    hidden = scorer.network.hidden
+
+    def watched(model, ids, context):
+        shapes.add(tuple(ids.shape))
+        return hidden(model, ids, context)
+
+    scorer.network.hidden = watched
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert 0 < abs(score.loss - exact.loss) < 0.01
+    checks = tg.check_score(score, scorer, tokens, TABLE, cfg, rt, {})
+    gaps = {check.name: check.figures for check in checks if not check.failed}
+    assert shapes == {(5, 32)} and gaps["distribution"]["positions"] > 16
+    assert gaps["distribution"]["entry_gap"] < 1e-6 and gaps["future"]["nats"] == 0
 
 
 def test_byte_sum_is_the_text(rng):
@@ -99,41 +155,47 @@ def test_byte_sum_is_the_text(rng):
     assert TABLE.count(tokens).sum() == len(text.encode())
 
 
-class Unigram(tg.Sliding):
-    """A legal adaptive predictor: counts of committed tokens, add-one smoothed."""
+class Unigram(tg.WindowNetwork):
+    """A legal network that learns: counts of committed tokens, add-one smoothed."""
 
-    chunk, seq_len, stride, name, probe = 30, 10, 5, "unigram", (10, 5)
+    learns, chunk_targets = True, 30
 
-    def __init__(self, rt):
-        self.rt, self.cfg = rt, None
-        self.seen, self.observed = torch.ones(260, dtype=torch.float64), []
+    def __init__(self):
+        self.counts = torch.ones(260, dtype=torch.float64)
+        self.pending, self.committed = [], []
 
-    def outputs(self, batch):
-        log_p = (self.seen / self.seen.sum()).log().float()
-        return log_p.expand(*batch.targets.shape, 260), batch.targets
+    def plan(self, tokens, chunk_targets):
+        return tg.Windows(len(tokens) - 1, 10, 5, 5, chunk_targets)
 
-    def observe(self, tokens, progress):
-        self.observed.append(tokens)
-        self.seen += torch.bincount(torch.from_numpy(tokens[1:].astype(np.int64)), minlength=260)
+    def predict(self, batch):
+        log_p = (self.counts / self.counts.sum()).log().float()
+        log_p = log_p.expand(*batch.index.shape, 260)
+        return tg.Softmax(log_p, log_p)
+
+    def collect(self, batch, targets):
+        self.pending.append(targets[torch.from_numpy(batch.real)])
+
+    def commit(self, chunk):
+        new = torch.cat(self.pending)
+        self.pending = []
+        self.committed.append(new.numpy())
+        self.counts += torch.bincount(new, minlength=260)
 
 
-def run_audit(predictor, tokens, rt, run_log, cfg=None, tamper=None, accessed=()):
-    cfg = cfg or tg.Config(**dict(TINY, eval_batch_tokens=50))
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
+def checks_of(scorer, tokens, rt, run_log, tamper=None):
+    """The checks of a score; tamper changes what the harness wrote down."""
+    cfg = tg.Config(**dict(TINY, eval_batch_tokens=50))
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     if tamper:
         tamper(score)
-    return tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, accessed)
-
-
-def failed(checks):
-    return {name for name, found in checks.items() if found["verdict"].startswith("FAIL")}
+    return tg.check_score(score, scorer, tokens, TABLE, cfg, rt, {})
 
 
 def test_harness_is_score_first(tokens, rt, run_log):
-    predictor = Unigram(rt)
+    network = Unigram()
     cfg = tg.Config(**dict(TINY, eval_batch_tokens=50))
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
-    assert np.array_equal(np.concatenate([part[1:] for part in predictor.observed]), tokens[1:])
+    score = tg.evaluate(tg.Scorer("unigram", network), tokens, TABLE, cfg, rt, run_log)
+    assert np.array_equal(np.concatenate(network.committed), tokens[1:])
     counts, expected = np.ones(260), []  # the same by hand, chunk by chunk
     events = [e for e in score.events if e[0] == "score"]
     for _, lo, hi in events:
@@ -143,99 +205,107 @@ def test_harness_is_score_first(tokens, rt, run_log):
     np.testing.assert_allclose(score.nats, expected, rtol=1e-5)
 
 
-def test_legal_predictors_pass_the_audit(tokens, rt, run_log):
-    assert not failed(
-        run_audit(tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8), tokens, rt, run_log)
-    )
+def test_legal_scorers_pass_the_checks(tokens, rt, run_log):
+    cfg = tg.Config(**FULL)
+    assert not failed(checks_of(windows(randomized(cfg), rt, cfg), tokens, rt, run_log))
 
 
-class Peeking(tg.Sliding):
-    """Sees one token ahead."""
+class Peeking(tg.WindowNetwork):
+    """Sees one token ahead: the input after the position."""
 
-    def score(self, batch, counts=None):
-        nats = super().score(batch)
-        return nats + 0.01 * torch.roll(batch.targets, -1, 1)
-
-
-class Unnormalised(tg.Sliding):
-    """Charges the better of two guesses, so its probabilities add up to more than one."""
-
-    def full(self, *args):
-        return super().full(*args).clamp(min=-3.0)
-
-    def score(self, batch, counts=None):
-        return super().score(batch).clamp(max=3.0)
+    def predict(self, batch):
+        seen = super().predict(batch)
+        later = np.roll(batch.ids[:, -batch.index.shape[1] :], -1, 1)
+        tilt = 0.01 * torch.from_numpy(later)[..., None] * torch.arange(260) / 260
+        return tg.Softmax(torch.log_softmax(seen.log_p + tilt, -1), seen.hidden)
 
 
-class Special(tg.Sliding):
-    """Charges less than the entry of the distribution it shows."""
+class Better(tg.Mixer):
+    """Charges the better of two guesses, so that its probabilities add up to more than one."""
 
-    def score(self, batch, counts=None):
-        return super().score(batch) * 0.9
-
-
-CHEATS = {Peeking: "future", Unnormalised: "distribution", Special: "distribution"}
+    def over(self, base, batch, network):
+        return AtLeast(base, 0.05)
 
 
-@pytest.mark.parametrize("cheat, check", list(CHEATS.items()))
-def test_cheats_fail_the_audit(cheat, check, tokens, rt, run_log):
-    predictor = cheat(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
-    assert check in failed(run_audit(predictor, tokens, rt, run_log))
+@dataclasses.dataclass
+class AtLeast(tg.Distribution):
+    base: tg.Distribution
+    least: float
+
+    def prob(self, ids):
+        return self.base.prob(ids).clamp(min=self.least)
+
+
+def peeking(model, rt, cfg):
+    return tg.Scorer("peeking", Peeking(model, rt, cfg, 32, 8))
+
+
+def better_of_two(model, rt, cfg):
+    return tg.Scorer("better", windows(model, rt, cfg).network, [Better()])
+
+
+CHEATS = {peeking: "future", better_of_two: "distribution"}
+
+
+@pytest.mark.parametrize("cheat, name", list(CHEATS.items()))
+def test_cheats_fail_the_checks(cheat, name, tokens, rt, run_log):
+    cfg = tg.Config(**FULL)
+    assert name in failed(checks_of(cheat(randomized(cfg), rt, cfg), tokens, rt, run_log))
 
 
 @pytest.mark.parametrize(
-    "tamper, check",
+    "tamper, name",
     [
         (lambda s: s.coverage.__setitem__(3, 0), "coverage"),
         (lambda s: s.coverage.__setitem__(3, 2), "coverage"),
         (lambda s: setattr(s, "bpb", s.bpb * 0.99), "byte_algebra"),
-        (lambda s: s.events.insert(0, ("observe", 0, 9)), "order"),
+        (lambda s: s.events.insert(0, ("commit", 0, 9)), "order"),
         (lambda s: s.events.insert(0, ("score", 5, 9)), "order"),
+        (lambda s: s.nats.__imul__(np.float32(0.9)), "distribution"),
     ],
 )
-def test_wrong_books_fail_the_audit(tamper, check, tokens, rt, run_log):
-    predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
-    assert failed(run_audit(predictor, tokens, rt, run_log, tamper=tamper)) == {check}
-
-
-def test_opening_training_data_fails_the_audit(tokens, rt, run_log, tmp_path):
-    shard = tmp_path / "fineweb_train_000000.bin"
-    tg.write_shard(shard, tokens)
-    with tg.access_watch().watching("fineweb_train") as accessed:
-        tg.read_shard(shard)
-    tg.read_shard(shard)  # unwatched
-    assert accessed == ["opened fineweb_train_000000.bin"] * 2  # header and tokens
-    predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
-    assert failed(run_audit(predictor, tokens, rt, run_log, accessed=accessed)) == {"access"}
+def test_wrong_books_fail_the_checks(tamper, name, tokens, rt, run_log):
+    cfg = tg.Config(**FULL)
+    scorer = windows(randomized(cfg), rt, cfg)
+    found = failed(checks_of(scorer, tokens, rt, run_log, tamper))
+    assert found == ({name, "byte_algebra"} if name == "distribution" else {name})
 
 
 def test_stage_that_does_not_fit_is_skipped(tokens, rt, run_log):
     cfg = tg.Config(**dict(FULL, eval_batch_tokens=32, max_eval_seconds=1e-6))
-    predictor = tg.Sliding(randomized(cfg), rt, "sliding", 32, 1)
-    assert tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log) is None
+    scorer = windows(randomized(cfg), rt, cfg, 1)
+    assert tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log) is None
     assert "skipped" in (run_log.out_dir / "train.log").read_text()
 
 
 def test_adaptation_that_does_not_fit_is_stopped_after_three_steps(tokens, rt, run_log):
-    cfg = tg.Config(
-        **dict(
-            FULL,
-            eval_batch_tokens=32,
-            max_eval_seconds=1e-6,
-            ttt_before_scoring=True,
-            ttt_epochs=50,
-            ttt_batch_seqs=1,
-        )
-    )
-    model = randomized(cfg)
-    predictor, steps = tg.PREDICTORS["ttt"][1](model, rt, cfg, TABLE), []
-    predictor.optimizer.step = lambda: steps.append(1)
-    assert tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log) is None and len(steps) == 3
+    settings = dict(ttt_before_scoring=True, ttt_epochs=50, ttt_batch_seqs=1)
+    cfg = tg.Config(**dict(FULL, eval_batch_tokens=32, max_eval_seconds=1e-6, **settings))
+    scorer, steps = tg.STAGES["ttt"].build(randomized(cfg), rt, cfg, TABLE), []
+    scorer.training.optimizer.step = lambda: steps.append(1)
+    assert tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log) is None and len(steps) == 3
 
 
 def test_only_a_true_complete_score_is_called_val_bpb(tokens, rt, run_log):
-    predictor = tg.Sliding(randomized(tg.Config(**FULL)), rt, "s", 32, 8)
-    score = tg.evaluate(predictor, tokens, TABLE, tg.Config(**FULL), rt, run_log)
+    cfg = tg.Config(**FULL)
+    score = tg.evaluate(windows(randomized(cfg), rt, cfg), tokens, TABLE, cfg, rt, run_log)
     assert score.label == "val_bpb" and "val_bpb" in score.record()
-    assert "val_bpb" not in dataclasses.replace(score, complete=False).record()
-    assert "val_bpb" not in dataclasses.replace(score, validity="unnormalised_score").record()
+    for other in (dict(complete=False), dict(validity="unnormalised")):
+        assert "val_bpb" not in dataclasses.replace(score, **other).record()
+    labels = [dataclasses.replace(score, validity=v).label for v in tg.LABELS]
+    assert labels == ["val_bpb", "unnormalised_score", "adapted_before_scoring"]
+
+
+def test_a_plain_score_is_short_to_follow(tokens, rt, run_log):
+    """25 functions at most, the forward pass included; 54 with streaming, adaptation, mixture."""
+    cfg = tg.Config(**TINY)
+    scorer = tg.STAGES["plain"].build(randomized(cfg), rt, cfg, TABLE)
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)  # makes the rotary tables
+    entered = functions_entered(lambda: tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log))
+    assert "Windows.batch" in entered and len(entered) <= 25, sorted(entered)
+    settings = dict(eval_stream=16, ttt_epochs=1, ngram="mix", ttt_chunk_tokens=64)
+    cfg = tg.Config(**dict(TINY, **settings, mix_chunk_tokens=64, ttt_batch_seqs=1))
+    scorer = tg.STAGES["mixed"].build(randomized(cfg), rt, cfg, TABLE)
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)  # makes the rotary tables
+    entered = functions_entered(lambda: tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log))
+    assert "TestTimeTraining.learn" in entered and len(entered) <= 54, sorted(entered)

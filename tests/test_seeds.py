@@ -178,8 +178,8 @@ def test_charges_of_the_originals(name, rt, run_log):
     cfg = config(case, **settings)
     model, reference, _ = load(case, cfg)
     tokens, table = validation(6144)
-    predictor = tg.PREDICTORS[stage][1](model, rt, cfg, table)
-    score = tg.evaluate(predictor, tokens, table, cfg, rt, run_log)
+    scorer = tg.STAGES[stage].build(model, rt, cfg, table)
+    score = tg.evaluate(scorer, tokens, table, cfg, rt, run_log)
     charged = ~np.isnan(reference[key])  # PR 489 leaves the first window's rest out
     assert charged.sum() >= 6144 - 192
     np.testing.assert_allclose(score.nats[charged], reference[key][charged], atol=1e-4)
@@ -218,6 +218,11 @@ def test_ten_steps_of_the_originals(case, rt, run_log, tmp_path):
     tokens, table = validation(8192)
     stride = 64 if case == "pr740" else 128
     score = tg.evaluate(
-        tg.Sliding(model, rt, "after", 128, stride), tokens, table, cfg, rt, run_log
+        tg.Scorer("after", tg.WindowNetwork(model, rt, cfg, 128, stride)),
+        tokens,
+        table,
+        cfg,
+        rt,
+        run_log,
     )
     assert abs(score.loss - told["ten_steps"][case]["val_loss_after"]) < 1e-3

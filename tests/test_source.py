@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
-from conftest import ROOT, TINY, clean_env
+from conftest import ROOT, TINY, clean_env, functions_entered
 
 import train_gpt
 
@@ -57,14 +57,6 @@ def test_sections_are_in_order_and_use_only_those_above():
     assert not [(n.id, n.lineno) for n in names if home.get(n.id, 0) > section_of(n.lineno)]
 
 
-# What scoring and checks still break, until they are rebuilt: no rule of form holds for them.
-UNTIDY_SECTIONS = {10, 11}
-
-
-def is_tidy(node):
-    return section_of(node.lineno) not in UNTIDY_SECTIONS
-
-
 def statements_of(nodes):
     """Statements, a packed assignment counted as its parts; and how many of those there are."""
     nodes = list(nodes)
@@ -86,7 +78,7 @@ def nesting(node, depth=0):
 
 
 def test_functions_are_short_and_flat():
-    functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef) and is_tidy(n)]
+    functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     long = [f.name for f in functions if f.end_lineno - f.lineno >= 60]
     deep = [f.name for f in functions if nesting(f) > 4]
     assert (long, deep) == ([], [])
@@ -94,17 +86,19 @@ def test_functions_are_short_and_flat():
 
 def test_statements_are_simple():
     """At most 7.0 expression nodes a statement: what no formatter changes."""
-    nodes = [n for n in ast.walk(TREE) if hasattr(n, "lineno") and is_tidy(n)]
+    nodes = [n for n in ast.walk(TREE) if hasattr(n, "lineno")]
+    expressions = [n for n in nodes if isinstance(n, ast.Expr)]
+    docstrings = sum(isinstance(getattr(n, "value", None), ast.Constant) for n in expressions)
     statements, packed = statements_of(nodes)
     assert sum(isinstance(n, ast.expr) for n in nodes) / statements <= 7.0
     assert packed <= 0.02 * len(SOURCE.splitlines())
     assert sum(isinstance(n, ast.Lambda) for n in nodes) <= 10
-    assert statements_of(ast.walk(TREE))[0] <= 3200
+    assert statements_of(ast.walk(TREE))[0] - docstrings <= 3200  # text costs nothing
 
 
 def test_lines_are_narrow():
     wide = [n for n, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
-    assert not [n for n in wide if section_of(n) not in UNTIDY_SECTIONS]
+    assert not wide
 
 
 def test_nothing_cites_documents_outside_the_repository():
@@ -190,23 +184,6 @@ def test_no_dependency_beyond_the_four():
 
 def test_lint():
     subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)
-
-
-def functions_entered(action):
-    """Names of the script's own functions that an action enters; comprehensions are not counted."""
-    entered = set()
-
-    def note(frame, event, arg):
-        code = frame.f_code
-        if event == "call" and code.co_filename == train_gpt.__file__ and code.co_name[0] != "<":
-            entered.add(code.co_qualname)
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return entered
 
 
 def test_a_training_step_is_short_to_follow(rt, run_log, tmp_path):

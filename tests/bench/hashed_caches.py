@@ -46,12 +46,12 @@ SYSTEMS = {  # windows of 2,048 as published; stride, buckets, chunk of each sys
 }
 
 
-def charged(counts: tg.HashedCounts, cfg: tg.Config) -> np.ndarray:
-    """Bits a token, with a uniform network.
+def charged(ratios: np.ndarray, cfg: tg.Config) -> np.ndarray:
+    """Bits a token, with a uniform network, for ratios [K, n] of a cache's orders.
 
     PR 859's gate as its logs show it: the highest order that counts.
     """
-    ratios, p = counts.ratios, np.full(counts.ratios.shape[1], 1 / VOCAB)
+    p = np.full(ratios.shape[1], 1 / VOCAB)
     if cfg.ngram == "gated":
         for row in ratios:  # a higher order takes over
             p = np.where(row < 0, p, row)
@@ -70,11 +70,11 @@ def charged(counts: tg.HashedCounts, cfg: tg.Config) -> np.ndarray:
 
 def mass(counts: tg.HashedCounts, cfg: tg.Config) -> float:
     """What the same rule charges to all 1,024 tokens together, averaged over 64 late positions."""
-    n = counts.ratios.shape[1]
+    n = counts.own.shape[1]
     index = np.linspace(int(0.9 * n), n - 1, 64).astype(int)
-    every = np.moveaxis(counts.every(index), -1, 0).reshape(len(counts.orders), -1)  # [K, 64 V]
-    stand_in = type("Counts", (), {"ratios": every})
-    return float((2.0 ** -charged(stand_in, cfg)).reshape(64, VOCAB).sum(1).mean())
+    every = counts.ratios_of(index, torch.arange(VOCAB).expand(64, -1)).numpy()  # [64, V, K]
+    every = np.moveaxis(every, -1, 0).reshape(len(counts.orders), -1)  # [K, 64 V]
+    return float((2.0 ** -charged(every, cfg)).reshape(64, VOCAB).sum(1).mean())
 
 
 def exact(n: int, path: Path) -> None:
@@ -123,9 +123,10 @@ def main(arguments: list[str]) -> None:
         rates = []
         for stream in (text, tokens):
             start = time.perf_counter()
-            counts = tg.HashedCounts(stream, windows, cfg)
+            counts = tg.HashedCounts(cfg, tg.Runtime(tg.Config(device="cpu"), {}))
+            counts.prepare(stream, windows)
             rates.append(n / (time.perf_counter() - start))
-        bits = charged(counts, cfg)
+        bits = charged(counts.own, cfg)
         print(
             f"{name:36} {rates[0] / 1e6:5.2f} M tokens/s on Zipf text, {rates[1] / 1e6:5.2f} on "
             f"random tokens; random tokens: {bits.mean():6.3f} bits (first tenth "

@@ -88,18 +88,17 @@ def main(arguments: list[str]) -> None:
         tg.raise_if(tg.check_config(changed))
         with tempfile.TemporaryDirectory() as folder:
             run_log = tg.RunLog(Path(folder), rt)
-            predictor = tg.PREDICTORS[stage][1](
-                tg.load_artifact(changed, blob, rt), rt, changed, table
-            )
-            score = tg.evaluate(predictor, tokens, table, changed, rt, run_log)
+            model = tg.load_artifact(changed, blob, rt)
+            scorer = tg.STAGES[stage].build(model, rt, changed, table)
+            score = tg.evaluate(scorer, tokens, table, changed, rt, run_log)
             begun = time.perf_counter()
-            checks = tg.audit(score, predictor, tokens, table, changed, rt, {}, ())
-        assert not any(found["verdict"].startswith("FAIL") for found in checks.values()), checks
+            checks = tg.check_score(score, scorer, tokens, table, changed, rt, {})
+        assert not any(check.failed for check in checks), checks
         bits = by_cluster(score.nats) / math.log(2)
         reference = bits if reference is None else reference
         low, high = interval(reference - bits, sizes)
         print(
-            f"{row:16} bpb {score.bpb:.6f}  {score.seconds:6.1f} s  audit "
+            f"{row:16} bpb {score.bpb:.6f}  {score.seconds:6.1f} s  checks "
             f"{time.perf_counter() - begun:4.1f} s  gain "
             f"{(reference - bits).sum() / sizes.sum():+.4f} [{low:+.4f}, {high:+.4f}]  {settings}",
             flush=True,
