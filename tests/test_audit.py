@@ -1,21 +1,19 @@
-"""MODE=audit: each illegal scorer of the contest's history is caught by the checks named here.
-
-The legal ones pass.
-"""
+"""The deep audit: each illegal scorer is caught by the checks named here; the legal ones pass."""
 
 import dataclasses
-import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FULL
-from test_predictors import mild
+from conftest import FULL, ROOT, failed, mild
 from test_runs import run
-from test_scoring import failed
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit
 
 VOCAB = 32
 TABLE = tg.ByteTable(np.ones(VOCAB, np.int16), np.zeros(VOCAB, bool), np.arange(VOCAB) < 2, "toy")
@@ -44,19 +42,15 @@ def tokens(rng):
 
 def caught_by(build, tokens, rt, run_log, cfg=CFG):
     """The checks that fail."""
-    model = mild(cfg)
-    predictor = build(model, rt, cfg, TABLE)
-    score = tg.evaluate(predictor, tokens, TABLE, cfg, rt, run_log)
-    always = tg.audit(score, predictor, tokens, TABLE, cfg, rt, {}, ())
-    del always["bytes"]  # the toy vocabulary has no text
-    scores = tg.Rescorer(build, mild(cfg), rt, cfg, TABLE, run_log)
-    return failed(always) | failed(
-        tg.audit_again(scores, tokens, cfg, build(mild(cfg), rt, cfg, TABLE))
-    )
+    scorer = build(mild(cfg), rt, cfg, TABLE)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    always = tg.check_score(score, scorer, tokens, TABLE, cfg, rt, {})
+    always = [check for check in always if check.name != "bytes"]  # the toy has no text
+    return failed(always) | failed(audit.audit_stage(build, mild(cfg), rt, cfg, TABLE, tokens))
 
 
-def sliding(model, rt, cfg, table=None):
-    return tg.Sliding(model, rt, "toy", cfg.score_len, cfg.stride)
+def network(model, rt, cfg, kind=tg.WindowNetwork):
+    return kind(model, rt, cfg, cfg.score_len, cfg.stride)
 
 
 LEGAL = {
@@ -72,193 +66,239 @@ LEGAL = {
 @pytest.mark.parametrize("name", LEGAL)
 def test_legal_scorers_pass(name, tokens, rt, run_log):
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **LEGAL[name])
-    rows = [build for wanted, build in tg.PREDICTORS.values() if wanted(cfg)]
-    assert caught_by(rows[-1], tokens, rt, run_log, cfg) == set()
+    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
+    assert caught_by(stages[-1].build, tokens, rt, run_log, cfg) == set()
 
 
-class NormalisedCache(tg.Nested):
-    """Legal: committed counts of (hashed context, token), over their sum over the vocabulary."""
+class NormalisedCache(tg.WindowNetwork):
+    """Legal: counts of (hashed context, token) among committed tokens, divided by their sum."""
 
-    name, chunk = "toy", 32
+    learns, chunk_targets = True, 32
 
-    def __init__(self, base, cfg):
-        super().__init__(base, cfg)
-        self.table, self.context = torch.ones(16, VOCAB, dtype=torch.float64), {}
+    def __init__(self, base):
+        self.base, self.pending = base, []
+        self.table = torch.ones(16, VOCAB, dtype=torch.float64)
 
-    def outputs(self, batch):
-        rows = batch.ids[:, -batch.targets.size(1) :] % 16
-        probabilities = self.table[rows] / self.table[rows].sum(-1, keepdim=True)
-        return probabilities.log().float(), batch.targets
+    def plan(self, tokens, chunk_targets):
+        return self.base.plan(tokens, chunk_targets)
 
-    def last(self, prefix):
-        rows = torch.tensor([int(prefix[-1])]) % 16
-        return (self.table[rows] / self.table[rows].sum(-1, keepdim=True)).log().float(), rows
+    def predict(self, batch):
+        rows = self.table[batch.ids[:, -batch.index.shape[1] :] % 16]
+        log_p = (rows / rows.sum(-1, keepdim=True)).log().float()
+        return tg.Softmax(log_p, log_p)
 
-    def observe(self, tokens, progress):
-        for a, b in itertools.pairwise(tokens.tolist()):
-            self.table[a % 16, b] += 1
+    def collect(self, batch, targets):
+        contexts = torch.from_numpy(batch.ids[:, -batch.index.shape[1] :])
+        real = torch.from_numpy(batch.real)
+        self.pending += zip(contexts[real].tolist(), targets[real].tolist())
 
-    def snapshot(self):
-        return self.table.clone()
+    def commit(self, chunk):
+        for context, token in self.pending:
+            self.table[context % 16, token] += 1
+        self.pending = []
 
-    def restore(self, state):
-        self.table.copy_(state)
+    def state_dict(self):
+        return {"table": self.table.clone()}
+
+    def load_state_dict(self, state):
+        self.table.copy_(state["table"])
+        self.pending = []
 
 
 def test_a_cache_divided_by_its_sum_passes(tokens, rt, run_log):
-    assert caught_by(lambda *a: NormalisedCache(sliding(*a), CFG), tokens, rt, run_log) == set()
+    def build(model, rt, cfg, table):
+        return tg.Scorer("toy", NormalisedCache(network(model, rt, cfg)))
+
+    assert caught_by(build, tokens, rt, run_log) == set()
 
 
-class AdaptFirst(tg.Adapting):
+class AdaptFirst(tg.Mixer):
     """Several epochs over all tokens, then their score (#489), without saying so."""
 
-    twin = None
+    def __init__(self, training):
+        self.training = self.counts = training
 
-    def counts(self, tokens, plan, cfg):
-        for _ in self.adapt(tokens, 0.05):
-            pass
-
-    def observe(self, tokens, progress):
-        pass
+    def over(self, base, batch, network):
+        return base
 
 
-class AdaptThenScore(tg.Adapting):
-    """Learns each batch before it charges it (#568)."""
-
-    def score(self, batch, counts=None):
-        state = self.snapshot()
-        logits = self.model.logits(batch.ids)[:, -batch.targets.size(1) :]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
-        self.optimizer.param_groups[0]["lr"] = 0.01
-        self.optimizer.step()
-        nats = super().score(batch, counts)
-        self.restore(state)
-        self.grads.zero_()
-        return nats
+class Epochs(tg.TestTimeTraining):
+    def prepare(self, tokens, plan, whole=True):
+        self.learn(tokens, 0.0)
 
 
-class LowerOfTwo(tg.Sliding):
+class AdaptThenScore(tg.WindowNetwork):
+    """Learns each batch before it is charged (#568), from the inputs that are its targets too."""
+
+    def predict(self, batch):
+        state = {name: w.clone() for name, w in self.model.state_dict().items()}
+        with torch.inference_mode(False), torch.enable_grad():
+            ids = torch.from_numpy(batch.ids)
+            params = list(self.model.requires_grad_(True).parameters())
+            logits = self.model.logits(ids[:, :-1].clone()).flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].clone().flatten())
+            for p, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):
+                p.data.sub_(0.2 * g if g is not None else 0.0)
+        seen = super().predict(batch)
+        with torch.inference_mode(False):
+            self.model.load_state_dict(state)
+        return seen
+
+
+@dataclasses.dataclass
+class Changed(tg.Distribution):
+    """Some function of what the base says."""
+
+    base: tg.Distribution
+    change: object  # (base, ids [B, S, C]) -> p
+
+    def prob(self, ids):
+        return self.change(self.base, ids)
+
+
+class Changing(tg.Mixer):
+    """A mixer made of one function of base and tokens."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def over(self, base, batch, network):
+        return Changed(base, self.change)
+
+
+def lower_of_two(base, ids):
     """The better of two models for every target (#659)."""
-
-    def score(self, batch, counts=None):
-        return torch.minimum(
-            super().score(batch), torch.full_like(super().score(batch), math.log(VOCAB) - 0.2)
-        )
+    return base.prob(ids).clamp(min=1.2 / VOCAB)
 
 
-class WholeStream:
-    """Counts of all tokens, later ones too."""
+def class_gate(base, ids):
+    """Boosts the hint only where the target's class says so (#2018)."""
+    hint = base.log_p.argmax(-1, keepdim=True)
+    p, p_hint = base.prob(ids), base.prob(hint)
+    boosted = p * torch.where(ids == hint, math.e, 1.0) / (1 + p_hint * (math.e - 1))
+    return torch.where(ids % 2 == hint % 2, boosted, p)
 
-    def __init__(self, tokens, plan, cfg):
-        self.p = np.bincount(tokens, minlength=VOCAB) + 0.5
-        self.p /= self.p.sum()
+
+def spread(base, ids):
+    """Charges a token spelled in two symbols half (#1835)."""
+    p = base.prob(ids)
+    return torch.where(ids % 2 == 0, p.sqrt(), p)
 
 
-class TwoPass(tg.Nested):
+def hardest_dropped(base, ids):
+    """Charges nothing for the dearest of what is asked."""
+    p = base.prob(ids)
+    return torch.where(p <= p.amin((0, 1), keepdim=True), 1.0, p)
+
+
+class TwoPass(tg.Mixer):
     """Mixes in what a first pass counted over everything (#846)."""
 
-    name, counts, twin = "toy", WholeStream, None
+    def __init__(self):
+        self.counts = self
 
-    def prob(self, out, index, ids, counts):
-        return 0.5 * self.base.prob(out, index, ids, counts) + 0.5 * torch.from_numpy(counts.p)[ids]
+    def prepare(self, tokens, plan, whole=True):
+        counts = np.bincount(tokens, minlength=VOCAB) + 0.5
+        self.p = torch.from_numpy(counts / counts.sum())
 
-
-class ClassGate(tg.Nested):
-    """Boosts the hint only where the target's class says so (#2018)."""
-
-    name = "toy"
-
-    def prob(self, out, index, ids, counts):
-        p, h = self.base.prob(out, index, ids, counts), out[0].argmax(-1, keepdim=True)
-        p_h = self.base.prob(out, index, h, counts)
-        boosted = p * torch.where(ids == h, math.e, 1.0) / (1 + p_h * (math.e - 1))
-        return torch.where(ids % 2 == h % 2, boosted, p)
+    def over(self, base, batch, network):
+        return Changed(base, lambda base, ids: 0.5 * base.prob(ids) + 0.5 * self.p[ids])
 
 
-class Slot(tg.Sliding):
-    """Fits a bias to the scored slice, then charges it (#1240)."""
+class Slot(tg.WindowNetwork):
+    """Fits a bias to the scored slice, then charges it (#1240): the inputs hold its targets."""
 
-    @torch.enable_grad()
-    def score(self, batch, counts=None):
-        with torch.no_grad():
-            logits = self.outputs(batch)[0]
-        bias = torch.zeros(VOCAB, requires_grad=True)
-        nats = torch.nn.functional.cross_entropy(
-            (logits + bias).flatten(0, 1), batch.targets.flatten()
-        )
-        bias = bias - 3.0 * torch.autograd.grad(nats, bias)[0]
-        return torch.nn.functional.cross_entropy(
-            (logits + bias).mT, batch.targets, reduction="none"
-        ).detach()
+    def predict(self, batch):
+        seen = super().predict(batch)
+        scored = batch.index.shape[1]
+        if scored == 1:
+            return seen
+        targets = torch.from_numpy(batch.ids[:, -scored:])[:, 1:].flatten()
+        share = torch.bincount(targets, minlength=VOCAB) / len(targets)
+        return tg.Softmax(torch.log_softmax(seen.log_p + 3.0 * share, -1), seen.hidden)
 
 
-class Ahead(tg.Sliding):
-    """Sharpens by the token after the target: a true distribution every time, but of the future."""
+class Ahead(tg.WindowNetwork):
+    """Sharpens by the token after the target: a true distribution, but of the future."""
 
-    def outputs(self, batch):
-        logits, hidden = super().outputs(batch)
-        later = torch.roll(batch.targets, -1, 1).unsqueeze(-1)
-        return logits * (1 + 0.5 * (later % 2)), hidden
-
-
-class Spread(tg.Sliding):
-    """Charges a token spelled in two symbols half (#1835)."""
-
-    def score(self, batch, counts=None):
-        return super().score(batch) * torch.where(batch.targets % 2 == 0, 0.5, 1.0)
+    def predict(self, batch):
+        seen = super().predict(batch)
+        later = np.roll(batch.ids[:, -batch.index.shape[1] :], -2, 1)
+        sharper = torch.from_numpy(1 + 0.5 * (later % 2)).float().unsqueeze(-1)
+        return tg.Softmax(torch.log_softmax(seen.log_p * sharper, -1), seen.hidden)
 
 
-class TailDropped(tg.Sliding):
-    def plan(self, tokens):
-        return tg.Windows(len(tokens) - 1 - 9, self.seq_len, self.stride)
+class Blind(tg.WindowNetwork):
+    """Believes the same of every text: its figure comes from elsewhere."""
+
+    def predict(self, batch):
+        seen = super().predict(batch)
+        return tg.Softmax(torch.log_softmax(0 * seen.log_p, -1), seen.hidden)
 
 
-class HardestDropped(tg.Sliding):
-    """Charges nothing for the dearest of each batch."""
-
-    def score(self, batch, counts=None):
-        nats = super().score(batch)
-        return torch.where(nats >= nats.max(), 0.0, nats)
+class TailDropped(tg.WindowNetwork):
+    def plan(self, tokens, chunk_targets):
+        return super().plan(tokens[:-9], chunk_targets)
 
 
-def unlabelled(predictor):
+class Unlabelled(tg.HashedNgramCache):
     """A hashed cache that claims to be a score."""
-    predictor.validity = ""
-    return predictor
+
+    validity = "valid"
 
 
 def toy(kind):
-    return lambda model, rt, cfg, table: kind(model, rt, "toy", cfg.score_len, cfg.stride)
+    return lambda model, rt, cfg, table: tg.Scorer("toy", network(model, rt, cfg, kind))
+
+
+def adapt_first(model, rt, cfg, table):
+    base = network(model, rt, cfg)
+    return tg.Scorer("toy", base, [AdaptFirst(Epochs(base, cfg, TABLE))])
+
+
+def mixed(make):
+    return lambda model, rt, cfg, table: tg.Scorer(
+        "toy", network(model, rt, cfg), [make(model, rt, cfg)]
+    )
+
+
+def changing(change):
+    return mixed(lambda model, rt, cfg: Changing(change))
 
 
 CONTROLS = {
     "ttt before scoring (#489)": (
-        lambda *a: AdaptFirst(sliding(*a), a[2], TABLE),
+        adapt_first,
         {"future_again", "every_token"},
-        dict(ttt_epochs=3),
+        dict(ttt_epochs=3, ttt_lr=0.05),
     ),
     "adapt, then score (#568)": (
-        lambda *a: AdaptThenScore(sliding(*a), a[2], TABLE),
-        {"future", "future_again", "every_token"},
-        dict(ttt_epochs=1),
+        toy(AdaptThenScore),
+        {"future", "future_again"},
+        {},
     ),
     "cache with the target in its key (#779)": (
-        lambda *a: unlabelled(tg.HashedNgramCache(sliding(*a), a[2])),
+        mixed(lambda model, rt, cfg: Unlabelled(rt, cfg, model)),
         {"distribution", "every_token", "random_stream"},
         dict(ngram="backoff"),
     ),
-    "lower of two (#659)": (toy(LowerOfTwo), {"distribution", "every_token", "random_stream"}, {}),
-    "two passes (#846)": (lambda *a: TwoPass(sliding(*a), a[2]), {"future_again"}, {}),
+    "lower of two (#659)": (
+        changing(lower_of_two),
+        {"distribution", "every_token", "random_stream"},
+        {},
+    ),
+    "two passes (#846)": (mixed(lambda *a: TwoPass()), {"future_again"}, {}),
     "hint gated by the target's class (#2018)": (
-        lambda *a: ClassGate(sliding(*a), a[2]),
+        changing(class_gate),
         {"distribution", "every_token"},
         {},
     ),
-    "SLOT on the scored slice (#1240)": (toy(Slot), {"future", "future_again", "every_token"}, {}),
+    "SLOT on the scored slice (#1240)": (toy(Slot), {"future", "future_again"}, {}),
     "one token ahead": (toy(Ahead), {"future", "future_again"}, {}),
-    "spread over symbols (#1835)": (toy(Spread), {"distribution", "every_token"}, {}),
+    "spread over symbols (#1835)": (changing(spread), {"distribution", "every_token"}, {}),
     "tail dropped (#50)": (toy(TailDropped), {"coverage"}, {}),
-    "hardest dropped": (toy(HardestDropped), {"distribution"}, {}),
+    "blind to the text": (toy(Blind), {"other_text"}, {}),
+    "hardest dropped": (changing(hardest_dropped), {"distribution"}, {}),
 }
 
 
@@ -269,15 +309,16 @@ def test_illegal_scorers_are_caught(name, tokens, rt, run_log):
     assert checks <= caught_by(build, tokens, rt, run_log, cfg)
 
 
-# --- whole runs -----------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
-AGAIN = {
+DEEP = {
     "future_again",
     "every_token",
     "random_stream",
     "batches",
     "processes",
     "isolation",
+    "other_text",
     "repeat",
     "neutral",
 }
@@ -290,51 +331,58 @@ def trained(tmp_path_factory):
     return out
 
 
-def audited(out, **env):
-    data = out / "run" / "smoke_data"
+def settings_of(out, **env):
     settings = dict(
-        SMOKE="0",
-        MODE="audit",
-        ARTIFACT=str(out / "run" / "model.ptz"),
-        DATA_PATH=str(data),
+        DATA_PATH=str(out / "run" / "smoke_data"),
         EVAL_STRIDE="0",
         TRAIN_SEQ_LEN="64",
         VOCAB_SIZE="260",
         TOKENIZER_PATH="byte260",
+        DEVICE="cpu",
+        **env,
     )
-    return run(out / "again", **{**settings, **env})
+    return [f"{name}={value}" for name, value in settings.items()]
 
 
-def test_mode_audit_passes_true_scores_and_expects_what_is_labelled(trained):
-    code, result, log = audited(
-        trained,
-        EVAL_STREAM="16",
-        TILT="1",
-        NGRAM="backoff",
-        NGRAM_BUCKETS="64",
-        TTT_CHUNK_TOKENS="64",
-        MIX_CHUNK_TOKENS="64",
-    )
-    assert code == 0 and set(result["stages"]) == {"plain", "streaming", "mixed", "ngram"}
-    for name, stage in result["stages"].items():
-        assert AGAIN <= stage["audit"].keys()
-        verdicts = {
-            check: found["verdict"].split(":")[0] for check, found in stage["audit"].items()
-        }
-        expected = {check for check, verdict in verdicts.items() if verdict == "EXPECTED"}
-        assert not any(verdict == "FAIL" for verdict in verdicts.values())
-        assert expected >= {"distribution", "every_token"} if name == "ngram" else not expected
-    assert "audit ngram every_token EXPECTED: charges of all tokens add up to" in log
+def test_true_scores_pass_and_labelled_ones_fail_as_expected(trained, capsys):
+    stages = dict(EVAL_STREAM="16", TILT="1", NGRAM="backoff", NGRAM_BUCKETS="64")
+    chunks = dict(TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64", VAL_TOKENS="700")
+    artifact = str(trained / "run" / "model.ptz")
+    assert audit.main([artifact, *settings_of(trained, **stages, **chunks)], {}) == 0
+    told = capsys.readouterr().out
+    sections = dict(zip(("plain", "streaming", "mixed", "ngram"), told.split("bpb")))
+    for name in DEEP:
+        assert told.count(f"  {name} ") == 4, name
+    assert "  fresh_process  PASS  bpb=0.0" in told
+    assert "FAIL" not in told and "EXPECTED" not in sections["mixed"].split("ngram:")[0]
+    assert "every_token    EXPECTED: charges of all tokens add up to" in told
 
 
-def test_a_failed_audit_is_exit_code_6(trained, monkeypatch):
-    wanted, build = tg.PREDICTORS["plain"]
-    monkeypatch.setitem(
-        tg.PREDICTORS, "plain", (wanted, lambda m, rt, cfg, table: Ahead(m, rt, "plain", 64, 64))
-    )
-    code, result, log = audited(trained, MODE="eval")
-    assert (
-        code == 6
-        and result["exit_code"] == 6
-        and "audit plain future FAIL: later tokens move charges" in log
-    )
+def test_a_failed_check_is_exit_code_6(trained, monkeypatch, capsys):
+    cheat = tg.Stage("plain", tg.STAGES["plain"].enabled, toy(Ahead))
+    monkeypatch.setitem(tg.STAGES, "plain", cheat)
+    folder = str(trained / "run")
+    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
+    told = capsys.readouterr().out
+    assert "future         FAIL: later tokens move charges" in told
+    assert "fresh_process  FAIL: other scores in a process of its own" in told
+
+
+def test_a_score_that_fails_its_checks_is_exit_code_6(trained, monkeypatch):
+    cheat = tg.Stage("plain", tg.STAGES["plain"].enabled, toy(Ahead))
+    monkeypatch.setitem(tg.STAGES, "plain", cheat)
+    env = dict(pair.split("=", 1) for pair in settings_of(trained))
+    env |= dict(SMOKE="0", MODE="eval", ARTIFACT=str(trained / "run" / "model.ptz"))
+    code, result, log = run(trained / "again", **env)
+    assert code == 6 and result["exit_code"] == 6
+    assert "audit toy future FAIL: later tokens move charges" in log
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [([], ""), (["/no/such.ptz"], "/no/such.ptz"), (["{folder}", "TILT"], "expected NAME=value")],
+)
+def test_unusable_input_is_exit_code_64(arguments, words, trained, capsys):
+    arguments = [argument.format(folder=trained / "run") for argument in arguments]
+    assert audit.main(arguments, {}) == 64
+    assert words in capsys.readouterr().err
