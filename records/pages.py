@@ -153,6 +153,7 @@ def readme(folder: Folder, told: dict[str, Any], nproc: int) -> str:
         for name, text in first["overrides"].items()
         if name not in ("SEED", "OUT_DIR", "RUN_ID")
     )
+    commit = f"commit `{told['commit']}`" if told["commit"] else "of no commit of its repository"
     made = table(
         ["seed", "status", "val_bpb", "in this record"],
         [
@@ -201,7 +202,7 @@ Settings that differ from the script's defaults \
 Python {first["versions"]["python"]}.
 * Training {told["train_time_s_mean"]:.1f} s on average, \
 {first["train_tokens"]:,} tokens, {first["train_flops"]:.3g} FLOPs.
-* Script sha256 `{told["code_sha256"][:16]}`, commit `{told["commit"]}`; \
+* Script sha256 `{told["code_sha256"][:16]}`, {commit}; \
 tokenizer `{told["tokenizer_sha256"][:16]}`, \
 validation shard `{told["val_sha256"][0][:16]}`, {data["train_shards"]} training shards \
 ({data["train_tokens"]:,} tokens).

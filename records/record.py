@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -322,6 +323,21 @@ def all_runs(outs: Sequence[Path], places: Sequence[Path]) -> list[dict[str, Any
 # --- new: the folder ------------------------------------------------------------------------------
 
 
+def commit_of(code_sha256: str) -> str | None:
+    """The commit that is checked out here, if its train_gpt.py is the script that ran."""
+    try:
+        commit, script = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *command], capture_output=True, timeout=60, check=True
+            ).stdout
+            for command in (["rev-parse", "HEAD"], ["show", "HEAD:train_gpt.py"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    same = hashlib.sha256(script).hexdigest() == code_sha256
+    return commit.decode().strip() if same else None
+
+
 def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> None:
     """Script, settings, logs, artifacts, requirements, JSON, README, plot into an empty folder."""
     for name in ("train_gpt.py", "config.env"):
@@ -333,6 +349,7 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
         shutil.copy(out / "model.ptz", draft / f"model_seed{seed}.ptz")
     shutil.copy(ROOT / "requirements.txt", draft / "requirements.txt")
     folder = Folder(draft)
+    first = folder.runs[0].result
     typed = {
         "author": args.author,
         "github_id": args.github_id,
@@ -343,9 +360,8 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
         "attribution": {},
         "track": args.track,
         "all_runs": all_runs(outs, [work, ROOT / "logs", *args.collect]),
-        "matmul_gflops": pages.matmul_gflops()
-        if folder.runs[0].result["machine"]["type"] == "cpu"
-        else None,
+        "matmul_gflops": pages.matmul_gflops() if first["machine"]["type"] == "cpu" else None,
+        "commit": commit_of(first["code_sha256"]),
     }
     try:
         told = summarize(folder, typed)

@@ -17,7 +17,7 @@ from typing import Any
 
 from source import unpack_source
 
-from train_gpt import FAULTS, as_typed
+from train_gpt import LABELS, as_typed
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 RESULT_MARK = "result_json: "
@@ -39,7 +39,7 @@ LINES = {
 }
 FINAL = re.compile(
     rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
-    rf"\s+val_loss[:=]\s*({NUMBER})\s+(val_bpb|partial_bpb|{'|'.join(FAULTS)})[:=]\s*({NUMBER})"
+    rf"\s+val_loss[:=]\s*({NUMBER})\s+(partial_bpb|{'|'.join(LABELS.values())})[:=]\s*({NUMBER})"
     rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?",
     re.M,
 )
@@ -54,7 +54,7 @@ class Final:
 
     stage: str
     val_loss: float
-    metric: str  # val_bpb, partial_bpb or one of FAULTS
+    metric: str  # partial_bpb or one of LABELS
     bpb: float
     exact: bool
 
@@ -91,7 +91,11 @@ class Run:
     def final(self) -> Final | None:
         """The score that counts: the last that its own label does not disown, else the last."""
         return next(
-            (final for final in reversed(self.finals) if final.metric not in FAULTS),
+            (
+                final
+                for final in reversed(self.finals)
+                if final.metric in ("val_bpb", "partial_bpb")
+            ),
             self.finals[-1] if self.finals else None,
         )
 

@@ -435,9 +435,17 @@ class Script:
                     if isinstance(part, FUNCTIONS) and part.name == "__init__"
                 )
         self.mentions: dict[str, list[ast.AST]] = {}
+        types = self._types()
         for node in self.nodes:
-            if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+            loads = isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load)
+            if loads and id(node) not in types:
                 self.mentions.setdefault(called(node), []).append(node)
+
+    def _types(self) -> set[int]:
+        """Nodes of annotations: they run nothing."""
+        fields = ("annotation", "returns")
+        found = [getattr(node, field, None) for node in self.nodes for field in fields]
+        return {id(part) for annotation in found if annotation for part in ast.walk(annotation)}
 
     def above(self, node: ast.AST) -> Iterator[ast.AST]:
         """The node's parents, nearest first."""
@@ -504,16 +512,28 @@ class Script:
     def _chosen_off(self, up: ast.AST, child: ast.AST) -> bool:
         """A part that settings do not choose.
 
-        `part if setting else other`, or a row (lambda: setting, lambda: part).
+        `part if setting else other`, or a row of a table: a condition, and then the part, both
+        lambdas or functions of the script; a tuple, or the arguments of a class.
         """
         if isinstance(up, ast.IfExp):
             return child is up.body and self._off(up.test)
-        return (
-            isinstance(up, ast.Tuple)
-            and child in up.elts[1:]
-            and isinstance(up.elts[0], ast.Lambda)
-            and self._off(up.elts[0].body)
-        )
+        row = []
+        if isinstance(up, ast.Tuple):
+            row = up.elts
+        elif isinstance(up, ast.Call) and called(up)[:1].isupper():
+            row = up.args
+        before = row[: row.index(child)] if child in row else []
+        return any(self._off(test) for test in map(self._condition, before) if test)
+
+    def _condition(self, item: ast.expr) -> ast.expr | None:
+        """What a lambda, or a function of one statement that is named here, returns."""
+        if isinstance(item, ast.Lambda):
+            return item.body
+        if isinstance(item, ast.Name):
+            for function in self.functions.get(item.id, []):
+                if isinstance(function.body[-1], ast.Return) and len(function.body) == 1:
+                    return function.body[0].value
+        return None
 
     def _off(self, test: ast.expr) -> bool:
         """Whether the logged settings make a condition false; unknown conditions count as true."""
@@ -544,10 +564,10 @@ class Flow:
 
     Marks are followed statement by statement, through the script's own functions.
 
-    source(node) says which expressions are marked by themselves. A name loses its mark when
-    something else is assigned to it. objects: whether an object of the script's own classes carries
-    the marks of what it was made of. `marked` keeps the ids of all expressions that carried a mark
-    whenever they were reached.
+    Functions that cannot run pass nothing on. source(node) says which expressions are marked by
+    themselves. A name loses its mark when something else is assigned to it. objects: whether an
+    object of the script's own classes carries the marks of what it was made of. `marked` keeps the
+    ids of all expressions that carried a mark whenever they were reached.
     """
 
     def __init__(self, script: Script, source: Callable[[ast.AST], bool], objects: bool = True):
@@ -556,6 +576,9 @@ class Flow:
         self.params: dict[int, set[str]] = {}  # of functions called with marked values
         self.returns: set[str] = set()  # functions that return them by themselves
         self.attributes: set[tuple[str, str]] = set()  # place of a class, name of its attribute
+        self.dead = {
+            node for node in script.nodes if isinstance(node, FUNCTIONS) and not script.live(node)
+        }
         before = -1
         while before != (before := self._size()):
             self._block(script.tree.body, set())
@@ -572,6 +595,8 @@ class Flow:
 
     def _statement(self, node: ast.AST, names: set[str]) -> None:
         if isinstance(node, FUNCTIONS):
+            if node in self.dead:
+                return
             arguments = {arg.arg for arg in arguments_of(node)}
             self._block(node.body, names - arguments | self.params.get(id(node), set()))
         elif isinstance(node, ast.ClassDef):

@@ -22,6 +22,7 @@ TYPED = (
     "track",
     "all_runs",
     "matmul_gflops",
+    "commit",
 )
 # The canonical schema: fields that most published files carry, and what makes them verifiable
 # (rulings of the contest).
@@ -144,7 +145,6 @@ def summarize(folder: Folder, typed: dict[str, Any]) -> dict[str, Any]:
         "compliance": compliance(runs, first["sizes"]["cap"]),
         "code_sha256": first["code_sha256"],
         "config_sha256": first["config_sha256"],
-        "commit": first["commit"],
         "artifact_sha256": {str(run.seed): run.result["artifact_sha256"] for run in runs},
         "tokenizer_sha256": first["data"]["tokenizer_sha256"],
         "val_sha256": first["data"]["val_sha256"],

@@ -177,6 +177,27 @@ def test_new_makes_a_record_that_passes(made):
     assert (made / "curves.png").stat().st_size > 10_000
 
 
+def test_the_commit_is_that_of_the_script_that_ran(tmp_path, monkeypatch):
+    """None if the repository's own script is another one, or there is no repository."""
+
+    def git(*command):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ("git", "-C", tmp_path, *identity, *command)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    script = tmp_path / "train_gpt.py"
+    script.write_text("x = 1\n")
+    assert record.commit_of(tg.sha256(script)) is None
+    git("init", "-q")
+    assert record.commit_of(tg.sha256(script)) is None
+    git("add", "train_gpt.py")
+    git("commit", "-q", "-m", "first")
+    assert record.commit_of(tg.sha256(script)) == git("rev-parse", "HEAD")
+    script.write_text("x = 2\n")
+    assert record.commit_of(tg.sha256(script)) is None
+
+
 def test_record_runs_and_rescores_from_inside_its_folder(made, tmp_path):
     env = clean_env(OUT_DIR=str(tmp_path))
     done = subprocess.run(
@@ -393,14 +414,6 @@ def test_training_that_opens_validation_files(copy, spy, words):
     )
     finding = found(copy, "R12")["R12"]
     assert finding.verdict == "FAIL" and words in finding.text, finding
-
-
-def test_training_that_says_so_itself(copy):
-    edit_result(
-        copy / "train_seed1.log",
-        lambda r: r.update(opened_in_training=["opened fineweb_val_000000.bin"]),
-    )
-    assert found(copy, "R12")["R12"].verdict == "FAIL"
 
 
 def test_failed_audit_and_exit_code(copy):

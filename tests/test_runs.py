@@ -62,9 +62,9 @@ def base(tmp_path_factory):
 
 
 RESULT_FIELDS = set(
-    """status mode seed settings overrides config_sha256 code_sha256 commit dirty versions machine
+    """status mode seed settings overrides config_sha256 code_sha256 versions machine
     world_size resumed data steps train_seconds train_tokens train_loss train_flops
-    peak_memory_bytes opened_in_training sizes artifact_sha256 stages result seconds phases_began
+    peak_memory_bytes sizes artifact_sha256 stages result seconds phases_began
     exit_code""".split()
 )
 
@@ -428,7 +428,7 @@ def test_train_time_of_a_validation_line_is_training_time(tmp_path, monkeypatch)
     def slow(*args):
         now[0] += 1800
         nats = np.ones(1, np.float32)
-        return tg.Score("validate", nats, np.ones(1), "", False, np.ones(1), loss=1.0, bpb=2.0)
+        return tg.Score("validate", nats, np.ones(1), np.ones(1), complete=False, loss=1.0, bpb=2.0)
 
     monkeypatch.setattr(tg, "evaluate", slow)
     monkeypatch.setattr(tg, "load_validation", lambda cfg: np.zeros(2))

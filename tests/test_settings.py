@@ -68,7 +68,7 @@ def test_all_problems_at_once(tmp_path):
 @pytest.mark.parametrize(
     "setting, part",
     [
-        (dict(MODE="fly"), "expected one of train, eval, audit, sample"),
+        (dict(MODE="fly"), "expected one of train, eval, sample"),
         (dict(NUM_HEADS="7"), "MODEL_DIM=512 must be a multiple of NUM_HEADS=7"),
         (dict(NUM_KV_HEADS="3"), "NUM_KV_HEADS=3"),
         (dict(TRAIN_BATCH_TOKENS="100000"), "must be a multiple of TRAIN_SEQ_LEN=1024"),

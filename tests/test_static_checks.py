@@ -739,17 +739,21 @@ def test_what_our_script_can_do_is_named_when_the_run_does_it():
         run_settings={**source.declared_settings(ast.parse(OURS)), **on},
     )
     texts = {finding.id: finding.text for finding in found if finding.verdict == "WARN"}
-    assert set(texts) == {"S1", "S2"} and "Adapting.adapt" in texts["S1"]
+    assert set(texts) == {"S1", "S2"} and "TestTimeTraining.learn" in texts["S1"]
+    assert "Trainer.step" not in texts["S1"]
 
 
 def test_parts_that_settings_do_not_choose_are_not_live():
     text = """
 def peek(x, targets): return x[targets ^ 31]
 def used(x): return x
+def wanted(cfg): return cfg.peeking != ""
+def build(x: peek, t): return peek(x, t)
+ROWS = [Row("a", wanted, build)]
 TABLE = {"a": (lambda cfg: cfg.peeking, lambda x, t: peek(x, t))}
 part = peek if cfg.peeking else used
 """
-    for value, live in (("0", False), ("1", True)):
+    for value, live in (("", False), ("1", True)):
         script = source.Script(text, [], [], {"PEEKING": value}, {})
         node = next(n for n in ast.walk(script.tree) if isinstance(n, ast.BinOp))
         assert script.live(node) is live
