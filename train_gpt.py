@@ -4473,28 +4473,42 @@ class Score:
 
 @dataclasses.dataclass
 class TimeGuard:
-    """Says whether a stage ends within MAX_EVAL_SECONDS at its pace so far."""
+    """Says whether a stage ends within MAX_EVAL_SECONDS, at the pace of its warm rounds.
+
+    The first batches, adaptation steps and commit compile and allocate: what they take is spent,
+    and says nothing of the rest. Shares are of the stage's adaptation, then of its batches.
+    """
 
     name: str
-    cfg: Config
+    limit: float  # seconds, all stages together; 0 = none
     rt: Runtime
     log: RunLog
+    now: Callable[[], float]
     start: float
-    begun: float  # since when the pace counts
+    since: float  # the pace counts from then on
+    share: float = 0.0  # what was done then
     adaptation_steps: int = 0
 
-    def adapting(self, share: float) -> bool:
+    def pace_from(self, share: float) -> None:
+        """What is done from here on tells the pace."""
+        self.since = self.now()
+        self.share = share
+
+    def adapted(self, share: float) -> bool:
         """After a step of what comes before scoring -> whether there is time for the rest."""
         self.adaptation_steps += 1
         self.log.show_progress(f"{self.name}: adapting {100 * share:.0f}%")
-        return self.adaptation_steps != 3 or self.fits(share)
+        if self.adaptation_steps == 4:
+            self.pace_from(share)
+        return self.adaptation_steps != 20 or self.fits(share)
 
     def fits(self, share: float) -> bool:
         """Whether the stage ends in time if this share is done; rank 0 decides for all."""
-        limit = self.cfg.max_eval_seconds
-        needed = self.begun - self.start + (time.perf_counter() - self.begun) / share
-        left = limit - self.log.eval_seconds()
-        late = float(self.rt.rank == 0 and limit > 0 and needed > left)
+        needed = self.since - self.start
+        if share > self.share:
+            needed += (self.now() - self.since) * (1 - self.share) / (share - self.share)
+        left = self.limit - self.log.eval_seconds()
+        late = float(self.rt.rank == 0 and self.limit > 0 and share < 1 and needed > left)
         late = self.rt.sum_(torch.tensor([late])).item() > 0
         if late:
             told = f"needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s"
@@ -4516,25 +4530,29 @@ def evaluate(
     complete = not cfg.val_tokens
     score = Score(scorer.name, nats, table.count(tokens), coverage, scorer.validity, complete)
     with log.phase(scorer.name):
-        now = time.perf_counter()
-        guard = TimeGuard(scorer.name, cfg, rt, log, now, now)
+        now = time.perf_counter
+        guard = TimeGuard(scorer.name, cfg.max_eval_seconds, rt, log, now, now(), now())
         plan = scorer.network.plan(tokens, scorer.chunk_targets)
         for counts in scorer.counts:
             counts.prepare(tokens, plan)
         if scorer.validity == "adapted_first":
             score.events.append(("commit", 0, targets))
-            if not scorer.training.learn(tokens, 0.0, guard.adapting):
+            if not scorer.training.learn(tokens, 0.0, guard.adapted):
                 return None
-        guard.begun = time.perf_counter()
+            guard.pace_from(0.0)
         if not charge(scorer, plan, tokens, score, rt, log, guard):
             return None
         for array in (nats, coverage):
             array[:] = rt.sum_(torch.from_numpy(array)).numpy()
         score.loss = float(nats.mean(dtype=np.float64))
         score.bpb = score.loss / math.log(2) * targets / int(score.sizes.sum(dtype=np.int64))
-        score.seconds = time.perf_counter() - now
+        score.seconds = now() - guard.start
     log.show_progress("", last=True)
     return score
+
+
+WARM_BATCHES = 2  # the first of a stage, whose kernels may not be compiled yet
+JUDGED_BATCH = 8  # after it a stage is skipped if it would take too long
 
 
 def charge(
@@ -4550,8 +4568,9 @@ def charge(
     rank, world = (0, 1) if scorer.alone else (rt.rank, rt.world)
     chunks = plan.chunks(rank, world)
     total = sum(len(chunk.work) for chunk in chunks)
+    begun = guard.now()
     done = charged = count = 0
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
         for work in chunk.work:
             if work is not None and (rt.rank == 0 or not scorer.alone):
                 batch = plan.batch(tokens, work)
@@ -4562,10 +4581,12 @@ def charge(
                 charged += float(nats[batch.real].sum(dtype=np.float64))
                 count += len(index)
             done += 1
-            left = (time.perf_counter() - guard.begun) * (total / done - 1)
+            left = (guard.now() - begun) * (total / done - 1)
             figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
             log.show_progress(f"{score.name}: {100 * done / total:.0f}% {figures}")
-            if done == 3 < total and not guard.fits(done / total):
+            if done == WARM_BATCHES:
+                guard.pace_from(done / total)
+            elif done == JUDGED_BATCH and not guard.fits(done / total):
                 return False
         if chunk.closes:
             score.events.append(("score", chunk.lo, chunk.hi))
@@ -4573,8 +4594,10 @@ def charge(
             scorer.commit(chunk, tokens)
             if chunk.closes:
                 score.events.append(("commit", chunk.lo, chunk.hi))
-        if chunk is chunks[0] is not chunks[-1] and not guard.fits(done / total):
-            return False  # now that one adaptation is timed
+            if number == 0:
+                guard.pace_from(done / total)  # the first commit compiles
+            elif number == 1 and not guard.fits(done / total):
+                return False
     return True
 
 
