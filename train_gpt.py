@@ -771,6 +771,8 @@ CPU_PROFILE = DeviceProfile(
     torch.float32, lag=0, score_tokens=1 << 14, tolerance=1e-4, fixed_rows=False
 )
 
+NVIDIA_DEVICE = Path("/dev/nvidia0")
+
 # Attention of queries [B, T, H, D] to keys and values [B, S, K, D] -> as the queries.
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -850,7 +852,12 @@ class Runtime:
         self.cuda = kind == "cuda"
         self.device = torch.device(kind)
         if self.cuda:
-            self.device = torch.device(kind, int(env.get("LOCAL_RANK") or 0))
+            local = int(env.get("LOCAL_RANK") or 0)
+            found = torch.cuda.device_count()
+            if local >= found:
+                told = f"LOCAL_RANK={local}: this machine has {found} GPUs"
+                raise ConfigError(f"{told}; --nproc_per_node may be {found} at most")
+            self.device = torch.device(kind, local)
         self.profile = GPU_PROFILE if self.cuda else CPU_PROFILE
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
@@ -874,6 +881,10 @@ class Runtime:
         if torch.cuda.is_available():
             available.insert(0, "cuda")
         if wanted == "auto":
+            if available[0] == "cpu" and NVIDIA_DEVICE.exists():
+                older = f"is its driver older than CUDA {torch.version.cuda}?"
+                told = f"this machine has an NVIDIA GPU that torch cannot use ({older})"
+                raise ConfigError(f"DEVICE=auto: {told}; DEVICE=cpu computes on the CPU")
             return available[0]
         if wanted not in available:
             found = ", ".join(available)
@@ -2763,6 +2774,9 @@ def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
             return "diverged"
         save_now = cfg.save_every and trainer.steps_done % cfg.save_every == 0
         if save_now or report.save or report.stop:
+            report = trainer.read_reports(lag=0)
+            if report.diverged:  # a good checkpoint is not overwritten by these weights
+                return "diverged"
             with trainer.off_the_clock("checkpoint"):
                 save_checkpoint(trainer)
             clock.last = dataclasses.replace(report, save=False)
@@ -3848,6 +3862,11 @@ class Cached(Distribution):
 # --- networks ------------------------------------------------------------------------------------
 
 
+def scoring_tokens(cfg: Config, rt: Runtime) -> int:
+    """Tokens of a scoring batch."""
+    return cfg.eval_batch_tokens or min(rt.profile.score_tokens, 2**28 // cfg.vocab_size)
+
+
 class WindowNetwork:
     """The model over windows, each target with as much context as the stride allows.
 
@@ -3876,8 +3895,7 @@ class WindowNetwork:
         self.stride = stride
         self.temperature = temperature
         self.train_row = seq_len  # tokens of a row in test-time training
-        tokens = cfg.eval_batch_tokens or min(rt.profile.score_tokens, 2**28 // cfg.vocab_size)
-        self.batch_rows = max(1, tokens // seq_len)
+        self.batch_rows = max(1, scoring_tokens(cfg, rt) // seq_len)
         self.hidden = rt.compile(GPT.hidden)  # of any model: a deep copy has its own
 
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
@@ -4034,7 +4052,7 @@ class PerDocumentLoRA(WindowNetwork):
             low = ((2 * low - 1) / math.sqrt(columns)).to(rt.device)
             high = torch.zeros(cfg.ttt_docs, rows, cfg.ttt_lora_rank, device=rt.device)
             self.start.append(low)
-            self.params += [low.clone().requires_grad_(), high.requires_grad_()]
+            self.params += [low.clone(), high]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = torch.zeros(cfg.ttt_docs, device=rt.device)
 
@@ -4043,11 +4061,14 @@ class PerDocumentLoRA(WindowNetwork):
         return Documents(tokens, cfg.bos_id, self.seq_len, self.stride, cfg.ttt_docs)
 
     def predict(self, batch: Batch) -> Softmax:
-        """As the base; the rows' own adapters act only here."""
-        slots = torch.from_numpy(batch.slots)
+        slots = self.rt.put(batch.slots)
+        return self._predict_with(batch, [p[slots] for p in self.params])
+
+    def _predict_with(self, batch: Batch, own: Sequence[Tensor]) -> Softmax:
+        """As the base; the rows' own A and B of every matrix act only here."""
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
-        for matrix, low, high in zip(self.matrices, self.params[::2], self.params[1::2]):
-            matrix.adapter = low[slots], high[slots] * scale
+        for matrix, low, high in zip(self.matrices, own[::2], own[1::2]):
+            matrix.adapter = low, high * scale
         try:
             return super().predict(batch)
         finally:
@@ -4061,7 +4082,7 @@ class PerDocumentLoRA(WindowNetwork):
             kept = Batch(
                 batch.ids[whole], batch.index[whole], batch.real[whole], batch.left_context, slots
             )
-            self.pending.append((kept, targets[torch.from_numpy(whole)]))
+            self.pending.append((kept, targets[self.rt.put(np.flatnonzero(whole))]))
 
     def commit(self, chunk: Chunk) -> None:
         for batch, targets in self.pending:
@@ -4075,19 +4096,20 @@ class PerDocumentLoRA(WindowNetwork):
 
     def _step(self, batch: Batch, targets: Tensor) -> None:
         """One step on the sum over documents of their chunk's mean loss."""
-        log_p = self.predict(batch).log_p.flatten(0, 1)
+        slots = self.rt.put(batch.slots)  # on the device: an index on the host would wait for it
+        leaves = [p[slots].requires_grad_() for p in self.params]
+        log_p = self._predict_with(batch, leaves).log_p.flatten(0, 1)
         nats = F.nll_loss(log_p, targets.flatten(), reduction="sum") / self.stride
-        gradients = torch.autograd.grad(nats, self.params)
-        slots = torch.from_numpy(batch.slots)
+        gradients = torch.autograd.grad(nats, leaves)
         self.steps[slots] += 1
         bias = 1 - 0.99 ** self.steps[slots].view(-1, 1, 1)
         rate = self.cfg.ttt_lr
         with torch.no_grad():
-            for p, square, gradient in zip(self.params, self.squares, gradients):
-                own = gradient[slots]
-                square[slots] = 0.99 * square[slots] + 0.01 * own.square()
-                step = own / ((square[slots] / bias).sqrt() + 1e-10)
-                p[slots] = p[slots] * (1 - 0.5 * rate) - rate * step
+            for p, own, square, gradient in zip(self.params, leaves, self.squares, gradients):
+                mean = 0.99 * square[slots] + 0.01 * gradient.square()
+                step = gradient / ((mean / bias).sqrt() + 1e-10)
+                square[slots] = mean
+                p[slots] = own * (1 - 0.5 * rate) - rate * step
 
     def _state(self) -> list[Tensor]:
         return [*self.params, *self.squares, self.steps]
@@ -4214,8 +4236,8 @@ class BucketStatistics:
 
     def collect(self, bucket: Tensor, values: Tensor, real: np.ndarray) -> None:
         """Sets aside values [B, S, n] in their buckets [B, S], where they are real."""
-        keep = torch.from_numpy(real)
-        self.pending.index_add_(0, bucket[keep], values[keep])
+        values = torch.where(self.rt.put(real).unsqueeze(-1), values, 0.0)
+        self.pending.index_add_(0, bucket.flatten(), values.flatten(0, 1))
 
     def commit(self) -> None:
         """What processes have collected counts from now on."""
@@ -5209,9 +5231,9 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
             log.save(status="crashed", exit_code=BUG)
             raise
         train_setting = f"MICRO_BATCH_TOKENS={cfg.micro_tokens} (training)"
-        score_setting = f"EVAL_BATCH_TOKENS={cfg.eval_batch_tokens} (scoring)"
+        score_setting = f"EVAL_BATCH_TOKENS={scoring_tokens(cfg, rt)} (scoring)"
         log.log(f"out of memory: {error}")
-        log.log(f"Lower {train_setting} or {score_setting}; no score depends on them.")
+        log.log(f"Lower {train_setting} or {score_setting}; no score depends on the second.")
         log.result["status"] = "out_of_memory"
         code = OUT_OF_MEMORY
     log.save(exit_code=code)

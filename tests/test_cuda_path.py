@@ -1,5 +1,7 @@
 """What a GPU would run, as far as tests without one can tell: graphs, number formats, devices."""
 
+import json
+import math
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ def test_the_whole_step_compiles_once_without_graph_breaks(settings, run_log, rn
 
     Newton-Schulz has one a matrix shape.
     """
-    cfg = tg.Config(**dict(settings, ema_decay=0.9, grad_clip_norm=1.0))
+    cfg = tg.Config(**dict(settings, ema_decay=0.9, grad_clip_norm=1.0, device="cpu"))
     rt = tg.Runtime(cfg, {})
     counters = []
 
@@ -46,6 +48,35 @@ def test_the_whole_step_compiles_once_without_graph_breaks(settings, run_log, rn
         assert torch.isfinite(loss)
     assert seen[0] == [1, len(shapes)] and seen[-1] == seen[0]
     assert model.hidden(torch.from_numpy(batch(0)[0])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bad_step, status", [(0, "interrupted"), (4, "diverged"), (5, "diverged")])
+def test_a_checkpoint_waits_for_the_reports_in_flight(bad_step, status, run_log, rng):
+    """Asked to stop in step 5: all five steps are in the log, and none of weights that diverged."""
+    settings = dict(TINY, schedule="tokens", iterations=9, warmup_steps=0, val_loss_every=0)
+    cfg = tg.Config(**dict(settings, device="cpu"))
+    rt = tg.Runtime(cfg, {})
+    on_device_with(rt, lag=2)
+    trainer = tg.Trainer(cfg, rt, run_log, tg.build_model(cfg, rt), None)
+
+    class Noise:
+        def batch(self, unit):
+            ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
+            return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+    step = trainer.step
+
+    def watched(batch_of, steps_left):
+        trainer.requests.stop = trainer.steps_done == 2  # is noticed two steps later
+        loss = step(batch_of, steps_left)
+        return loss * math.nan if trainer.steps_done + 1 == bad_step else loss
+
+    trainer.step = watched
+    trainer.stream = Noise()
+    assert tg.train(trainer, lambda step: None) == status
+    assert (run_log.out_dir / "checkpoint.pt").exists() == (status == "interrupted")
+    told = [json.loads(line) for line in (run_log.out_dir / "metrics.jsonl").open()]
+    assert [row["step"] for row in told if "train_loss" in row] == [1, 2, 3, 4, 5]
 
 
 def test_bf16_stream_stays_close_to_float32(rng):
@@ -105,9 +136,29 @@ def test_kernels_and_devices_that_are_not_here_are_refused(monkeypatch):
             tg.Runtime(tg.Config(device="cuda"), {})
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch, tmp_path):
+    """A driver older than the wheel: the run would burn its 600 seconds on the host."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(tg, "NVIDIA_DEVICE", tmp_path)
+    with pytest.raises(tg.ConfigError, match="DEVICE=auto: .*driver.*DEVICE=cpu computes"):
+        tg.Runtime(tg.Config(), {})
+    assert tg.Runtime(tg.Config(device="cpu"), {}).device.type == "cpu"
+    monkeypatch.setattr(tg, "NVIDIA_DEVICE", tmp_path / "none")
+    assert tg.Runtime(tg.Config(), {}).device.type == "cpu"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(tg.ConfigError, match="LOCAL_RANK=2.*2 GPUs.*--nproc_per_node"):
+        tg.Runtime(tg.Config(), {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"})
+
+
 def test_a_late_report_is_read_by_all_and_stops_in_time(run_log, rng):
     """With a GPU's lag, stop and divergence are noticed so many steps later; nothing is lost."""
-    cfg = tg.Config(**dict(TINY, schedule="tokens", iterations=5, warmup_steps=0, val_loss_every=0))
+    settings = dict(TINY, schedule="tokens", iterations=5, warmup_steps=0, val_loss_every=0)
+    cfg = tg.Config(**dict(settings, device="cpu"))
     rt = tg.Runtime(cfg, {})
     on_device_with(rt, lag=2)
 
