@@ -986,6 +986,14 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def highest(self, number: int) -> int:
+        """The highest of the processes' numbers, once all are here."""
+        if self.world == 1:
+            return number
+        told = torch.tensor([number], device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told.item())
+
     def peak_memory(self) -> int:
         """Peak bytes allocated on the GPU, or peak resident bytes of the process."""
         if self.cuda:
@@ -5219,8 +5227,10 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         if rt.main:
             synthetic_shards(folder)
         rt.broadcast_bytes(b"")  # the others wait for the files
+    together = False  # an error on one process: the others are somewhere else
     try:
-        code = run_once(cfg, rt, log)
+        code = rt.highest(run_once(cfg, rt, log))  # checks may differ by rounding
+        together = True
     except InputError as error:
         log.log(f"error: {error}")
         log.result["status"] = "bad_input"
@@ -5239,6 +5249,8 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
     log.save(exit_code=code)
     result_card(cfg, log, code)
     log.log(f"result_json: {json.dumps(log.result)}", show=False)  # so the log alone says all
+    if together:
+        rt.highest(code)  # the launcher ends all when the first one leaves with an error
     return code, log.result
 
 

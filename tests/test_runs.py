@@ -49,6 +49,42 @@ def torchrun(out, processes, **env):
     return json.loads(Path(out, "result.json").read_text())
 
 
+OTHER_VERDICT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import train_gpt as tg
+real = tg.check_score
+def check_score(*inputs):
+    planted = tg.Check("planted", "seen by one process" if os.environ["RANK"] == "1" else "")
+    return [*real(*inputs), planted]
+tg.check_score = check_score
+code = tg.main([], os.environ)
+print(f"rank {os.environ['RANK']} ends with {code}")
+sys.exit(code)
+"""
+
+
+def test_processes_agree_on_the_exit_code_after_the_results_are_written(tmp_path):
+    """A check that fails on rank 1 alone: rank 0 writes everything, and both end with 6."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(OTHER_VERDICT)
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(driver), str(ROOT)],
+        env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu"}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "rank 0 ends with 6" in done.stdout and "rank 1 ends with 6" in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert result["exit_code"] == 6 and set(result["stages"]) == {"plain", "sliding"}
+    assert "exit code    6" in (out / "train.log").read_text()
+
+
 def losses(out):
     rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     return np.array([row["train_loss"] for row in rows if "train_loss" in row])
