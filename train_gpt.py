@@ -1,7 +1,7 @@
 """Parameter Golf: train, pack and score the best language model of 16,000,000 bytes with its code.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # the competition: 600 s on 8xH100
-    MICRO_BATCH_TOKENS=16384 python train_gpt.py                # the same run on one GPU
+    MICRO_BATCH_TOKENS=32768 python train_gpt.py                # the same run on one GPU
     CONFIG=records/track_cpu_1mb/demo/config.env python train_gpt.py    # minutes on a laptop CPU
     MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py         # score an artifact alone
     SMOKE=1 python train_gpt.py                                 # every section, synthetic text
@@ -4973,8 +4973,8 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     versions |= {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
     log.log(" ".join(f"{name}:{version}" for name, version in versions.items()))
-    if not torch.__version__.startswith("2.13"):
-        log.log("WARNING: tested with torch 2.13 only")
+    if not torch.__version__.startswith(("2.11", "2.13")):
+        log.log("WARNING: tested with torch 2.11 and 2.13 only")
     log.log("\n".join(rt.notes))
 
     values = {name: getattr(cfg, field.name) for name, field in FIELDS.items()}
