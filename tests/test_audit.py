@@ -1,5 +1,6 @@
 """The deep audit: each illegal scorer is caught by the checks named here; the legal ones pass."""
 
+import copy
 import dataclasses
 import math
 import sys
@@ -236,6 +237,47 @@ class Blind(tg.WindowNetwork):
         return tg.Softmax(torch.log_softmax(0 * seen.log_p, -1), seen.hidden)
 
 
+class CountsRows(tg.WindowNetwork):
+    """Sharper in larger batches."""
+
+    def predict(self, batch):
+        seen = super().predict(batch)
+        log_p = torch.log_softmax(seen.log_p * (1 + 0.1 * len(batch.ids)), -1)
+        return tg.Softmax(log_p, seen.hidden)
+
+
+class Claiming(tg.WindowNetwork):
+    """Says that documents stand alone, and reads on across their starts."""
+
+    isolates_documents = True
+
+
+class Moody(tg.WindowNetwork):
+    """Sharper by chance."""
+
+    def predict(self, batch):
+        seen = super().predict(batch)
+        log_p = torch.log_softmax(seen.log_p * (1 + 0.1 * torch.rand(1)), -1)
+        return tg.Softmax(log_p, seen.hidden)
+
+
+class Wearing(tg.WindowNetwork):
+    """Every batch leaves the weights a little smaller; the charges hardly show it."""
+
+    def predict(self, batch):
+        self.model.blocks[-1].mlp.proj.weight.data.mul_(1 - 1e-7)
+        return super().predict(batch)
+
+
+class LateCheat(tg.WindowNetwork):
+    """Its probabilities add up to too much after the first chunk only."""
+
+    def predict(self, batch):
+        seen = super().predict(batch)
+        late = torch.from_numpy(batch.index >= self.seq_len).unsqueeze(-1)
+        return tg.Softmax(seen.log_p + 0.2 * late, seen.hidden)
+
+
 class TailDropped(tg.WindowNetwork):
     def plan(self, tokens, chunk_targets):
         return super().plan(tokens[:-9], chunk_targets)
@@ -309,6 +351,26 @@ def test_illegal_scorers_are_caught(name, tokens, rt, run_log):
     assert checks <= caught_by(build, tokens, rt, run_log, cfg)
 
 
+FAULTS = {
+    "batches": CountsRows,
+    "isolation": Claiming,
+    "repeat": Moody,
+    "neutral": Wearing,
+    "every_token": LateCheat,
+    "processes": tg.WindowNetwork,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_check_finds_its_fault(name, tokens, rt):
+    """The last one in a run of two processes of which one is missing."""
+    if name == "processes":
+        rt = copy.copy(rt)
+        rt.world, rt.sum_ = 2, lambda tensor: tensor
+    scores = audit.Rescorer(toy(FAULTS[name]), mild(CFG), rt, CFG, TABLE)
+    assert getattr(audit.Audit(scores, tokens, "valid", isolates=True), name)().failed
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 DEEP = {
@@ -376,6 +438,17 @@ def test_a_score_that_fails_its_checks_is_exit_code_6(trained, monkeypatch):
     code, result, log = run(trained / "again", **env)
     assert code == 6 and result["exit_code"] == 6
     assert "audit toy future FAIL: later tokens move charges" in log
+
+
+def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
+    """Also if a later stage passes and a fresh process agrees."""
+    stages = {"plain": tg.Stage("plain", lambda cfg: True, toy(Ahead))}
+    stages["sliding"] = dataclasses.replace(tg.STAGES["plain"], enabled=lambda cfg: True)
+    monkeypatch.setattr(tg, "STAGES", stages)
+    monkeypatch.setattr(audit, "audit_stage", lambda *arguments: [])
+    monkeypatch.setattr(audit, "check_fresh_process", lambda env, scores: tg.Check("fresh_process"))
+    folder = str(trained / "run")
+    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,8 @@ def test_distributions_sum_to_one_and_hold_the_target(docs, rng, rt):
         torch.testing.assert_close(
             service.prob(some, ids[some])[:, 0], own[some], rtol=1e-12, atol=0
         )
+        other = (ids[some] + 1) % 60  # one token each, and not the stream's own
+        assert torch.equal(service.prob(some, other)[:, 0], every[some, other[:, 0]])
 
 
 def test_counts_know_nothing_of_later_tokens(rng):
@@ -149,3 +151,25 @@ def test_counts_know_nothing_of_later_tokens(rng):
     ):
         for a, b in zip(first[1:], second[1:]):
             np.testing.assert_array_equal(a[:200], b[:200])
+
+
+def test_nothing_is_remembered_of_another_stream(rng, rt):
+    """Asked of a second stream, the service tells that one's shares of tokens."""
+    counts, vocabulary = tg.NgramCounts(tg.Config(vocab_size=20), rt), torch.arange(20)[None]
+    for _ in range(2):
+        tokens = rng.integers(2, 20, 200).astype(np.uint16)
+        counts.prepare(tokens, whole=False)
+        q = counts.prob(np.array([150]), vocabulary)[0, :, 0].numpy()
+        n = np.bincount(tokens[:151], minlength=20)
+        base = (tg.CONCENTRATION + tg.DISCOUNT * (n > 0).sum()) / 20
+        expected = (np.maximum(n - tg.DISCOUNT, 0) + base) / (151 + tg.CONCENTRATION)
+        np.testing.assert_allclose(q, expected, rtol=1e-12)
+
+
+def test_keys_that_do_not_fit_are_refused():
+    """Up to 63 bits are counted as a dictionary does; one more would wrap around."""
+    tokens = np.array([2**60, 5, 2**60], np.int64)
+    (found,) = tg.causal_counts(tokens, (1,))
+    np.testing.assert_array_equal(found[1:], slow_counts(tokens, (1,))[1][:3])
+    with pytest.raises(tg.InputError, match="too many to count"):
+        list(tg.causal_counts(2 * tokens, (1,)))

@@ -229,6 +229,11 @@ def check_table(path, texts):
         table.processor,
     )
     assert ": counted " in tg.check_bytes(np.array(stream), wrong, 1).problem
+    first = {*stream[: starts[1]]}
+    later = next(t for t in stream[starts[1] : starts[-1]] if t not in first)
+    sizes = table.sizes - (np.arange(table.vocab_size) == later)  # too few, and not in the first
+    few = tg.ByteTable(sizes, table.marked, table.boundary, "x", table.processor)
+    assert ": counted " in tg.check_bytes(np.array(stream), few, 1).problem
 
 
 def test_byte_table_equals_decoded_text(small_tokenizer):

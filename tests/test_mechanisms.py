@@ -246,6 +246,13 @@ def test_every_possible_target_equals_the_simulation(cache, n, seq_len, stride, 
             )
         own = every_ratio(counts, np.arange(n), vocab)[np.arange(n), tokens[1:]]
         np.testing.assert_array_equal(own, own_ratios(counts, tokens, np.arange(n)))
+        mixed = rng.permutation(n)  # in no order
+        np.testing.assert_allclose(every_ratio(counts, mixed, vocab), expected[mixed], rtol=1e-6)
+        other = (tokens[1:] + 1) % vocab  # one token each, and not the stream's own
+        ids = torch.from_numpy(other.astype(np.int64))[:, None]
+        np.testing.assert_allclose(
+            counts.ratios_of(np.arange(n), ids)[:, 0], expected[np.arange(n), other], rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("cache", ["PR 740 v2", "PR 859"])
@@ -371,6 +378,18 @@ def test_cache_charges_equal_the_slow_mixture(mixture, buckets, rt, run_log, rng
     assert checks["distribution"].startswith("EXPECTED")
     assert not [name for name, found in checks.items() if found.startswith("FAIL")]
     assert buckets > 16 or score.mass > 10
+    score.nats *= np.float32(0.9)  # its label excuses the sum, but no other charge
+    assert verdicts(score, scorer, tokens, cfg, rt)["distribution"].startswith("FAIL")
+
+
+def test_no_charge_of_a_cache_is_infinite():
+    """A target that neither network nor counts know costs what p = 1e-12 costs."""
+    base = tg.Softmax(torch.full((1, 1, 3), -math.inf), torch.zeros(1, 1, 4))
+    index, nothing = np.zeros((1, 1), int), lambda index, ids: torch.zeros(1, 1, 3, 2).double()
+    gated = tg.Gated(base, index, torch.zeros(1, 1, 3).double(), nothing)
+    cached = tg.Cached(base, index, torch.full((1, 1, 1), 0.3).double(), nothing)
+    for distribution in (gated, cached):
+        assert distribution.prob(torch.arange(3)[None, None]).tolist() == [[[1e-12] * 3]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.95, 0.98, 1.2])
@@ -523,17 +542,19 @@ ADAPTS = dict(
 def steps_after_a_chunk(count, cfg):
     """PR 834: the first tokens of the rows, [steps][parts][rows].
 
-    Each part is a run of neighbouring rows.
+    Each part is a run of neighbouring rows; of 5 in two parts the first has 2, the second 3.
     """
-    length, size = cfg.train_seq_len, cfg.ttt_batch_seqs
-    share = count // length // cfg.ttt_parts
-    return [
-        [
-            [(part * share + row) * length for row in range(at, min(at + size, share))]
-            for part in range(cfg.ttt_parts)
-        ]
-        for at in range(0, share, size)
-    ]
+    length, size, parts = cfg.train_seq_len, cfg.ttt_batch_seqs, cfg.ttt_parts
+    rows = count // length
+    sizes = [rows // parts + (part >= parts - rows % parts) for part in range(parts)]
+    steps = []
+    for at in range(0, max(sizes), size):
+        step = []
+        for part, share in enumerate(sizes):
+            first = sum(sizes[:part])
+            step.append([(first + row) * length for row in range(at, min(at + size, share))])
+        steps.append([starts for starts in step if starts])
+    return steps
 
 
 def steps_before_scoring(count, cfg):
@@ -613,6 +634,15 @@ ADAPTATIONS = {
     "clipped": dict(ttt_lr=0.2),
     "weighted by bytes": dict(byte_weighted_ttt=True, ttt_epochs=1),
     "two parts": dict(ttt_parts=2, ttt_batch_seqs=1, byte_weighted_ttt=True, ttt_chunk_tokens=64),
+    "uneven parts": dict(
+        ttt_parts=2,
+        ttt_batch_seqs=1,
+        ttt_chunk_tokens=80,
+        eval_stride=16,
+        qttt=True,
+        ttt_freeze_blocks=1,
+        ttt_lr=0.3,
+    ),
     "adam, tempered": dict(ttt_optimizer="adamw", ttt_lr=0.003, ttt_temperature=0.93),
     "queries, clipped at times": dict(qttt=True, ttt_freeze_blocks=1, ttt_lr=0.3),
     "odd stride": dict(eval_stride=6, ttt_chunk_tokens=30),
@@ -711,6 +741,16 @@ def test_weights_rest_while_a_chunk_is_charged(rt, run_log, rng):
     for number in range(1, 4):
         assert all(torch.equal(w, states[number][0]) for w in states[number])
         assert not torch.equal(states[number][0], states[number - 1][0])
+
+
+def test_one_chunk_is_only_charged(rt, run_log, rng):
+    """There is nothing left to learn for: no weight moves."""
+    cfg = tg.Config(**dict(ADAPTS, ttt_chunk_tokens=176))
+    tokens, model = rng.integers(4, 260, 171).astype(np.uint16), randomized(cfg)
+    before = copy.deepcopy(model.state_dict())
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
 SCALES = {f"blocks.{i}.{kind}_scale" for i in range(3) for kind in ("attn", "mlp")} | {

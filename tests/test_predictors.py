@@ -225,6 +225,51 @@ def test_batch_size_and_state_do_not_matter(name, tokens, rt, run_log):
     assert max(losses) - min(losses) < (1e-5 if "ttt" in name or "lora" in name else 1e-6)
 
 
+@pytest.mark.parametrize("name", ["sliding ttt", "mix", "lora", "lora tilt mix"])
+def test_a_state_in_the_middle_comes_back_whole(name, tokens, rt):
+    """What follows is the same again and again, also after a chunk that was left unfinished."""
+    cfg, scorer = build(rt, **NESTINGS[name])
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    for counts in scorer.counts:
+        counts.prepare(tokens, plan)
+
+    def nats(chunks, commit=True):
+        charged = []
+        for chunk in chunks:
+            for work in chunk.work:
+                batch = plan.batch(tokens, work)
+                charged.append(tg.score_batch(scorer, batch, tokens, rt)[batch.real])
+            if commit:
+                scorer.commit(chunk, tokens)
+        return np.concatenate(charged)
+
+    chunks = plan.chunks()
+    nats(chunks[:2])
+    state = scorer.state_dict()
+    first = nats(chunks[2:])
+    for _ in range(2):
+        scorer.load_state_dict(state)
+        nats(chunks[2:3], commit=False)
+        scorer.load_state_dict(state)
+        np.testing.assert_array_equal(nats(chunks[2:]), first)
+
+
+def test_a_stream_of_other_weights_begins_anew(tokens, rt):
+    """After a state was taken back, no key or value of the weights before it is left."""
+    _, scorer = build(rt, **STREAM)
+    _, other = build(rt, **STREAM)
+    plan = scorer.network.plan(tokens, 0)
+    first, second, *_ = (plan.batch(tokens, work) for work in plan.chunks()[0].work)
+    state = scorer.state_dict()
+    tg.score_batch(scorer, first, tokens, rt)
+    with torch.no_grad():
+        for one in (scorer, other):
+            one.network.model.blocks[0].attn.c_v.weight.mul_(-1)
+    scorer.load_state_dict(state)
+    nats = [tg.score_batch(one, second, tokens, rt) for one in (scorer, other)]
+    np.testing.assert_allclose(*nats, atol=1e-5)
+
+
 def test_a_deep_copy_has_a_model_of_its_own(tokens, rt, run_log, monkeypatch):
     """With compiled functions too, which no deep copy copies."""
 
@@ -499,6 +544,22 @@ def test_no_document_sees_another_ones_adapters(tokens, rt, run_log):
     _, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
     second = tg.evaluate(scorer, other, TABLE, cfg, rt, run_log).nats
     assert np.abs(second - first)[:38].max() > 0.01 and np.abs(second - first)[40:].max() < 1e-5
+
+
+DOCS = dict(STREAM, stream_docs=True)
+ISOLATION = [DOCS, dict(DOCS, **TTT), dict(DOCS, tilt=True)]
+ISOLATION += [dict(LORA, ttt_docs=2), dict(LORA, ttt_docs=2, ttt_lora_keep=False)]
+
+
+@pytest.mark.parametrize("settings", ISOLATION)
+def test_isolation_is_claimed_where_documents_are_isolated(settings, tokens, rt, run_log):
+    """Another first document moves later charges, or the scorer says that it cannot."""
+    nats, other = [], tokens.copy()
+    other[1:40] = other[1:40][::-1]
+    for text in (tokens, other):
+        cfg, scorer = build(rt, **settings)
+        nats.append(tg.evaluate(scorer, text, TABLE, cfg, rt, run_log).nats[40:])
+    assert scorer.isolates_documents == (np.abs(nats[0] - nats[1]).max() < 1e-5)
 
 
 def test_the_mixers_head_reads_true_distributions(tokens, rt, run_log):

@@ -72,6 +72,22 @@ def test_context_is_as_long_as_the_stride_allows():
             assert ((context >= 15) & (context < 20)).all()
 
 
+def test_the_checks_look_early_and_all_over_the_stream():
+    """A batch near the start, and one with as many targets as asked from there to the end."""
+    early, spread = tg.Windows(1000, 20, 8, 40).samples(np.arange(1001), 256)
+    assert early.index[early.real].tolist() == list(range(20, 28))
+    first = spread.index[:, 0]
+    assert first[0] == 20 and spread.index[spread.real].max() == 999
+    assert len(first) == 256 // 8 and np.diff(first).max() <= 8 * -(-122 // 31)
+    _, few = tg.Windows(1000, 20, 8, 4).samples(np.arange(1001), 256)  # a whole batch at most
+    assert few.index[:, 0].tolist() == [20, 340, 668, 996]
+    tokens = np.arange(100, 201)
+    tokens[[0, 5, 40, 50]] = 1  # documents of 5, 35, 10 and 50 targets, three side by side
+    early, late = tg.Documents(tokens, 1, 16, 8, 3).samples(tokens, 256)
+    assert early.index[:, 0].tolist() == [0, 5, 40]
+    assert late.index[late.real].tolist() == [37, 38, 39]
+
+
 def slow_nats(model, tokens, seq_len, stride):
     """Each target alone, from the definition.
 
@@ -147,6 +163,19 @@ def test_fixed_rows(stride, tokens, rt, run_log):
     gaps = {check.name: check.figures for check in checks if not check.failed}
     assert shapes == {(5, 32)} and gaps["distribution"]["positions"] > 16
     assert gaps["distribution"]["entry_gap"] < 1e-6 and gaps["future"]["nats"] == 0
+
+
+def test_bytes_are_compared_wherever_there_is_text():
+    """One document, none that begins, a cut through a character: never nothing, never wrongly."""
+    text = [1, *TABLE.encode("naïve “quotes” and more. ")]
+    wrong = tg.ByteTable(np.zeros_like(TABLE.sizes), TABLE.marked, TABLE.boundary, "wrong")
+    wrong.processor = TABLE.processor
+    for tokens in (text, text[3:], text[: len(text) - 15], text + text[:9], text[1:2] * 2):
+        tokens = np.array(tokens)
+        assert not tg.check_bytes(tokens, TABLE, 1).failed
+        assert "decoded" in tg.check_bytes(tokens, wrong, 1).problem
+    for tokens in ([], [1], [5]):
+        assert tg.check_bytes(np.array(tokens, int), TABLE, 1).problem == "no text to compare"
 
 
 def test_byte_sum_is_the_text(rng):
@@ -244,7 +273,68 @@ def better_of_two(model, rt, cfg):
     return tg.Scorer("better", windows(model, rt, cfg).network, [Better()])
 
 
-CHEATS = {peeking: "future", better_of_two: "distribution"}
+class BetterOnce(tg.Mixer):
+    """Charges the better of two guesses at one target of the stream alone."""
+
+    def over(self, base, batch, network):
+        return AtLeastOnce(base, batch.index)
+
+
+@dataclasses.dataclass
+class AtLeastOnce(tg.Distribution):
+    base: tg.Distribution
+    index: np.ndarray  # [B, S]
+
+    def prob(self, ids):
+        p, here = self.base.prob(ids), torch.from_numpy(self.index == 77).unsqueeze(-1)
+        return torch.where(here, p.clamp(min=1e-4), p)
+
+
+def better_once(model, rt, cfg):
+    return tg.Scorer("once", windows(model, rt, cfg).network, [BetterOnce()])
+
+
+class Again(tg.Windows):
+    """The second batch comes twice."""
+
+    def chunks(self, rank=0, world=1):
+        (chunk,) = super().chunks(rank, world)
+        return [dataclasses.replace(chunk, work=[*chunk.work, chunk.work[1]])]
+
+
+class Twice(tg.WindowNetwork):
+    def plan(self, tokens, chunk_targets):
+        return Again(len(tokens) - 1, 32, 8, 1)
+
+
+def charged_twice(model, rt, cfg):
+    return tg.Scorer("twice", Twice(model, rt, cfg, 32, 8))
+
+
+class Padded(tg.Windows):
+    """Padding counts: the last window's targets several times in one batch."""
+
+    def batch(self, tokens, windows):
+        batch = super().batch(tokens, windows)
+        return dataclasses.replace(batch, real=batch.index < self.targets)
+
+
+class Padding(tg.WindowNetwork):
+    def plan(self, tokens, chunk_targets):
+        return Padded(len(tokens) - 1, 32, 8, 4)
+
+
+def padding_charged(model, rt, cfg):
+    return tg.Scorer("padding", Padding(model, rt, cfg, 32, 8))
+
+
+CHEATS = {
+    peeking: "future",
+    better_of_two: "distribution",
+    better_once: "distribution",
+    charged_twice: "coverage",
+    padding_charged: "coverage",
+}
 
 
 @pytest.mark.parametrize("cheat, name", list(CHEATS.items()))
@@ -259,6 +349,7 @@ def test_cheats_fail_the_checks(cheat, name, tokens, rt, run_log):
         (lambda s: s.coverage.__setitem__(3, 0), "coverage"),
         (lambda s: s.coverage.__setitem__(3, 2), "coverage"),
         (lambda s: setattr(s, "bpb", s.bpb * 0.99), "byte_algebra"),
+        (lambda s: setattr(s, "bpb", s.bpb - 1e-6), "byte_algebra"),
         (lambda s: s.events.insert(0, ("commit", 0, 9)), "order"),
         (lambda s: s.events.insert(0, ("score", 5, 9)), "order"),
         (lambda s: s.nats.__imul__(np.float32(0.9)), "distribution"),
@@ -269,6 +360,34 @@ def test_wrong_books_fail_the_checks(tamper, name, tokens, rt, run_log):
     scorer = windows(randomized(cfg), rt, cfg)
     found = failed(checks_of(scorer, tokens, rt, run_log, tamper))
     assert found == ({name, "byte_algebra"} if name == "distribution" else {name})
+
+
+def test_learning_early_is_excused_by_its_own_label_only(tokens, rt, run_log):
+    """A score that is labelled for something else is refused for it."""
+    cfg = tg.Config(**FULL)
+    score = tg.evaluate(windows(randomized(cfg), rt, cfg), tokens, TABLE, cfg, rt, run_log)
+    score.events.insert(0, ("commit", 0, 9))
+    refused = {v: tg.check_order(dataclasses.replace(score, validity=v)).failed for v in tg.LABELS}
+    assert refused == {"valid": True, "unnormalised": True, "adapted_first": False}
+
+
+def test_a_large_gain_is_a_warning(tokens, rt, run_log):
+    """Over the worst of the other stages; it is said, and the score stands."""
+    cfg = tg.Config(**FULL)
+    score = tg.evaluate(windows(randomized(cfg), rt, cfg), tokens, TABLE, cfg, rt, run_log)
+    check = tg.check_plausibility(score, {"a": score.bpb + 0.01, "b": score.bpb + 0.04})
+    assert check.verdict == "WARN: gains 0.0400 bpb over another stage" and not check.failed
+    assert tg.check_plausibility(score, {"a": score.bpb + 0.01}).verdict == "PASS"
+    assert "0.9" in tg.check_plausibility(dataclasses.replace(score, bpb=0.8), {}).verdict
+
+
+def test_one_unnormalised_mixer_is_enough(rt):
+    """Wherever it stands among the mixers, the score is no val_bpb."""
+    cfg = tg.Config(**FULL, ngram="fixed")
+    network = windows(randomized(cfg), rt, cfg).network
+    mixers = [tg.HashedNgramCache(rt, cfg, network.model), Better()]
+    for order in (mixers, mixers[::-1]):
+        assert tg.Scorer("s", network, order).validity == "unnormalised"
 
 
 def test_stage_that_does_not_fit_is_skipped(tokens, rt, run_log):
