@@ -330,7 +330,7 @@ class Config:
     ttt_lora_keep: bool = _score(True, "a slot's A matrices stay for its next document")
     ttt_docs: int = _score(64, "documents in a batch, each with its own adapters", low=1)
     ttt_temperature: float = _score(
-        1.0, "temperature of certain predictions (ttt, ngram); 1 = off", low=0
+        1.0, "temperature of certain predictions (ttt, mixed, ngram); 1 = off", low=0
     )
     eval_stream: int = _score(
         0, "width of the attention window of one pass over the stream; 0 = none", low=0
@@ -672,6 +672,8 @@ def _check_scoring(c: Config, relations: Relations) -> None:
     require, shown = relations.require, relations.shown
     relations.at_most("eval_stride", "score_len")
     relations.at_most("ngram_stride", "score_len")
+    if c.ttt_lora_rank:
+        relations.at_most("ttt_lora_chunk", "score_len")
     relations.at_most("ngram_min_order", "ngram_order")
     relations.at_most("ttt_freeze_blocks", "num_layers")
     relations.needs("stream_docs", "eval_stream")
@@ -855,8 +857,10 @@ class Runtime:
             local = int(env.get("LOCAL_RANK") or 0)
             found = torch.cuda.device_count()
             if local >= found:
-                told = f"LOCAL_RANK={local}: this machine has {found} GPUs"
-                raise ConfigError(f"{told}; --nproc_per_node may be {found} at most")
+                raise ConfigError(
+                    f"LOCAL_RANK={local}: this machine has {found} GPUs; "
+                    f"--nproc_per_node may be {found} at most"
+                )
             self.device = torch.device(kind, local)
         self.profile = GPU_PROFILE if self.cuda else CPU_PROFILE
         compute = str(self.profile.dtype).removeprefix("torch.")
@@ -882,9 +886,10 @@ class Runtime:
             available.insert(0, "cuda")
         if wanted == "auto":
             if available[0] == "cpu" and NVIDIA_DEVICE.exists():
-                older = f"is its driver older than CUDA {torch.version.cuda}?"
-                told = f"this machine has an NVIDIA GPU that torch cannot use ({older})"
-                raise ConfigError(f"DEVICE=auto: {told}; DEVICE=cpu computes on the CPU")
+                raise ConfigError(
+                    "DEVICE=auto: this machine has an NVIDIA GPU that torch cannot use (is its "
+                    f"driver older than CUDA {torch.version.cuda}?); DEVICE=cpu computes on the CPU"
+                )
             return available[0]
         if wanted not in available:
             found = ", ".join(available)
@@ -1581,8 +1586,7 @@ class KVCache:
         own_cos = cos.narrow(0, self.window - 1, self.block)
         own_sin = sin.narrow(0, self.window - 1, self.block)
         queries = rotate(queries, own_cos, own_sin) * gain
-        out = sdpa_attention(queries, rotate(keys, cos, sin), values, self.mask)
-        return out.reshape(q.shape)
+        return sdpa_attention(queries, rotate(keys, cos, sin), values, self.mask).reshape(q.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1817,8 +1821,8 @@ def mix(gate: Tensor, p: Tensor, ratios: Tensor, floor: float = MIXER_NEURAL_FLO
     """
     absent = F.pad(ratios < 0, (1, 0))
     weights = gate.masked_fill(absent, -1e9).softmax(-1)
-    experts = torch.cat((p.unsqueeze(-1), ratios), -1)
-    return floor * p + (1 - floor) * (weights * experts).sum(-1)
+    mixed = (weights * torch.cat((p.unsqueeze(-1), ratios), -1)).sum(-1)
+    return floor * p + (1 - floor) * mixed
 
 
 def ngram_slots(context: Sequence[Any], target: Any, cfg: Config) -> tuple[Any, Any]:
@@ -2611,8 +2615,7 @@ class Trainer:
         if self.clock.drives and self.steps_done < TRUSTED_PACE_STEPS:
             rate = 1.0
         if rate < cfg.late_qat_threshold and not self.faking:
-            matrices = f"matrices:{len(self.quantized)}"
-            self.log.log(f"late_qat:enabled step:{self.steps_done} {matrices}")
+            self.log.log(f"late_qat:enabled step:{self.steps_done} matrices:{len(self.quantized)}")
             self.fake_quantization(True)
 
         self.gradients.zero_()
@@ -2675,8 +2678,7 @@ class Trainer:
         if (every and (step <= 10 or step % every == 0)) or report.diverged:
             took = f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / step:.2f}ms"
             self.log.log(f"step:{step}/{self.cfg.iterations} train_loss:{report.loss:.4f} {took}")
-        elapsed = round(report.elapsed, 4)
-        self.log.metric(step=step, train_loss=report.loss, train_seconds=elapsed)
+        self.log.metric(step=step, train_loss=report.loss, train_seconds=round(report.elapsed, 4))
 
     def reason_to_stop(self) -> str:
         """finished or wallclock_cap, which is logged; empty if another step is taken."""
@@ -2989,8 +2991,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     stream = zlib.decompressobj()
     with input_error_from("artifact: unreadable header", zlib.error, ValueError, RecursionError):
         header = json.loads(stream.decompress(blob[PREFIX.size : header_end], 4 << 20))
-    readable = stream.eof and isinstance(header, dict)
-    check(readable, "artifact: unreadable header (no JSON object)")
+    check(stream.eof and isinstance(header, dict), "artifact: unreadable header (no JSON object)")
     return header, blob[header_end:]
 
 
@@ -3032,8 +3033,7 @@ def _layouts(tensors: Any) -> list[tuple[Part, ...]]:
         for name, shape, kind in tensors:
             sizes_sound = all(type(n) is int and 0 < n < 2**31 for n in shape)
             is_matrix = len(shape) == 2 or not kind.startswith("int")
-            sound = isinstance(name, str) and sizes_sound and is_matrix
-            check(sound, f"{name} {shape} {kind}")
+            check(isinstance(name, str) and sizes_sound and is_matrix, f"{name} {shape} {kind}")
             layouts.append(QUANTIZERS[kind].layout(shape))
     return layouts
 
@@ -3157,10 +3157,10 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
 # 10. SCORING - text is predicted, charged, and only then learned from.
 #     Uses sections 1-9.
 #
-#     `evaluate` is the only place that charges. A plan cuts the stream into chunks of batches, left
-#     to right. A Scorer (a network, mixers over it, and perhaps test-time training) says what it
-#     believes as a Distribution before the targets are known, and learns from a chunk after all of
-#     it was charged.
+#     `score_batch` is the only place that charges. A plan cuts the stream into chunks of batches,
+#     left to right. A Scorer (a network, mixers over it, and perhaps test-time training) says what
+#     it believes as a Distribution before the targets are known, and learns from a chunk after all
+#     of it was charged.
 # ==================================================================================================
 
 # --- batches: what is asked, in which order -------------------------------------------------------
@@ -3204,8 +3204,8 @@ class Chunk:
     lo: int  # first target
     hi: int  # the one after the last
     work: list[Any]  # this process's batches, as the plan's batch() takes them; None = no batch
-    progress: float = 1.0  # share of the stream's chunks that are over after this one
-    closes: bool = True  # of documents side by side: the last chunk, all of lo .. hi is charged
+    progress: float = 1.0  # 0 for the stream's first chunk, 1 for its last
+    closes: bool = True  # all of lo .. hi is charged after it; false inside a group of documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3238,15 +3238,15 @@ class Windows:
         edges = [*np.flatnonzero(np.diff(parts, prepend=-1)).tolist(), len(windows)]
         chunks = []
         for number, (lo, hi) in enumerate(itertools.pairwise(edges)):
-            alone = lo == 0 and self.stride < self.seq_len  # window 0 scores more targets
-            work = [range(0, 1)] if alone else []
+            # Window 0 scores more targets than the others, and stands alone.
+            work = [range(0, 1)] if lo == 0 and self.stride < self.seq_len else []
             for k in range(lo + len(work), hi, self.batch_rows):
                 work.append(range(k, min(k + self.batch_rows, hi)))
             share = -(-len(work) // world)
             work += [None] * (share * world - len(work))
-            mine = work[rank * share : (rank + 1) * share]
             progress = number / (len(edges) - 2) if len(edges) > 2 else 1.0
             end = int(first[hi]) if hi < len(windows) else self.targets
+            mine = work[rank * share : (rank + 1) * share]
             chunks.append(Chunk(int(first[lo]), end, mine, progress))
         return chunks
 
@@ -3367,16 +3367,15 @@ class Documents:
         document = len(starts) - 1
         number = int(scored - 1) // self.chunk_targets
         first = starts[-1:] + number * self.chunk_targets
-        slots = np.array([document % self.slots])
-        rows = DocumentRows(number, first, np.array([targets]), slots)
+        rows = DocumentRows(number, first, np.array([targets]), np.array([document % self.slots]))
         group = int(starts[document // self.slots * self.slots])
         full = over or (document + 1) % self.slots == 0
         return [Chunk(group, targets, [rows], closes=bool(ended and full))]
 
     def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
-        """For the checks: the first batch of the stream, and the last of its documents."""
-        group = [chunk for chunk in self.chunks() if chunk.lo == 0]
-        return self.batch(tokens, group[0].work[0]), self.batch(tokens, group[-1].work[0])
+        """For the checks: the first chunks of the stream's first documents, and the second ones."""
+        first, *later = (chunk.work[0] for chunk in self.chunks() if chunk.lo == 0)
+        return self.batch(tokens, first), self.batch(tokens, later[0] if later else first)
 
 
 Plan = Windows | Documents
@@ -3488,8 +3487,10 @@ def _sort_group_token(
     """Places sorted by group, token, place; and where a run of equal group and token starts."""
     bits = len(place).bit_length()
     needed = int(group[-1]).bit_length() + vocab.bit_length() + bits
-    too_many = f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams"
-    check(needed < 64, f"{too_many} in 64-bit keys")
+    check(
+        needed < 64,
+        f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams in 64 bits",
+    )
     key = group.astype(np.int64)
     key *= vocab
     key += tokens
@@ -3627,8 +3628,8 @@ class NgramCounts:
         new = self.tokens[self.unigram_end : end]
         self.unigram = self.unigram + np.bincount(new, minlength=self.vocab)
         self.unigram_end = end
-        prefix = self.tokens[:end]
-        counts = counts_after(prefix, NGRAM_ORDERS, self.vocab, self.bos, self.unigram)
+        known = self.tokens[:end]
+        counts = counts_after(known, NGRAM_ORDERS, self.vocab, self.bos, self.unigram)
         return discounted(counts, self.vocab)
 
 
@@ -3712,10 +3713,9 @@ class HashedCounts:
         context = [padded[i : i + n] for i in range(order - 1)]
         slots = ngram_slots(context, self.tokens[1:], self.cfg)
         if self.cfg.ngram == "gated":
-            complete = self.target - self.begin >= order - 2
-            return self.row >= order - 1, complete, slots
-        higher = self.own[order - self.orders[0] + 1 :]
-        free = (higher < 0).all(0) & (self.target >= order - 2)
+            return self.row >= order - 1, self.target - self.begin >= order - 2, slots
+        unmixed = (self.own[order - self.orders[0] + 1 :] < 0).all(0)  # by any higher order
+        free = unmixed & (self.target >= order - 2)
         return free, free, slots
 
     def ratios_of(self, index: np.ndarray, ids: Tensor) -> Tensor:
@@ -3924,8 +3924,7 @@ class WindowNetwork:
     def predict(self, batch: Batch) -> Softmax:
         """The distribution at the batch's positions."""
         ids = self.rt.put(batch.ids)
-        context = self.model.context(ids, self.cache)
-        hidden = self.hidden(self.model, ids, context)
+        hidden = self.hidden(self.model, ids, self.model.context(ids, self.cache))
         rows, scored = batch.index.shape
         hidden = hidden[:rows, -scored:]  # [B, S, D]
         logits = self.model.head(hidden)
@@ -3980,8 +3979,8 @@ class StreamNetwork(WindowNetwork):
         self.readings: list[Reading] = []  # two: of whole batches, and of single positions
 
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
-        span = self.span
-        return Windows(len(tokens) - 1, span, span, 1, chunk_targets, self.left_context)
+        targets = len(tokens) - 1
+        return Windows(targets, self.span, self.span, 1, chunk_targets, self.left_context)
 
     def probe(self, tokens: np.ndarray) -> Plan:
         span = -(-256 // self.window) * self.window
@@ -4042,8 +4041,7 @@ class PerDocumentLoRA(WindowNetwork):
     chunk_targets = 1
 
     def __init__(self, model: GPT, rt: Runtime, cfg: Config):
-        chunk = cfg.ttt_lora_chunk
-        super().__init__(model, rt, cfg, cfg.score_len, chunk, cfg.ttt_temperature)
+        super().__init__(model, rt, cfg, cfg.score_len, cfg.ttt_lora_chunk, cfg.ttt_temperature)
         self.cfg = cfg
         self.hidden = GPT.hidden
         self.isolates_documents = not cfg.ttt_lora_keep
@@ -4151,8 +4149,9 @@ class TestTimeTraining:
         self.first = cfg.ttt_before_scoring
         self.logits = self.rt.compile(GPT.logits)
         chosen = adapted_names(self.model.requires_grad_(False), cfg)
-        named = self.model.named_parameters()
-        self.params = [p.requires_grad_() for name, p in named if name in chosen]
+        self.params = [
+            p.requires_grad_() for name, p in self.model.named_parameters() if name in chosen
+        ]
         if cfg.ttt_optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.params, momentum=0.9)
         else:
@@ -4329,8 +4328,7 @@ class NgramMixer(Mixer):
 
     def collect(self, distribution: Mixture, targets: Tensor, real: np.ndarray) -> None:
         parts = distribution.parts(targets).squeeze(-2)
-        shares = parts / parts.sum(-1, keepdim=True)
-        self.statistics.collect(distribution.bucket, shares, real)
+        self.statistics.collect(distribution.bucket, parts / parts.sum(-1, keepdim=True), real)
 
 
 class GatedNgramMixer(Mixer):
@@ -4364,7 +4362,8 @@ class HashedNgramCache(Mixer):
         self.counts = HashedCounts(cfg, rt)
 
     def over(self, base: Distribution, batch: Batch, network: Softmax) -> Gated | Cached:
-        cfg, ratios = self.cfg, self.counts.ratios_of
+        cfg = self.cfg
+        ratios = self.counts.ratios_of
         if cfg.ngram == "gated":
             return Gated(base, batch.index, self.head(network.hidden).double(), ratios)
         weight = torch.full_like(network.log_p[..., :1], cfg.ngram_alpha, dtype=torch.float64)
@@ -4541,8 +4540,10 @@ class TimeGuard:
         late = float(self.rt.rank == 0 and self.limit > 0 and share < 1 and needed > left)
         late = self.rt.sum_(torch.tensor([late])).item() > 0
         if late:
-            told = f"needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves {left:.0f} s"
-            self.log.log(f"scoring stage skipped: {told}")
+            self.log.log(
+                f"scoring stage skipped: needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves "
+                f"{left:.0f} s"
+            )
         return not late
 
 
@@ -4555,10 +4556,14 @@ def evaluate(
     chunk, or the slots of each batch.
     """
     targets = len(tokens) - 1
-    nats = np.zeros(targets, np.float32)
-    coverage = np.zeros(targets, np.uint8)
-    complete = not cfg.val_tokens
-    score = Score(scorer.name, nats, table.count(tokens), coverage, scorer.validity, complete)
+    score = Score(
+        name=scorer.name,
+        nats=np.zeros(targets, np.float32),
+        sizes=table.count(tokens),
+        coverage=np.zeros(targets, np.uint8),
+        validity=scorer.validity,
+        complete=not cfg.val_tokens,
+    )
     with log.phase(scorer.name):
         now = time.perf_counter
         guard = TimeGuard(scorer.name, cfg.max_eval_seconds, rt, log, now, now(), now())
@@ -4570,11 +4575,11 @@ def evaluate(
             if not scorer.training.learn(tokens, 0.0, guard.adapted):
                 return None
             guard.pace_from(0.0)
-        if not charge(scorer, plan, tokens, score, rt, log, guard):
+        if not score_chunks(scorer, plan, tokens, score, rt, log, guard):
             return None
-        for array in (nats, coverage):
+        for array in (score.nats, score.coverage):
             array[:] = rt.sum_(torch.from_numpy(array)).numpy()
-        score.loss = float(nats.mean(dtype=np.float64))
+        score.loss = float(score.nats.mean(dtype=np.float64))
         score.bpb = score.loss / math.log(2) * targets / int(score.sizes.sum(dtype=np.int64))
         score.seconds = now() - guard.start
     log.show_progress("", last=True)
@@ -4585,7 +4590,7 @@ WARM_BATCHES = 2  # the first of a stage, whose kernels may not be compiled yet
 JUDGED_BATCH = 8  # after it a stage is skipped if it would take too long
 
 
-def charge(
+def score_chunks(
     scorer: Scorer,
     plan: Plan,
     tokens: np.ndarray,
@@ -4697,8 +4702,7 @@ class Stage:
 
 
 def _plain_enabled(cfg: Config) -> bool:
-    alone = cfg.stride == cfg.score_len and not cfg.eval_stream
-    return cfg.eval_plain or alone
+    return cfg.eval_plain or (cfg.stride == cfg.score_len and not cfg.eval_stream)
 
 
 def _build_plain(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
@@ -4788,7 +4792,7 @@ STAGES = {
 
 # ==================================================================================================
 # 11. CHECKS - what makes a score believable, tested on every score at the price of a few batches.
-#     Uses sections 1-10; changes nothing. `records/audit.py` is the reviewer's deep form.
+#     Uses sections 1-10; what it finds changes no score. `records/audit.py` is the deep form.
 # ==================================================================================================
 
 
@@ -4822,9 +4826,9 @@ class Check:
 
 def check_coverage(score: Score, targets: int) -> Check:
     """Every target was charged once."""
-    once = int((score.coverage == 1).sum())
+    once = int(((score.coverage == 1) & np.isfinite(score.nats)).sum())
     complete = once == len(score.nats) == targets
-    problem = "" if complete else f"{once} of {targets} targets charged exactly once"
+    problem = "" if complete else f"{once} of {targets} targets charged exactly once, and finite"
     return Check("coverage", problem, {"charged_once": once})
 
 
@@ -4859,8 +4863,8 @@ def check_bytes(
 def check_byte_algebra(score: Score, sizes: np.ndarray) -> Check:
     """bpb = sum of nats / ln 2 / bytes, counted again."""
     recount = float(score.nats.sum(dtype=np.float64) / math.log(2) / sizes.sum())
-    wrong = abs(recount - score.bpb) >= 1e-9
-    problem = f"recount gives {recount}, reported {score.bpb}" if wrong else ""
+    right = abs(recount - score.bpb) < 1e-9  # false for what is no number
+    problem = "" if right else f"recount gives {recount}, reported {score.bpb}"
     return Check("byte_algebra", problem, {"recount": recount})
 
 
@@ -4871,8 +4875,11 @@ def check_order(score: Score) -> Check:
         if kind == "score" and lo != charged:
             return Check("order", f"scored from target {lo}, expected {charged}")
         if kind == "commit" and hi > charged:
-            told = f"learned from targets up to {hi}, charged only up to {charged}"
-            return Check("order", told, expected=score.validity == "adapted_first")
+            return Check(
+                "order",
+                f"learned from targets up to {hi}, charged only up to {charged}",
+                expected=score.validity == "adapted_first",
+            )
         charged = max(charged, hi)
     return Check("order", figures={"events": len(score.events)})
 
@@ -4891,14 +4898,15 @@ def check_future(
     targets = targets_of(tokens, batch, rt)
     before = scorer.predict(batch).prob(targets).log()
     scored = batch.index.shape[1]
-    moved = 0.0
+    gaps = []
     for last in (scored // 3, 2 * scored // 3):
         ids = batch.ids.copy()
         later = ids[:, ids.shape[1] - scored + last + 1 :]
         later[:] = (later + rng.integers(1, vocab, later.shape)) % vocab
         after = scorer.predict(dataclasses.replace(batch, ids=ids)).prob(targets).log()
-        moved = max(moved, (after - before)[:, : last + 1].abs().max().item())
-    problem = f"later tokens move charges by {moved:.2g} nats" if moved > 1e-4 else ""
+        gaps.append((after - before)[:, : last + 1].abs().max().item())
+    moved = float(np.max(gaps))  # which passes on what is no number
+    problem = "" if moved <= 1e-4 else f"later tokens move charges by {moved:.2g} nats"
     return Check("future", problem, {"nats": moved})
 
 
@@ -4906,30 +4914,31 @@ def check_future(
 def check_distribution(
     scorer: Scorer, batch: Batch, tokens: np.ndarray, vocab: int, score: Score, rt: Runtime
 ) -> Check:
-    """At 256 positions probabilities sum to one, and the target's entry is what was charged."""
-    tolerance = rt.profile.tolerance
+    """At 256 positions probabilities sum to one, and the target's entry is what was charged.
+
+    What adapts has moved on since: it is asked for entry and charge as it is now.
+    """
     real = np.argwhere(batch.real)
     places = np.linspace(0, len(real) - 1, min(256, len(real))).astype(int)
     rows, columns = real[places].T
     distribution = scorer.predict(batch)
     targets = targets_of(tokens, batch, rt)
     charged = -score.nats[batch.index[rows, columns]]
-    if scorer.chunk_targets:  # what adapts is asked as it is now
+    if scorer.chunk_targets:
         charged = distribution.prob(targets).log().cpu().numpy()[rows, columns, 0]
-    chosen = distribution.at(rows, columns)
-    vocabulary = torch.arange(vocab, device=rt.device)
-    p = chosen.prob(vocabulary.expand(len(rows), 1, -1))[:, 0].cpu()  # [m, V]
-    target = targets.cpu()[rows, columns]  # [m, 1]
-    entries = p.gather(1, target)[:, 0].log().numpy()
+    vocabulary = torch.arange(vocab, device=rt.device).expand(len(rows), 1, -1)
+    p = distribution.at(rows, columns).prob(vocabulary)[:, 0].cpu()  # [m, V]
+    entries = p.gather(1, targets.cpu()[rows, columns])[:, 0].log().numpy()
     off = p.sum(-1).log().abs().max().item()
     gap = float(np.abs(entries - charged).max())
     score.mass = p.sum(-1).mean().item()
-    sums = f"log of the sum over the vocabulary is off by {off:.2g}"
-    told = f"{sums}, the charge from its entry by {gap:.2g} nats"
-    wrong = off > tolerance or gap > tolerance
-    known = score.validity == "unnormalised" and gap <= tolerance
+    told = f"log of the sum over the vocabulary is off by {off:.2g}"
+    told += f", the charge from its entry by {gap:.2g} nats"
+    agrees = gap <= rt.profile.tolerance
+    sound = agrees and off <= rt.profile.tolerance
     figures = {"positions": len(rows), "log_sum": off, "entry_gap": gap, "mass": score.mass}
-    return Check("distribution", told if wrong else "", figures, expected=known)
+    known = score.validity == "unnormalised" and agrees
+    return Check("distribution", "" if sound else told, figures, expected=known)
 
 
 def check_plausibility(score: Score, true_scores: Mapping[str, float]) -> Check:
@@ -5031,8 +5040,9 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
         log.identify(shards_identity, cfg, "train", stream.total)
         needed = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
         if cfg.schedule == "tokens" and needed > stream.total:
-            again = f"the data begins again after {stream.total}"
-            log.log(f"note: the run takes {needed} tokens, {again}")
+            log.log(
+                f"note: the run takes {needed} tokens, the data begins again after {stream.total}"
+            )
     with log.phase("build"):
         trainer = Trainer(cfg, rt, log, build_model(cfg, rt), stream)
     params = sum(p.numel() for p in trainer.model.parameters())
@@ -5068,9 +5078,10 @@ class Validator:
         seconds = self.trainer.clock.elapsed()  # without this validation's own
         score = evaluate(self.scorer, self.tokens, self.table, cfg, rt, log)
         if score:
-            bpb = f"{score.label}:{score.bpb:.4f}"
-            steps = f"step:{step}/{cfg.iterations}"
-            log.log(f"{steps} val_loss:{score.loss:.4f} {bpb} train_time:{seconds * 1000:.0f}ms")
+            log.log(
+                f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} "
+                f"{score.label}:{score.bpb:.4f} train_time:{seconds * 1000:.0f}ms"
+            )
             log.metric(step=step, val_loss=score.loss, **{score.label: score.bpb})
 
 
@@ -5111,8 +5122,9 @@ def pack_model(
         if rt.main:
             state = {name: w.cpu() for name, w in model.state_dict().items()}
             save_torch(log.out_dir / "final_model.pt", state)
-            notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
-            blob = pack(state, cfg, hessians, code, notes)
+            blob = pack(
+                state, cfg, hessians, code, {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
+            )
             atomic_write(log.out_dir / "model.ptz", blob)
             log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
@@ -5162,8 +5174,10 @@ def log_score(cfg: Config, log: RunLog, score: Score, checks: Sequence[Check]) -
     record = score.record()
     final = f"final_{cfg.compressor}_{score.name}"
     mass = "" if record["normalised"] else f" vocabulary_mass:{score.mass:.2f}"
-    took = f"eval_time:{score.seconds * 1000:.0f}ms"
-    log.log(f"{final} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} {took}{mass}")
+    log.log(
+        f"{final} val_loss:{score.loss:.4f} {score.label}:{score.bpb:.4f} "
+        f"eval_time:{score.seconds * 1000:.0f}ms{mass}"
+    )
     log.log(f"{final}_exact val_loss:{score.loss:.8f} {score.label}:{score.bpb:.8f}")
     for check in checks:
         if check.problem:
@@ -5190,12 +5204,11 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
         )
         lines.append(size.format(**result["sizes"]))
     phases = {name: value for name, value in seconds.items() if "_side" not in name}
-    train = f"train {seconds['train_side']:.1f} of {cfg.max_wallclock_seconds:.0f} s"
-    scoring = f"eval {seconds['eval_side']:.1f} of {cfg.max_eval_seconds:.0f} s"
     resumed = ", resumed run" if cfg.resume else ""
     lines += [
         "seconds      " + "  ".join(f"{name} {value:.1f}" for name, value in phases.items()),
-        f"budgets      {train}, {scoring}",
+        f"budgets      train {seconds['train_side']:.1f} of {cfg.max_wallclock_seconds:.0f} s, "
+        f"eval {seconds['eval_side']:.1f} of {cfg.max_eval_seconds:.0f} s",
         f"exit code    {code} ({result['status']}{resumed})",
         "-" * 72,
     ]
@@ -5214,8 +5227,7 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog) -> int:
         log.result["status"] = "finished"
     if cfg.mode == "sample":
         with log.phase("sample"):
-            model = load_artifact(cfg, blob, rt)
-            log.log(sample(model, ByteTable.load(cfg), cfg, rt))
+            log.log(sample(load_artifact(cfg, blob, rt), ByteTable.load(cfg), cfg, rt))
         return OK
     code = score_artifact(cfg, blob, rt, log)
     if code == AUDIT_FAILED:
@@ -5228,8 +5240,7 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog) -> int:
 def over_budget(cfg: Config, log: RunLog) -> bool:
     """Whether training or scoring took longer than its limit; a limit of 0 is none."""
     train_limit = cfg.max_wallclock_seconds if cfg.schedule == "clock" else 0
-    late_training = 0 < train_limit < log.train_seconds()
-    return late_training or 0 < cfg.max_eval_seconds < log.eval_seconds()
+    return 0 < train_limit < log.train_seconds() or 0 < cfg.max_eval_seconds < log.eval_seconds()
 
 
 def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
@@ -5254,10 +5265,11 @@ def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
         if not out_of_memory and "can't allocate memory" not in str(error):
             log.save(status="crashed", exit_code=BUG)
             raise
-        train_setting = f"MICRO_BATCH_TOKENS={cfg.micro_tokens} (training)"
-        score_setting = f"EVAL_BATCH_TOKENS={scoring_tokens(cfg, rt)} (scoring)"
         log.log(f"out of memory: {error}")
-        log.log(f"Lower {train_setting} or {score_setting}; no score depends on the second.")
+        log.log(
+            f"Lower MICRO_BATCH_TOKENS={cfg.micro_tokens} (training) or EVAL_BATCH_TOKENS="
+            f"{scoring_tokens(cfg, rt)} (scoring; no score depends on it)."
+        )
         log.result["status"] = "out_of_memory"
         code = OUT_OF_MEMORY
     log.save(exit_code=code)
@@ -5279,8 +5291,10 @@ def run_seeds(cfg: Config, rt: Runtime) -> int:
             scores.append(result["result"]["val_bpb"])
     if rt.main and scores:
         std = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
-        statistics = f"mean:{np.mean(scores):.6f} std:{std:.6f} n:{len(scores)}"
-        print(f"seeds:{as_typed(cfg.seeds)} val_bpb {statistics}")
+        print(
+            f"seeds:{as_typed(cfg.seeds)} val_bpb mean:{np.mean(scores):.6f} std:{std:.6f} "
+            f"n:{len(scores)}"
+        )
     return max(codes)
 
 
@@ -5290,14 +5304,14 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         print(help_text())
         return OK
     try:
-        hint = "settings are environment variables (--help)"
-        raise_if([f"unknown argument {arg!r}: {hint}" for arg in argv])
+        raise_if(
+            [f"unknown argument {a!r}: settings are environment variables (--help)" for a in argv]
+        )
         cfg = load_config(env)
         with contextlib.closing(Runtime(cfg, env)) as rt:
             run_id = cfg.run_id or time.strftime(f"%Y%m%d_%H%M%S_{os.getpid()}")
             run_id = rt.broadcast_bytes(run_id.encode()).decode()
-            out_dir = cfg.out_dir or f"logs/{run_id}"
-            cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=out_dir)
+            cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
             if cfg.mode != "train":
                 cfg = settings_of_artifact(cfg, env)
             return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]

@@ -446,7 +446,9 @@ def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
     stages["sliding"] = dataclasses.replace(tg.STAGES["plain"], enabled=lambda cfg: True)
     monkeypatch.setattr(tg, "STAGES", stages)
     monkeypatch.setattr(audit, "audit_stage", lambda *arguments: [])
-    monkeypatch.setattr(audit, "check_fresh_process", lambda env, scores: tg.Check("fresh_process"))
+    monkeypatch.setattr(
+        audit, "check_fresh_process", lambda env, scores, tolerance: tg.Check("fresh_process")
+    )
     folder = str(trained / "run")
     assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
 

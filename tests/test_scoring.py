@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_the_checks_look_early_and_all_over_the_stream():
     tokens[[0, 5, 40, 50]] = 1  # documents of 5, 35, 10 and 50 targets, three side by side
     early, late = tg.Documents(tokens, 1, 16, 8, 3).samples(tokens, 256)
     assert early.index[:, 0].tolist() == [0, 5, 40]
-    assert late.index[late.real].tolist() == [37, 38, 39]
+    assert late.index[late.real].tolist() == [*range(13, 21), 48, 49]  # the second chunks
 
 
 def slow_nats(model, tokens, seq_len, stride):
@@ -145,6 +146,7 @@ def test_fixed_rows(stride, tokens, rt, run_log):
     """On a GPU all inputs have one shape, and the checks ask with it: rounding has no say."""
     cfg = tg.Config(**dict(FULL, eval_batch_tokens=160))
     exact = tg.evaluate(windows(randomized(cfg), rt, cfg, stride), tokens, TABLE, cfg, rt, run_log)
+    rt = tg.Runtime(tg.Config(device="cpu"), {})
     on_device_with(rt, dtype=torch.bfloat16, fixed_rows=True)
     model = randomized(cfg)
     model.dtype = torch.bfloat16
@@ -440,7 +442,7 @@ def test_compilation_is_spent_time_and_no_pace(cold, batch, commit, chunk, charg
     empty = np.zeros(len(tokens) - 1, np.uint8)
     score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
     guard = tg.TimeGuard("slow", 600.0, rt, run_log, lambda: now[0], 0.0, 0.0)
-    finished = tg.charge(scorer, plan, tokens, score, rt, run_log, guard)
+    finished = tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard)
     assert 2002 - len(network.batches) == charged and finished == (charged == 947)
     assert ("needs about" in (run_log.out_dir / "train.log").read_text()) != finished
 
@@ -451,6 +453,26 @@ def test_adaptation_that_does_not_fit_is_stopped(tokens, rt, run_log):
     scorer, steps = tg.STAGES["ttt"].build(randomized(cfg), rt, cfg, TABLE), []
     scorer.training.optimizer.step = lambda: steps.append(1)
     assert tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log) is None and len(steps) == 20
+
+
+def test_what_is_no_number_fails_every_check_of_numbers(tokens, rt, run_log):
+    """One charge of NaN; a network that gives NaN."""
+    cfg = tg.Config(**FULL)
+
+    def spoil(score):
+        score.nats[40] = math.nan
+
+    spoiled = checks_of(windows(randomized(cfg), rt, cfg), tokens, rt, run_log, spoil)
+    assert failed(spoiled) >= {"coverage", "byte_algebra"}
+    model = randomized(cfg)
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(math.nan)
+    found = failed(checks_of(windows(model, rt, cfg), tokens, rt, run_log))
+    assert found >= {"coverage", "byte_algebra", "future", "distribution"}
+
+
+def test_the_seconds_of_every_stage_count_as_scoring():
+    assert set(tg.STAGES) <= set(tg.EVAL_PHASES)
 
 
 def test_only_a_true_complete_score_is_called_val_bpb(tokens, rt, run_log):

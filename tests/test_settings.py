@@ -75,6 +75,7 @@ def test_all_problems_at_once(tmp_path):
         (dict(MICRO_BATCH_TOKENS="1000"), "multiple of MICRO_BATCH_TOKENS=1000"),
         (dict(WORLD_SIZE="3"), "possible are 1, 2, 4, 8"),
         (dict(EVAL_STRIDE="4096"), "at most EVAL_SEQ_LEN=1024"),
+        (dict(TTT_LORA_RANK="4", TTT_LORA_CHUNK="2048"), "TTT_LORA_CHUNK=2048 must be at most"),
         (dict(MATRIX_LR="nan"), "finite"),
         (dict(MATRIX_LR="-1"), "0 or more"),
         (dict(ROPE_DIMS="200"), "at most the head size 64"),
