@@ -3280,10 +3280,9 @@ class Windows:
 
     def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
         """For the checks: a batch early in the stream, one spread over it with so many targets."""
-        last = int(self.window_of(self.targets - 1))
-        first = min(1, last)
-        rows = max(2, -(-positions // self.stride))  # the last window may be short
-        rows = min(rows, self.batch_rows)
+        first = min(1, int(self.window_of(self.targets - 1)))
+        last = max(first, int(self.window_of(self.targets)) - 1)  # the last one that is not short
+        rows = min(-(-positions // self.stride), self.batch_rows)
         spread = np.unique(np.linspace(last, first, rows).astype(int))
         plan = self if self.fixed_rows else dataclasses.replace(self, batch_rows=rows)
         return plan.batch(tokens, [first]), plan.batch(tokens, spread)

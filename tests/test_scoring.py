@@ -78,10 +78,13 @@ def test_the_checks_look_early_and_all_over_the_stream():
     early, spread = tg.Windows(1000, 20, 8, 40).samples(np.arange(1001), 256)
     assert early.index[early.real].tolist() == list(range(20, 28))
     first = spread.index[:, 0]
-    assert first[0] == 20 and spread.index[spread.real].max() == 999
+    assert first[0] == 20 and spread.index[spread.real].max() == 995  # the last window is short
     assert len(first) == 256 // 8 and np.diff(first).max() <= 8 * -(-122 // 31)
     _, few = tg.Windows(1000, 20, 8, 4).samples(np.arange(1001), 256)  # a whole batch at most
-    assert few.index[:, 0].tolist() == [20, 340, 668, 996]
+    assert few.index[:, 0].tolist() == [20, 340, 660, 988]
+    for targets, start in ((1000, 512), (1024, 768), (200, 0)):  # a stream in spans of 256
+        _, one = tg.Windows(targets, 256, 256).samples(np.arange(targets + 1), 256)
+        assert one.index[one.real][0] == start
     tokens = np.arange(100, 201)
     tokens[[0, 5, 40, 50]] = 1  # documents of 5, 35, 10 and 50 targets, three side by side
     early, late = tg.Documents(tokens, 1, 16, 8, 3).samples(tokens, 256)
