@@ -3170,9 +3170,7 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
 class Batch:
     """Positions to predict from. It holds no targets: nothing that predicts can see them."""
 
-    ids: (
-        np.ndarray
-    )  # [R, T] int64 inputs, zeros at the right; the last S of the first B rows predict
+    ids: np.ndarray  # [R, T] int64 inputs; the last S of the first B rows predict
     index: np.ndarray  # [B, S] number of each target in the stream
     real: np.ndarray  # [B, S] bool; false where padding
     left_context: np.ndarray  # tokens before the first input, for a network that carries on
@@ -3189,7 +3187,7 @@ def make_batch(
     slots: np.ndarray | None = None,
 ) -> Batch:
     """Rows of `length` inputs from `starts` [R] on; the first B predict the targets `index`."""
-    last = len(tokens) - 2  # number of the last target, and of the last input
+    last = len(tokens) - 2  # number of the last target, and of the last input; then zeros
     at = starts[:, None] + np.arange(length)
     ids = np.where(at <= last, tokens[np.minimum(at, last)], 0).astype(np.int64)
     first = int(starts[0])
@@ -3276,7 +3274,12 @@ class Windows:
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
-        return [chunk for chunk in self.chunks() if chunk.hi == known - 1]
+        return [self._by_end[known - 1]] if known - 1 in self._by_end else []
+
+    @functools.cached_property
+    def _by_end(self) -> dict[int, Chunk]:
+        """The chunks by their end: who writes a stream asks after every token."""
+        return {chunk.hi: chunk for chunk in self.chunks()}
 
     def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
         """For the checks: a batch early in the stream, one spread over it with so many targets."""

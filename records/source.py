@@ -509,6 +509,12 @@ class Script:
                 return False
         return True
 
+    @functools.cached_property
+    def dead(self) -> set[ast.AST]:
+        """The functions that cannot run."""
+        functions = [node for node in self.nodes if isinstance(node, FUNCTIONS)]
+        return {node for node in functions if not self.live(node)}
+
     def _chosen_off(self, up: ast.AST, child: ast.AST) -> bool:
         """A part that settings do not choose.
 
@@ -576,9 +582,6 @@ class Flow:
         self.params: dict[int, set[str]] = {}  # of functions called with marked values
         self.returns: set[str] = set()  # functions that return them by themselves
         self.attributes: set[tuple[str, str]] = set()  # place of a class, name of its attribute
-        self.dead = {
-            node for node in script.nodes if isinstance(node, FUNCTIONS) and not script.live(node)
-        }
         before = -1
         while before != (before := self._size()):
             self._block(script.tree.body, set())
@@ -595,7 +598,7 @@ class Flow:
 
     def _statement(self, node: ast.AST, names: set[str]) -> None:
         if isinstance(node, FUNCTIONS):
-            if node in self.dead:
+            if node in self.script.dead:
                 return
             arguments = {arg.arg for arg in arguments_of(node)}
             self._block(node.body, names - arguments | self.params.get(id(node), set()))

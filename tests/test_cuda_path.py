@@ -14,6 +14,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train_gpt as tg
 
 
+class Noise:
+    """Random tokens in place of a stream."""
+
+    def batch(self, unit):
+        ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
+        return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
 @pytest.mark.parametrize("settings", [TINY, FULL], ids=["baseline", "everything"])
 def test_the_whole_step_compiles_once_without_graph_breaks(settings, run_log, rng):
     """bf16 autocast, fullgraph: one graph for the model, none later.
@@ -58,11 +66,6 @@ def test_a_checkpoint_waits_for_the_reports_in_flight(bad_step, status, run_log,
     rt = tg.Runtime(cfg, {})
     on_device_with(rt, lag=2)
     trainer = tg.Trainer(cfg, rt, run_log, tg.build_model(cfg, rt), None)
-
-    class Noise:
-        def batch(self, unit):
-            ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
-            return ids[:, :-1].copy(), ids[:, 1:].copy()
 
     step = trainer.step
 
@@ -161,11 +164,6 @@ def test_a_late_report_is_read_by_all_and_stops_in_time(run_log, rng):
     cfg = tg.Config(**dict(settings, device="cpu"))
     rt = tg.Runtime(cfg, {})
     on_device_with(rt, lag=2)
-
-    class Noise:
-        def batch(self, unit):
-            ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
-            return ids[:, :-1].copy(), ids[:, 1:].copy()
 
     trainer = tg.Trainer(cfg, rt, run_log, tg.build_model(cfg, rt), Noise())
     assert tg.train(trainer, lambda step: None) == "finished"

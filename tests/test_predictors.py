@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FULL, ROOT, TINY, clean_env, everything
+from conftest import FULL, ROOT, TINY, clean_env, everything, mild
 from test_counts import ORDERS, slow_counts
 
 import train_gpt as tg
@@ -33,15 +33,6 @@ SHORT = dict(
     eval_batch_tokens=64,
     ngram_buckets=1024,
 )
-
-
-def mild(cfg, seed=0):
-    """A model of random parameters whose outputs stay moderate."""
-    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.fixture

@@ -28,23 +28,21 @@ def run(out, **env):
     )
 
 
-def torchrun(out, processes, **env):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        str(ROOT / "train_gpt.py"),
-    ]
-    done = subprocess.run(
-        command,
+def launch(program, out, processes, **env):
+    """A program and its arguments under torchrun, as a tiny run on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc_per_node={processes}", *program],
         env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def torchrun(out, processes, **env):
+    done = launch([str(ROOT / "train_gpt.py")], out, processes, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(Path(out, "result.json").read_text())
 
@@ -69,15 +67,7 @@ def test_processes_agree_on_the_exit_code_after_the_results_are_written(tmp_path
     driver = tmp_path / "driver.py"
     driver.write_text(OTHER_VERDICT)
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc_per_node=2", str(driver), str(ROOT)],
-        env=clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu"}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = launch([str(driver), str(ROOT)], out, 2)
     assert done.returncode == 1, done.stderr
     assert "rank 0 ends with 6" in done.stdout and "rank 1 ends with 6" in done.stdout
     result = json.loads((out / "result.json").read_text())
