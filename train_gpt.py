@@ -1188,12 +1188,16 @@ def find_path(text: str) -> Path:
     raise InputError(f"{text}: {searched}; see data/README.md")
 
 
+def shard_name(split: str, number: int | None = None) -> str:
+    """The file name of a split's shard; without a number, the pattern of all (of both: split *)."""
+    return f"fineweb_{split}_{'*' if number is None else f'{number:06d}'}.bin"
+
+
 def shard_paths(cfg: Config, split: str) -> list[Path]:
     """The shards of a split (train or val), in order of name; at least one."""
     folder = find_path(cfg.data_path)
-    pattern = f"fineweb_{split}_*.bin"
-    paths = sorted(folder.glob(pattern))
-    check(paths, f"DATA_PATH={cfg.data_path!r}: no {pattern} in {folder}")
+    paths = sorted(folder.glob(shard_name(split)))
+    check(paths, f"DATA_PATH={cfg.data_path!r}: no {shard_name(split)} in {folder}")
     return paths
 
 
@@ -1403,7 +1407,7 @@ def synthetic_shards(folder: Path, seed: int = 0) -> None:
         for _ in range(documents):
             text = " ".join(rng.choice(words, 150, p=frequencies))
             tokens += [1, *(byte + 4 for byte in text.encode())]
-        write_shard(folder / f"fineweb_{split}_000000.bin", np.array(tokens))
+        write_shard(folder / shard_name(split, 0), np.array(tokens))
 
 
 # ==================================================================================================
@@ -4805,21 +4809,25 @@ class Check:
     name: str
     problem: str = ""  # empty = passed
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
-    expected: bool = False  # a labelled score fails it by its nature
-    warning: bool = False  # a reason to look, not to refuse
+    counts_as: str = (
+        "FAIL"  # what a problem is: FAIL, WARN, EXPECTED (by a score's nature), SKIPPED
+    )
+    found: str = ""  # what there is to say if nothing is wrong
+
+    @property
+    def word(self) -> str:
+        """PASS, or what the problem counts as."""
+        return self.counts_as if self.problem else "PASS"
 
     @property
     def failed(self) -> bool:
-        """Whether it counts against the score."""
-        return bool(self.problem) and not self.expected and not self.warning
+        """Whether it counts against what was checked."""
+        return self.word == "FAIL"
 
     @property
     def verdict(self) -> str:
-        """PASS, or FAIL, EXPECTED or WARN and the problem."""
-        if not self.problem:
-            return "PASS"
-        word = "EXPECTED" if self.expected else "WARN" if self.warning else "FAIL"
-        return f"{word}: {self.problem}"
+        """The word, and the problem."""
+        return f"{self.word}: {self.problem}" if self.problem else self.word
 
     def record(self) -> dict[str, Any]:
         """Its entry in result.json."""
@@ -4880,7 +4888,7 @@ def check_order(score: Score) -> Check:
             return Check(
                 "order",
                 f"learned from targets up to {hi}, charged only up to {charged}",
-                expected=score.validity == "adapted_first",
+                counts_as="EXPECTED" if score.validity == "adapted_first" else "FAIL",
             )
         charged = max(charged, hi)
     return Check("order", figures={"events": len(score.events)})
@@ -4940,7 +4948,7 @@ def check_distribution(
     sound = agrees and off <= rt.profile.tolerance
     figures = {"positions": len(rows), "log_sum": off, "entry_gap": gap, "mass": score.mass}
     known = score.validity == "unnormalised" and agrees
-    return Check("distribution", "" if sound else told, figures, expected=known)
+    return Check("distribution", "" if sound else told, figures, "EXPECTED" if known else "FAIL")
 
 
 def check_plausibility(score: Score, true_scores: Mapping[str, float]) -> Check:
@@ -4951,7 +4959,7 @@ def check_plausibility(score: Score, true_scores: Mapping[str, float]) -> Check:
         problem = f"gains {gain:.4f} bpb over another stage"
     elif score.bpb < 0.9:
         problem = "below 0.9 bpb"
-    return Check("plausibility", problem, {"gain": gain}, warning=True)
+    return Check("plausibility", problem, {"gain": gain}, counts_as="WARN")
 
 
 def check_score(

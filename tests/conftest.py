@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import train_gpt as tg  # noqa: E402
+import train_gpt as tg
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 TINY = dict(

@@ -3,18 +3,15 @@
 import copy
 import dataclasses
 import math
-import sys
 
+import audit
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, ROOT, failed, mild
+from conftest import FULL, failed, mild
 from test_runs import run
 
 import train_gpt as tg
-
-sys.path.insert(0, str(ROOT / "records"))
-import audit
 
 VOCAB = 32
 TABLE = tg.ByteTable(np.ones(VOCAB, np.int16), np.zeros(VOCAB, bool), np.arange(VOCAB) < 2, "toy")

@@ -6,15 +6,13 @@ import struct
 import subprocess
 import sys
 
+import codec
 import export
 import numpy as np
 import pytest
 import sentencepiece
 import torch
 from conftest import ROOT, SHARED, TINY_RUN, clean_env
-
-sys.path.insert(0, str(ROOT / "records"))
-import codec
 
 import train_gpt as tg
 

@@ -14,16 +14,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pytest
-from conftest import ROOT, clean_env
-
-sys.path.insert(0, str(ROOT / "records"))
 import checks
 import compare as comparing
+import numpy as np
+import pytest
 import record
 import rerun
 import runs
+from conftest import ROOT, clean_env
 from report import Finding, gather, render, worst_verdict
 from submission import FIELDS
 

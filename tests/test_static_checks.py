@@ -6,16 +6,13 @@ import bz2
 import gzip
 import lzma
 import random
-import sys
 import textwrap
 import zlib
 
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "records"))
 import source
 import static_checks as sc
+from conftest import ROOT
 
 import train_gpt as tg
 
