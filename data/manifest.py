@@ -15,15 +15,13 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import InputError, atomic_write
+from train_gpt import InputError, atomic_write, check, shard_name
 
 Entry = dict[str, Any]
 # What is read from entries, if it is there, and its type in JSON.
@@ -68,45 +66,44 @@ def parsed(text: bytes, name: str) -> Entry:
         manifest = json.loads(text)
     except ValueError as error:
         raise InputError(f"{name}: not JSON ({error})") from None
-    lists = [manifest.get(kind) if isinstance(manifest, dict) else None for kind in FIELDS]
-    if not all(
-        isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
-        for entries in lists
-    ):
-        raise InputError(
-            f"{name}: expected an object with the lists tokenizers and datasets of named entries"
-        )
-    for kind, fields in FIELDS.items():
+    expected = f"{name}: expected an object with the lists tokenizers and datasets of named entries"
+    check(isinstance(manifest, dict), expected)
+    for kind in FIELDS:
+        entries = manifest.get(kind)
+        check(isinstance(entries, list), expected)
+        for found in entries:
+            check(isinstance(found, dict) and "name" in found, expected)
+    for kind in FIELDS:
         for found in manifest[kind]:
-            wrong = next(
-                (
-                    field
-                    for field, wanted in fields.items()
-                    if field in found and not isinstance(found[field], wanted)
-                ),
-                None,
-            )
-            if wrong:
-                raise InputError(
-                    f"{name}: {wrong} of {found['name']!r} in {kind} is {found[wrong]!r:.60}, "
-                    f"expected {fields[wrong].__name__}"
-                )
+            check_types(found, kind, name)
     return manifest
+
+
+def check_types(found: Entry, kind: str, name: str) -> None:
+    """InputError unless the fields of an entry that are read have their types."""
+    for field, wanted in FIELDS[kind].items():
+        value = found.get(field)
+        check(
+            field not in found or isinstance(value, wanted),
+            f"{name}: {field} of {found['name']!r} in {kind} is {value!r:.60}, "
+            f"expected {wanted.__name__}",
+        )
 
 
 def entry(manifest: Entry, kind: str, name: str | None) -> Entry | None:
     """The entry of that name among `datasets` or `tokenizers`, or None."""
-    return next((found for found in manifest[kind] if found["name"] == name), None)
+    for found in manifest[kind]:
+        if found["name"] == name:
+            return found
+    return None
 
 
 def model_of(root: Path, tokenizer: Entry) -> str:
     """What TOKENIZER_PATH must be for a tokenizer's entry; KeyError if it names no model."""
     in_bytes = tokenizer.get("kind", "byte") == "byte" and "model_path" not in tokenizer
-    return (
-        "byte260"
-        if in_bytes and tokenizer["vocab_size"] == 260
-        else str(root / tokenizer["model_path"])
-    )
+    if in_bytes and tokenizer["vocab_size"] == 260:
+        return "byte260"
+    return str(root / tokenizer["model_path"])
 
 
 def settings(root: Path, dataset: Entry, tokenizer: Entry) -> dict[str, Any]:
@@ -117,7 +114,9 @@ def settings(root: Path, dataset: Entry, tokenizer: Entry) -> dict[str, Any]:
         "VOCAB_SIZE": tokenizer["vocab_size"],
     }
     bos = dataset["bos_id"] if "bos_id" in dataset else tokenizer.get("bos_id", 1)
-    return needed if bos == 1 else {**needed, "BOS_ID": bos}
+    if bos != 1:
+        needed["BOS_ID"] = bos
+    return needed
 
 
 def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None:
@@ -126,21 +125,20 @@ def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None
     They would get this one.
     """
     manifest = read(root)
-    old = entry(manifest, "tokenizers", tokenizer["name"]) or {}
-    users = [
-        other["name"]
-        for other in manifest["datasets"]
-        if other.get("tokenizer_name") == tokenizer["name"] and other["name"] != dataset["name"]
-    ]
-    differ = [
-        key
-        for key in ("kind", "vocab_size", "model_path", "sha256")
-        if key in old and key in tokenizer and old[key] != tokenizer[key]
-    ]
+    name = tokenizer["name"]
+    users = []
+    for other in manifest["datasets"]:
+        if other.get("tokenizer_name") == name and other["name"] != dataset["name"]:
+            users.append(other["name"])
+    old = entry(manifest, "tokenizers", name) or {}
+    differ = []
+    for key in ("kind", "vocab_size", "model_path", "sha256"):
+        if key in old and key in tokenizer and old[key] != tokenizer[key]:
+            differ.append(key)
     if users and differ:
         raise InputError(
             f"{root / 'manifest.json'}: {', '.join(users)} was made with another tokenizer named "
-            f"{tokenizer['name']} (another {' and '.join(differ)}); give the new one another name"
+            f"{name} (another {' and '.join(differ)}); give the new one another name"
         )
 
 
@@ -148,14 +146,16 @@ def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None
 def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
     """Puts the entries in the manifest when the block has ended well.
 
-    They take the place of older ones of the same names.
+    They take the place of older ones of the same names. InputError, before the block is entered,
+    if the tokenizer's name stands for another tokenizer.
     """
     with locked(root, "manifest file"):  # no dataset has a space in its name
         refuse_other_tokenizer(root, dataset, tokenizer)
         yield
         manifest = read(root)
         for kind, new in (("datasets", dataset), ("tokenizers", tokenizer)):
-            manifest[kind] = [old for old in manifest[kind] if old["name"] != new["name"]] + [new]
+            others = [old for old in manifest[kind] if old["name"] != new["name"]]
+            manifest[kind] = [*others, new]
         text = json.dumps(manifest, indent=1) + "\n"
         atomic_write((root / "manifest.json").resolve(), text.encode())
 
@@ -181,18 +181,25 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 def cut(root: Path, files: dict[str, Entry]) -> list[str]:
     """Those of the recorded files that are missing or have another size."""
-    return [
-        path
-        for path, known in files.items()
-        if not (root / path).is_file() or (root / path).stat().st_size != known["size"]
-    ]
+    found = []
+    for path, known in files.items():
+        place = root / path
+        if not place.is_file() or place.stat().st_size != known["size"]:
+            found.append(path)
+    return found
+
+
+def shard_number(path: str | Path, split: str) -> int | None:
+    """The number in the file name of a split's shard; None if it is no such name."""
+    file = Path(path)
+    digits = file.stem[-6:]
+    if digits.isdecimal() and file.name == shard_name(split, int(digits)):
+        return int(digits)
+    return None
 
 
 def give_name(path: Path, name: Path) -> None:
-    """Renames a file, also onto another disk (a linked tokenizers folder, say).
-
-    There by a copy that is renamed.
-    """
+    """Renames a file; onto another disk (a linked tokenizers folder, say) by a renamed copy."""
     name.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.replace(path, name)

@@ -25,20 +25,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # for the modules, too: all of them import train_gpt
 try:
     import corpora
     import export
     import hub
     import verify
+
+    from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, check
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
 except ValueError as unusable:  # huggingface_hub reads its address when it is imported
     sys.exit(f"error: HF_ENDPOINT: {unusable}")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, check
-
-HERE = Path(__file__).resolve().parent
 INTERRUPTED = 130
 OFFICIAL = export.TokenizerPlan()
 LARGEST = {"vocab_size": 1 << 16, "tokenizer_train_docs": 1 << 40, "max_sentence_length": 1 << 30}
@@ -130,14 +130,18 @@ def add_export_arguments(command: argparse.ArgumentParser, small: bool) -> None:
 
 def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.TokenizerPlan:
     """The tokenizer that the options ask for, with what they leave open taken from a plan."""
-    asked = {name: value for name in LARGEST if (value := getattr(args, name, None)) is not None}
-    for name, value in asked.items():
+    asked = {}
+    for name, largest in LARGEST.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
         option = f"--{name.replace('_', '-')} {value}"
-        check(0 < value <= LARGEST[name], f"{option}: expected 1 to {LARGEST[name]}")
+        check(0 < value <= largest, f"{option}: expected 1 to {largest}")
         check(
             not args.tokenizer,
             f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}",
         )
+        asked[name] = value
     return dataclasses.replace(plan, given=args.tokenizer, **asked)
 
 
@@ -153,8 +157,10 @@ def exporter(args: argparse.Namespace) -> export.Export:
         f"--name {args.name!r}: expected a folder name below datasets/ of letters, digits and _ . "
         "+ -",
     )
-    asked = (args.val_docs, args.val_every)
-    corpus = corpora.file_corpus(args.files, *(args.split if asked == (None, None) else asked))
+    split = (args.val_docs, args.val_every)
+    if split == (None, None):
+        split = args.split
+    corpus = corpora.file_corpus(args.files, *split)
     return export.Export(corpus, plan_of(args, args.plan), args.root, args.name, args.workers)
 
 
@@ -178,9 +184,8 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.command == "verify":
-            return (
-                OK if verify.verify(args.folder, args.tokenizer, args.documents) else AUDIT_FAILED
-            )
+            good = verify.verify(args.folder, args.tokenizer, args.documents)
+            return OK if good else AUDIT_FAILED
         needed = fetch(args, env) if args.command == "fineweb" else exporter(args).run()
         print(" ".join(f"{name}={shlex.quote(str(value))}" for name, value in needed.items()))
         return OK

@@ -15,8 +15,6 @@ import contextlib
 import functools
 import itertools
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,15 +26,16 @@ from corpora import Corpus, file_corpus
 from export import TokenizerPlan, bos_of, document_hash
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
-from train_gpt import ByteTable, InputError, sha256
+from train_gpt import ByteTable, Check, InputError, sha256, shard_name
 
 SPLITS = ("val", "train")
 # What an entry that lacks something ends in.
 DAMAGED = (KeyError, TypeError, AttributeError, IndexError)
 # Of the published validation set: the first 50,000 documents of FineWeb.
-VAL_DOCS, VAL_BYTES = 50_000, 151_080_891
+VAL_DOCS = 50_000
+VAL_BYTES = 151_080_891
+TRAIN_SAMPLE = 1 << 20  # training tokens whose bytes are checked
 
 
 class Fault(Exception):
@@ -61,17 +60,20 @@ class Dataset:
 
     @functools.cached_property
     def told(self) -> manifest.Entry:
+        """The manifest."""
         return manifest.read(self.root)
 
     @functools.cached_property
     def entry(self) -> manifest.Entry | None:
+        """The manifest's entry of the folder."""
         return manifest.entry(self.told, "datasets", self.folder.name)
 
     @functools.cached_property
     def tokenizer_entry(self) -> manifest.Entry | None:
-        return self.entry and manifest.entry(
-            self.told, "tokenizers", self.entry.get("tokenizer_name")
-        )
+        """The manifest's entry of the tokenizer that the folder's entry names."""
+        if not self.entry:
+            return None
+        return manifest.entry(self.told, "tokenizers", self.entry.get("tokenizer_name"))
 
     @functools.cached_property
     def table(self) -> ByteTable:
@@ -80,6 +82,7 @@ class Dataset:
 
     @functools.cached_property
     def tokenizer_path(self) -> str:
+        """A model file, or byte260; NotTested if nothing names the tokenizer."""
         if self.tokenizer:
             return self.tokenizer
         if not self.tokenizer_entry:
@@ -88,23 +91,25 @@ class Dataset:
 
     @functools.cached_property
     def bos(self) -> int:
+        """The token of a document start."""
         return self.entry["bos_id"] if self.entry else 1
 
     def paths(self, split: str) -> list[Path]:
-        return sorted(self.folder.glob(f"fineweb_{split}_*.bin"))
+        """The shards of a split, in order of name."""
+        return sorted(self.folder.glob(shard_name(split)))
 
     @functools.cached_property
     def shards(self) -> dict[str, list[np.ndarray]]:
         """Split -> memory-mapped shards; NotTested where the check `shards` finds the fault."""
         if not self.paths("val"):
             raise NotTested("there are no validation shards")
+        found: dict[str, list[np.ndarray]] = {}
         try:
-            return {
-                split: [np.asarray(tg.read_shard(path)) for path in self.paths(split)]
-                for split in SPLITS
-            }
+            for split in SPLITS:
+                found[split] = [np.asarray(tg.read_shard(path)) for path in self.paths(split)]
         except InputError:
             raise NotTested("a shard cannot be read") from None
+        return found
 
     def split_documents(self, split: str) -> Iterator[np.ndarray]:
         """Documents of a split with their document start.
@@ -123,23 +128,30 @@ class Dataset:
             yield np.concatenate(parts)
 
     def spelled(self, split: str, limit: int | None = None) -> np.ndarray:
-        """Tokens of a split, or the first; NotTested if the tokenizer does not know them all."""
-        parts = (
-            self.shards[split]
-            if limit is None
-            else [part[:limit] for part in self.shards[split][:1]]
-        )
-        if max((part.max() for part in parts), default=0) >= self.table.vocab_size:
-            raise NotTested("there are tokens beyond the tokenizer's")
+        """Tokens of a split, or the first of its first shard -> [T], uint16.
+
+        NotTested if the tokenizer does not know them all.
+        """
+        parts = self.shards[split]
+        if limit is not None:
+            parts = [part[:limit] for part in parts[:1]]
+        for part in parts:
+            if part.max() >= self.table.vocab_size:
+                raise NotTested("there are tokens beyond the tokenizer's")
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
     @functools.cached_property
     def documents_in(self) -> dict[str, int]:
         """Split -> number of document starts."""
-        return {
-            split: sum(int((tokens == self.bos).sum()) for tokens in shards)
-            for split, shards in self.shards.items()
-        }
+        found = {}
+        for split, shards in self.shards.items():
+            found[split] = sum(int((tokens == self.bos).sum()) for tokens in shards)
+        return found
+
+    @functools.cached_property
+    def tokens_in(self) -> dict[str, int]:
+        """Split -> number of tokens."""
+        return {split: sum(map(len, shards)) for split, shards in self.shards.items()}
 
     @functools.cached_property
     def charged(self) -> int:
@@ -154,42 +166,47 @@ class Dataset:
 
 def check_shards(data: Dataset) -> str:
     """Names without a gap; magic, version, size and zeros of every header."""
+    if not data.paths("val"):  # to score an artifact, no others are needed
+        raise Fault(f"no {shard_name('val')}")
     for split in SPLITS:
         paths = data.paths(split)
-        if not paths and split == "val":  # to score an artifact, no others are needed
-            raise Fault("no fineweb_val_*.bin")
-        odd = next((path for path in paths if not re.search(r"_\d{6}\.bin$", path.name)), None)
-        if odd:
-            raise Fault(
-                f"{odd}: no shard's name (fineweb_{split}_NNNNNN.bin), and training would read it"
-            )
-        numbers = [int(path.stem[-6:]) for path in paths]
-        if numbers != list(range(len(paths))):
-            gap = next(n for n in itertools.count() if n not in numbers)
-            raise Fault(
-                f"fineweb_{split}_{gap:06d}.bin is missing ({len(paths)} files, the last is "
-                f"{paths[-1].name})"
-            )
+        check_names(paths, split)
         for path in paths:
             count = len(tg.read_shard(path))
             with open(path, "rb") as file:
-                if file.read(tg.SHARD_HEADER_BYTES) != tg.shard_header(count):
-                    raise Fault(f"{path}: header fields after the token count are not zero")
-    return ", ".join(
-        f"{len(data.paths(s))} {s} shards of {sum(map(len, data.shards[s]))} tokens"
-        for s in data.shards
-    )
+                header = file.read(tg.SHARD_HEADER_BYTES)
+            if header != tg.shard_header(count):
+                raise Fault(f"{path}: header fields after the token count are not zero")
+    found = []
+    for split, tokens in data.tokens_in.items():
+        found.append(f"{len(data.paths(split))} {split} shards of {tokens} tokens")
+    return ", ".join(found)
+
+
+def check_names(paths: Sequence[Path], split: str) -> None:
+    """Fault unless the paths, in order of name, are those of the shards 0, 1, ..."""
+    for number, path in enumerate(paths):
+        found = manifest.shard_number(path, split)
+        if found is None:
+            pattern = shard_name(split, 0).replace("0", "N")
+            raise Fault(f"{path}: no shard's name ({pattern}), and training would read it")
+        if found != number:
+            raise Fault(
+                f"{shard_name(split, number)} is missing ({len(paths)} files, the last is "
+                f"{paths[-1].name})"
+            )
 
 
 def check_manifest(data: Dataset) -> str:
     """Counts of the manifest's entry against what is here."""
     if not data.entry:
         raise NotTested(f"no entry {data.folder.name} in {data.root / 'manifest.json'}")
-    stats, published = data.entry["stats"], "made_from" not in data.entry
+    stats = data.entry["stats"]
+    published = "made_from" not in data.entry
     for split, shards in data.shards.items():
         found = {
             "files": len(shards),
-            "tokens": sum(map(len, shards)),
+            "tokens": data.tokens_in[split],
             "docs": data.documents_in[split],
         }
         if split == "train" and published and found["files"] < stats["files_train"]:
@@ -198,10 +215,8 @@ def check_manifest(data: Dataset) -> str:
             told = stats.get(f"{key}_{split}", value)  # not every exporter counts documents
             if value != told:
                 raise Fault(f"{split} has {value} {key}, the manifest says {told}")
-    return (
-        f"counts agree ({len(data.shards['train'])} of {stats['files_train']} training shards "
-        "are here)"
-    )
+    here = len(data.shards["train"])
+    return f"counts agree ({here} of {stats['files_train']} training shards are here)"
 
 
 def check_hashes(data: Dataset) -> str:
@@ -209,67 +224,79 @@ def check_hashes(data: Dataset) -> str:
     known = (data.entry or {}).get("files")
     if not known:
         raise NotTested("the manifest records no hashes of these files")
-    unknown = {
-        f"datasets/{data.folder.name}/{path.name}" for path in data.folder.glob("fineweb_*.bin")
-    } - set(known)
-    if unknown:
-        raise Fault(f"{min(unknown)} is not in the manifest's files")
+    for file in sorted(data.folder.glob(shard_name("*"))):
+        path = f"datasets/{data.folder.name}/{file.name}"
+        if path not in known:
+            raise Fault(f"{path} is not in the manifest's files")
     cut = manifest.cut(data.root, known)
     if cut:
         raise Fault(f"{cut[0]}: missing, or not of the recorded {known[cut[0]]['size']} bytes")
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(known, pool.map(lambda path: sha256(data.root / path), known)))
-    for path, digest in found.items():
-        if digest != known[path]["sha256"]:
-            raise Fault(f"{path}: SHA-256 {digest}, the manifest says {known[path]['sha256']}")
+        found = pool.map(sha256, [data.root / path for path in known])
+        for path, digest in zip(known, found):
+            recorded = known[path]["sha256"]
+            if digest != recorded:
+                raise Fault(f"{path}: SHA-256 {digest}, the manifest says {recorded}")
     return f"{len(known)} files have the recorded SHA-256"
 
 
 def check_tokens(data: Dataset) -> str:
     """Every token below the vocabulary size; each split begins with a document start."""
-    size = data.entry["vocab_size"] if data.entry and not data.tokenizer else data.table.vocab_size
+    if data.entry and not data.tokenizer:
+        size = data.entry["vocab_size"]
+    else:
+        size = data.table.vocab_size
     for split, shards in data.shards.items():
-        for path, tokens in zip(data.paths(split), shards):
-            if tokens.max() >= size:
-                raise Fault(f"{path}: token {tokens.max()}, but the vocabulary has {size}")
-        if shards and shards[0][0] != data.bos:
-            raise Fault(
-                f"{data.paths(split)[0]}: begins with token {shards[0][0]}, not the document start "
-                f"{data.bos}"
-            )
-    documents = data.documents_in
-    return (
-        f"all below {size}; {documents['val']} validation and {documents['train']} training "
-        "documents"
-    )
+        paths = data.paths(split)
+        for path, tokens in zip(paths, shards):
+            largest = tokens.max()
+            if largest >= size:
+                raise Fault(f"{path}: token {largest}, but the vocabulary has {size}")
+        first = shards[0][0] if shards else data.bos
+        if first != data.bos:
+            raise Fault(f"{paths[0]}: begins with token {first}, not the document start {data.bos}")
+    val = data.documents_in["val"]
+    train = data.documents_in["train"]
+    return f"all below {size}; {val} validation and {train} training documents"
 
 
 def check_tokenizer(data: Dataset) -> str:
     """The tokenizer's file against the manifest: hash, vocabulary, document start."""
-    path, table, told = data.tokenizer_path, data.table, data.tokenizer_entry
-    here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
+    path = data.tokenizer_path
+    table = data.table
+    told = data.tokenizer_entry
     if not told:
         raise NotTested(
             f"no manifest entry says which tokenizer made these shards (given: {table.name})"
         )
+    size = table.vocab_size
+    bos = bos_of(table)
     for entry in (data.entry, told):
-        if (table.vocab_size, bos_of(table)) != (entry["vocab_size"], entry["bos_id"]):
+        if (size, bos) != (entry["vocab_size"], entry["bos_id"]):
             raise Fault(
-                f"{path}: {table.vocab_size} tokens, document start {bos_of(table)}; "
+                f"{path}: {size} tokens, document start {bos}; "
                 f"the manifest says {entry['vocab_size']}, {entry['bos_id']}"
             )
-    wanted = manifest.model_of(data.root, told)
-    for recorded in (
-        wanted if wanted == "byte260" else told.get("sha256", here),
-        data.entry.get("made_from", {}).get("tokenizer_sha256", here),
-    ):
+    here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
+    for recorded in recorded_hashes(data, told):
         if here != recorded:
             raise Fault(f"{path}: SHA-256 {here}, the manifest says {recorded}")
     if "sha256" not in told and here != "byte260":
-        raise NotTested(
-            f"the manifest records no hash of {path}; its {table.vocab_size} tokens agree"
-        )
-    return f"{table.name}, {table.vocab_size} tokens, sha256 {here:.16}"
+        raise NotTested(f"the manifest records no hash of {path}; its {size} tokens agree")
+    return f"{table.name}, {size} tokens, sha256 {here:.16}"
+
+
+def recorded_hashes(data: Dataset, told: manifest.Entry) -> list[str]:
+    """What the manifest says of the tokenizer's hash: its entry's, and the dataset's own record."""
+    found = []
+    if manifest.model_of(data.root, told) == "byte260":
+        found.append("byte260")
+    elif "sha256" in told:
+        found.append(told["sha256"])
+    made_from = data.entry.get("made_from", {})
+    if "tokenizer_sha256" in made_from:
+        found.append(made_from["tokenizer_sha256"])
+    return found
 
 
 def check_bytes(data: Dataset) -> str:
@@ -277,18 +304,18 @@ def check_bytes(data: Dataset) -> str:
 
     All of validation, some of training.
     """
-    for split, limit in (("val", None), ("train", 1 << 20)):
+    for split, limit in (("val", None), ("train", TRAIN_SAMPLE)):
         tokens = data.spelled(split, limit)
         outcome = tg.check_bytes(tokens, data.table, data.bos, len(tokens))
         if len(tokens) and outcome.problem:  # training shards may be elsewhere
             raise Fault(f"{split} {outcome.problem}")
     entry = data.entry or {}
-    told, text = (entry.get(key, {}).get("val") for key in ("charged_bytes", "text_bytes"))
+    told = entry.get("charged_bytes", {}).get("val")
     if told not in (None, data.charged):
         raise Fault(f"validation charges {data.charged} bytes, {told} when it was made")
-    return f"validation charges {data.charged} bytes" + (
-        f", its raw text has {text}" if text else ""
-    )
+    found = f"validation charges {data.charged} bytes"
+    text = entry.get("text_bytes", {}).get("val")
+    return f"{found}, its raw text has {text}" if text else found
 
 
 def check_published(data: Dataset) -> str:
@@ -298,7 +325,8 @@ def check_published(data: Dataset) -> str:
     """
     if not data.folder.name.startswith("fineweb10B_"):
         raise NotTested("not named as the challenge's data (fineweb10B_*)")
-    documents, charged = data.documents_in["val"], data.charged
+    documents = data.documents_in["val"]
+    charged = data.charged
     if documents != VAL_DOCS or abs(charged / VAL_BYTES - 1) > 1e-3:
         raise Fault(
             f"validation has {documents} documents and {charged} bytes; the challenge's has "
@@ -312,13 +340,13 @@ def check_disjoint(data: Dataset) -> str:
     if not data.shards["train"]:
         raise NotTested("there are no training shards")
     seen = {document_hash(part[1:]) for part in data.split_documents("val") if len(part) > 1}
-    shared, count = [], 0
-    for number, part in enumerate(
-        tqdm(data.split_documents("train"), desc="documents", unit="doc", mininterval=1)
-    ):
-        count += 1
+    documents = data.split_documents("train")
+    shared = []
+    count = 0
+    for part in tqdm(documents, desc="documents", unit="doc", mininterval=1):
         if document_hash(part[1:]) in seen:
-            shared.append(number)
+            shared.append(count)
+        count += 1
     if shared:
         raise Fault(
             f"{len(shared)} training documents are also validation documents (the first: document "
@@ -329,15 +357,20 @@ def check_disjoint(data: Dataset) -> str:
 
 def source_of(data: Dataset) -> Corpus:
     """The documents that validation was made from; NotTested if they are not here."""
-    paths, told = list(data.documents), (data.entry or {}).get("made_from", {})
-    if not paths and (data.root / "docs_selected.jsonl").is_file() and not told:
-        paths = [data.root / "docs_selected.jsonl"]
+    made_from = (data.entry or {}).get("made_from", {})
+    published = data.root / "docs_selected.jsonl"
+    paths = list(data.documents)
+    if not paths and not made_from and published.is_file():
+        paths = [published]
     if not paths:
         raise NotTested("no documents here (--documents gives the files)")
-    if not data.documents_in["val"]:
+    val_docs = data.documents_in["val"]
+    if not val_docs:
         raise NotTested("validation has no document start")
-    every = told.get("val_every")
-    return file_corpus(paths, val_docs=None if every else data.documents_in["val"], val_every=every)
+    val_every = made_from.get("val_every")
+    if val_every:
+        return file_corpus(paths, val_every=val_every)
+    return file_corpus(paths, val_docs=val_docs)
 
 
 def check_documents(data: Dataset) -> str:
@@ -345,10 +378,13 @@ def check_documents(data: Dataset) -> str:
 
     Bytes charged against raw bytes.
     """
-    raw = charged = number = 0
+    raw = 0
+    charged = 0
+    number = 0
     parts = data.split_documents("val")
     for number, text in enumerate(source_of(data).documents("val"), 1):
-        part, expected = next(parts, None), [data.bos, *data.table.encode(text)]
+        part = next(parts, None)
+        expected = [data.bos, *data.table.encode(text)]
         if part is None or part.tolist() != expected:
             raise Fault(
                 f"validation document {number} is not the text's {number}. document, tokenized: "
@@ -381,35 +417,56 @@ def identities(data: Dataset) -> list[str]:
     """The lines by which train_gpt.py's log identifies this data; none if it would not read it."""
     with contextlib.suppress(InputError, NotTested, OSError, *DAMAGED):
         cfg = tg.Config(data_path=str(data.folder), tokenizer_path=data.tokenizer_path)
-        totals = {split: sum(map(len, shards)) for split, shards in data.shards.items() if shards}
-        return [
-            tg.tokenizer_identity(cfg, data.table)[1],
-            *(tg.shards_identity(cfg, split, total)[1] for split, total in totals.items()),
-        ]
+        _, line = tg.tokenizer_identity(cfg, data.table)
+        lines = [line]
+        for split, tokens in data.tokens_in.items():
+            if tokens:
+                _, line = tg.shards_identity(cfg, split, tokens)
+                lines.append(line)
+        return lines
     return []
 
 
+def outcome(name: str, data: Dataset) -> Check:
+    """Makes a check: what it found, why it could not be made, or what is wrong."""
+    try:
+        return Check(name, found=CHECKS[name](data))
+    except NotTested as error:
+        return Check(name, str(error), counts_as="SKIPPED")
+    except (Fault, InputError, OSError) as error:
+        return Check(name, str(error) or repr(error))  # without a word it would have passed
+    except DAMAGED as error:
+        return Check(name, f"the manifest's entry is damaged ({error!r})")
+
+
+def dataset_at(folder: Path, tokenizer: str, documents: Sequence[Path]) -> Dataset:
+    """The folder as it is spelt, or where its links lead if only there a manifest describes it."""
+    spelt = Dataset(Path(os.path.abspath(folder)), tokenizer, documents)
+    resolved = Dataset(folder.resolve(), tokenizer, documents)
+    if spelt.entry or not resolved.entry:
+        return spelt
+    return resolved
+
+
 def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) -> bool:
-    """Prints identities and one line a check; returns whether none failed."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    """Prints identities and one line a check; returns whether none failed.
+
+    tokenizer: a model file or byte260, empty = the manifest's; documents: text files that made the
+    shards. InputError for a folder, tokenizer or files that cannot be looked at.
+    """
+    tg.check(
+        folder.is_dir(), f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"
+    )
     if tokenizer:
         TokenizerPlan(tokenizer).table()
     if documents:
         file_corpus(documents, val_docs=1)
-    # Links may lead to or from a manifest.
-    places = [Path(os.path.abspath(folder)), folder.resolve()]
-    candidates = [Dataset(place, tokenizer, documents) for place in places]
-    data, good = next((data for data in candidates if data.entry), candidates[0]), True
-    print("".join(f"{line}\n" for line in identities(data)), end="")
-    for name, check in CHECKS.items():
-        try:
-            verdict, text = "PASS", check(data)
-        except NotTested as reason:
-            verdict, text = "SKIPPED", str(reason)
-        except (Fault, InputError, OSError) as fault:
-            verdict, text, good = "FAIL", str(fault), False
-        except DAMAGED as error:
-            verdict, text, good = "FAIL", f"the manifest's entry is damaged ({error!r})", False
-        print(f"{name:10} {verdict:8} {text}", flush=True)
+    data = dataset_at(folder, tokenizer, documents)
+    for line in identities(data):
+        print(line)
+    good = True
+    for name in CHECKS:
+        check = outcome(name, data)
+        print(f"{check.name:10} {check.word:8} {check.problem or check.found}", flush=True)
+        good = good and not check.failed
     return good

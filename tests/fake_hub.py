@@ -37,6 +37,7 @@ class Fault:
     flip: bool = False  # a wrong byte
     rate: float = 0.0  # bytes a second
     stall: float = 0.0  # seconds of silence after `drop` bytes, instead of the end
+    gate: threading.Event | None = None  # the body comes when this is set
     whole: bool = False  # Range is ignored
 
 
@@ -53,14 +54,16 @@ class FakeHub:
 
     faults[path]: a list, whose first element spoils the next GET of the file; `revision` and `tree`
     are paths, too. requests: (method, what, Range header) of all that came; what is a repository's
-    path, `revision` or `tree`.
+    path, `revision` or `tree`. moments: when they came, by what, in seconds.
     """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
-        self.repositories, self.faults, self.requests = repositories, defaultdict(list), []
-        self.server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
-        )
+        self.repositories = repositories
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.moments: dict[str, list[float]] = defaultdict(list)
+        handler = type("Bound", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -121,6 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     def fault(self, what: str) -> Fault:
         """Books the request; the fault that was ordered for it."""
         self.hub.requests.append((self.command, what, self.headers.get("Range")))
+        self.hub.moments[what].append(time.monotonic())
         queue = self.hub.faults[what] if self.command == "GET" else []
         return queue.pop(0) if queue else Fault()
 
@@ -132,11 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         length: int | None = None,
     ) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Length": len(body) if length is None else length,
-            **(headers or {}),
-        }.items():
-            self.send_header(name, str(value))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -152,20 +154,21 @@ class Handler(BaseHTTPRequestHandler):
         if fault.status:
             return self.send(fault.status, fault.headers)
         prefix = f"{folder}/" if folder else ""
-        inside = sorted(
-            {path.removeprefix(prefix).split("/")[0] for path in files if path.startswith(prefix)}
-        )
+        inside = set()
+        for path in files:
+            if path.startswith(prefix):
+                name, *_ = path.removeprefix(prefix).split("/")
+                inside.add(prefix + name)
         if not inside:
             return self.send(404, {"X-Error-Code": "EntryNotFound"})
-        start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
-        page = [
-            self.listed(prefix + name, files.get(prefix + name))
-            for name in inside[start : start + PAGE]
-        ]
-        more = {
-            "Link": f'<{self.hub.url}{urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
-        }
-        return self.send(200, more if start + PAGE < len(inside) else {}, json.dumps(page).encode())
+        address = urlsplit(self.path)
+        (start,) = parse_qs(address.query).get("cursor", ["0"])
+        end = int(start) + PAGE
+        page = [self.listed(path, files.get(path)) for path in sorted(inside)[int(start) : end]]
+        headers = {}
+        if end < len(inside):
+            headers["Link"] = f'<{self.hub.url}{address.path}?cursor={end}>; rel="next"'
+        return self.send(200, headers, json.dumps(page).encode())
 
     def listed(self, path: str, content: bytes | None) -> dict:
         if content is None:
@@ -183,7 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         """The file's address: large files are elsewhere."""
         if path not in files:
             return self.send(404, {"X-Error-Code": "EntryNotFound"})
-        content, large = files[path], path.endswith(LFS)
+        content = files[path]
+        large = path.endswith(LFS)
         etag = hashlib.sha256(content).hexdigest() if large else git_sha1(content)
         headers = {
             "X-Repo-Commit": commit_of(files),
@@ -198,7 +202,8 @@ class Handler(BaseHTTPRequestHandler):
     def content(
         self, repo: str, files: dict[str, bytes], path: str, headers: dict[str, str] | None = None
     ) -> None:
-        fault, content = self.fault(path), files[path]
+        fault = self.fault(path)
+        content = files[path]
         if fault.status:
             return self.send(fault.status, fault.headers)
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -207,25 +212,29 @@ class Handler(BaseHTTPRequestHandler):
         if fault.flip:
             body = body[:-1] + bytes([body[-1] ^ 1])
         body = body[: fault.short]
-        ranged = (
-            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-        )
-        self.send(206 if start else 200, {**(headers or {}), **ranged}, length=len(body))
+        sent = dict(headers or {})
+        if start:
+            sent["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.send(206 if start else 200, sent, length=len(body))
         if self.command == "GET":
             self.body(body, fault)
 
     def body(self, body: bytes, fault: Fault) -> None:
-        for at in range(0, len(body[: fault.drop]), PIECE):
-            self.wfile.write(
-                body[at : min(at + PIECE, fault.drop if fault.drop is not None else len(body))]
-            )
+        if fault.gate:
+            fault.gate.wait()
+        body = body[: fault.drop]
+        for at in range(0, len(body), PIECE):
+            self.wfile.write(body[at : at + PIECE])
             if fault.rate:
                 time.sleep(PIECE / fault.rate)
         if fault.drop is not None:
             time.sleep(fault.stall)
             self.close_connection = True
             if fault.reset:
-                self.connection.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                )
-                os.close(self.connection.detach())
+                self.reset()
+
+    def reset(self) -> None:
+        """Ends the connection without a farewell."""
+        at_once = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        os.close(self.connection.detach())

@@ -4,35 +4,33 @@ Each is found, by the check that is meant to find it.
 """
 
 import json
-import pydoc_data.topics
 import re
 import shutil
+from dataclasses import dataclass
 
 import corpora
 import export
 import numpy as np
-import prepare
 import pytest
 import verify
 from conftest import SHARED
+from data_tool import DOCUMENTS, call, jsonl, needs_web, shards, small_model
 
 import train_gpt as tg
 
-TOPICS = pydoc_data.topics.topics.values()
-DOCUMENTS = [*dict.fromkeys(" ".join(text.split()) for text in TOPICS)][:40]
+TEXTS = DOCUMENTS[:40]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A dataset of several shards, with the text it was made from."""
     root = tmp_path_factory.mktemp("verify")
-    text = root / "docs.jsonl"
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    text = jsonl(root / "docs.jsonl", TEXTS)
     plan = export.TokenizerPlan(vocab_size=400, max_sentence_length=1 << 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "SHARD_TOKENS", 20_000)
         export.Export(corpora.file_corpus([text], val_docs=6), plan, root, "mine", 1).run()
-    assert len([*(root / "datasets/mine").glob("fineweb_train_*")]) > 2
+    assert len(shards(root / "datasets/mine", "train")) > 2
     return root
 
 
@@ -43,248 +41,366 @@ def folder(made, tmp_path):
     return tmp_path / "data/datasets/mine"
 
 
-def run(capsys, folder, *options):
-    """Exit code and {check: (verdict, text)} of `verify`."""
-    capsys.readouterr()
-    code = prepare.main(["verify", str(folder), *map(str, options)], {})
-    found = re.findall(r"^(\w+) +(PASS|FAIL|SKIPPED) +(.*)$", capsys.readouterr().out, re.M)
+def outcomes(folder, **options):
+    """Exit code and {check: (word, text)} of `verify`."""
+    done = call("verify", folder, **options)
+    found = re.findall(r"^(\w+) +(PASS|FAIL|SKIPPED) +(.*)$", done.out, re.M)
     assert [name for name, *_ in found] == list(verify.CHECKS)
-    return code, {name: (verdict, text) for name, verdict, text in found}
+    return done.code, {name: (word, text) for name, word, text in found}
 
 
-def rewrite(path, change):
-    """A shard with changed tokens, whole again."""
-    tokens = np.array(tg.read_shard(path))
-    tg.write_shard(path, np.asarray(change(tokens)))
+def with_word(found, wanted):
+    """Names of the checks with that word."""
+    return {name for name, (word, _) in found.items() if word == wanted}
 
 
-def forget(folder):
-    """Without a manifest nothing but the check itself can tell."""
-    (folder.parent.parent / "manifest.json").unlink()
-    return "--tokenizer", folder.parent.parent / "tokenizers/mine_bpe.model"
-
-
-def test_a_good_dataset_passes(folder, made, capsys):
-    code, found = run(capsys, folder, "--documents", made / "docs.jsonl")
-    assert code == 0 and {verdict for verdict, _ in found.values()} == {"PASS", "SKIPPED"}
-    assert [name for name, (verdict, _) in found.items() if verdict == "SKIPPED"] == ["published"]
-    raw = sum(len(text.encode()) for text in DOCUMENTS[:6])
-    assert (
-        f"{raw} raw" in found["documents"][1] and "6 validation documents" in found["documents"][1]
-    )
-    assert "no one of 34 training documents is among 6 validation documents" in found["disjoint"][1]
-
-
-def test_without_a_manifest_only_that_is_skipped(folder, capsys):
-    code, found = run(capsys, folder, *forget(folder))
-    skipped = {name for name, (verdict, _) in found.items() if verdict == "SKIPPED"}
-    assert code == 0 and skipped == {"manifest", "hashes", "tokenizer", "published", "documents"}
+def assert_fault(folder, check, message, **options):
+    """`verify` finds a fault, by that check, and says this about it."""
+    code, found = outcomes(folder, **options)
+    word, text = found[check]
+    assert (code, word) == (6, "FAIL"), found
+    assert re.search(message, text), text
+    return found
 
 
 def first(folder, split="train"):
-    return folder / f"fineweb_{split}_000000.bin"
+    return folder / tg.shard_name(split, 0)
 
 
-def patch_bytes(lo, hi, new):
-    """A change of a file's bytes lo to hi - 1."""
-    return lambda f: first(f).write_bytes(
-        first(f).read_bytes()[:lo] + new + first(f).read_bytes()[hi:]
-    )
+def rewrite(path, tokens):
+    """Gives a shard other tokens, whole again."""
+    tg.write_shard(path, np.asarray(tokens))
 
 
-def copy_a_validation_document(folder):
-    val = np.array(tg.read_shard(first(folder, "val")))
-    document = val[: np.flatnonzero(val == 1)[1]]
-    rewrite(first(folder), lambda t: np.concatenate((t[:50], document, [1], t[50:])))
+def tokens_of(path):
+    return np.array(tg.read_shard(path))
 
 
-FAULTS = {
-    "half a header": ("shards", patch_bytes(500, 10**9, b""), "shorter than the header"),
-    "cut shard": ("shards", patch_bytes(-2, 10**9, b""), "need"),
-    "half-written shard": ("shards", patch_bytes(0, 1024, tg.shard_header(0)), "0 tokens"),
-    "other magic": ("shards", patch_bytes(0, 1, b"\1"), "magic"),
-    "text in the header": ("shards", patch_bytes(1000, 1024, b"x" * 24), "not zero"),
-    "missing shard": (
-        "shards",
-        lambda f: (f / "fineweb_train_000001.bin").unlink(),
-        "train_000001.bin is missing",
-    ),
-    "no validation": (
-        "shards",
-        lambda f: [p.unlink() for p in f.glob("fineweb_val_*")],
-        "no fineweb_val_",
-    ),
-    "wrong vocabulary": (
-        "tokens",
-        lambda f: rewrite(first(f), lambda t: np.append(t[:-1], 400)),
-        "token 400",
-    ),
-    "no document start": (
-        "tokens",
-        lambda f: rewrite(first(f, "val"), lambda t: t[1:]),
-        "begins with token",
-    ),
-    "overlap": (
-        "disjoint",
-        copy_a_validation_document,
-        "1 training documents are also validation documents (the first: document 1)",
-    ),
-}
+def first_document(folder):
+    """The first document of validation, with its document start."""
+    tokens = tokens_of(first(folder, "val"))
+    second = np.flatnonzero(tokens == 1)[1]
+    return tokens[:second]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault, folder, capsys):
-    check, plant, message = FAULTS[fault]
-    plant(folder)
-    code, found = run(capsys, folder, *forget(folder))
-    assert code == 6 and found[check][0] == "FAIL" and message in found[check][1], found
-    assert {name for name, (verdict, _) in found.items() if verdict == "FAIL"} == {check}
+def root_of(folder):
+    return folder.parent.parent
 
 
-def test_validation_alone_is_enough_to_score_with(folder, capsys):
-    for path in folder.glob("fineweb_train_*"):
+def forget(folder):
+    """Without a manifest nothing but the check itself can tell.
+
+    Returns the options that `verify` needs then.
+    """
+    (root_of(folder) / "manifest.json").unlink()
+    return {"tokenizer": root_of(folder) / "tokenizers/mine_bpe.model"}
+
+
+def edit_manifest(folder, change):
+    """change(the dataset's entry) alters the manifest."""
+    path = root_of(folder) / "manifest.json"
+    told = json.loads(path.read_text())
+    change(told["datasets"][0])
+    path.write_text(json.dumps(told))
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing is wrong
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_good_dataset_passes(folder, made):
+    code, found = outcomes(folder, documents=made / "docs.jsonl")
+    assert code == 0
+    assert with_word(found, "SKIPPED") == {"published"}
+    assert with_word(found, "PASS") == set(verify.CHECKS) - {"published"}
+    raw = sum(len(text.encode()) for text in TEXTS[:6])
+    _, documents = found["documents"]
+    assert f"{raw} raw" in documents
+    assert "6 validation documents" in documents
+    _, disjoint = found["disjoint"]
+    assert disjoint == "no one of 34 training documents is among 6 validation documents"
+
+
+def test_without_a_manifest_only_that_is_skipped(folder):
+    code, found = outcomes(folder, **forget(folder))
+    assert code == 0
+    skipped = with_word(found, "SKIPPED")
+    assert skipped == {"manifest", "hashes", "tokenizer", "published", "documents"}
+
+
+def test_validation_alone_is_enough_to_score_with(folder):
+    for path in folder.glob(tg.shard_name("train")):
         path.unlink()
-    code, found = run(capsys, folder, *forget(folder))
-    assert code == 0 and found["disjoint"] == ("SKIPPED", "there are no training shards")
-    assert found["bytes"][0] == "PASS" and "0 train shards" in found["shards"][1]
+    code, found = outcomes(folder, **forget(folder))
+    assert code == 0
+    assert found["disjoint"] == ("SKIPPED", "there are no training shards")
+    word, _ = found["bytes"]
+    assert word == "PASS"
+    _, text = found["shards"]
+    assert "0 train shards" in text
 
 
-def test_an_overlap_across_shards_is_found(folder, capsys):
-    """The copy begins in one shard and ends in the next."""
-    document = np.array(tg.read_shard(first(folder, "val")))
-    document = document[: np.flatnonzero(document == 1)[1]]
-    rewrite(folder / "fineweb_train_000000.bin", lambda t: np.concatenate((t, document[:100])))
-    rewrite(folder / "fineweb_train_000001.bin", lambda t: np.concatenate((document[100:], [1], t)))
-    code, found = run(capsys, folder, *forget(folder))
-    assert code == 6 and found["disjoint"][0] == "FAIL"
+def test_every_outcome_is_a_check(made):
+    """The project's own type. An error without words is a problem, too."""
+    data = verify.Dataset(made / "datasets/mine", "", [])
+    assert verify.outcome("shards", data).found.startswith("2 val shards of ")
+    skipped = verify.outcome("published", data)
+    assert (skipped.word, skipped.failed) == ("SKIPPED", False)
+
+    def silent(data):
+        raise OSError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(verify.CHECKS, "shards", silent)
+        found = verify.outcome("shards", data)
+    assert isinstance(found, tg.Check)
+    assert (found.word, found.problem) == ("FAIL", "OSError()")
 
 
-def test_every_byte_of_a_file_is_covered(folder, capsys):
+# --------------------------------------------------------------------------------------------------
+# Shards and their tokens
+# --------------------------------------------------------------------------------------------------
+
+
+def cut_in_the_header(folder):
+    path = first(folder)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def cut_at_the_end(folder):
+    path = first(folder)
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def patch_header(folder, at, new):
+    path = first(folder)
+    content = bytearray(path.read_bytes())
+    content[at : at + len(new)] = new
+    path.write_bytes(content)
+
+
+def half_written(folder):
+    patch_header(folder, 0, tg.shard_header(0))
+
+
+def other_magic(folder):
+    patch_header(folder, 0, b"\1")
+
+
+def text_in_the_header(folder):
+    patch_header(folder, 1000, b"x" * 24)
+
+
+def one_shard_less(folder):
+    (folder / tg.shard_name("train", 1)).unlink()
+
+
+def odd_name(folder):
+    shutil.copy(first(folder), folder / "fineweb_train_1.bin")
+
+
+def no_validation(folder):
+    for path in folder.glob(tg.shard_name("val")):
+        path.unlink()
+
+
+def token_beyond_the_vocabulary(folder):
+    tokens = tokens_of(first(folder))
+    tokens[-1] = 400
+    rewrite(first(folder), tokens)
+
+
+def no_document_start(folder):
     path = first(folder, "val")
-    rewrite(path, lambda t: np.where(np.arange(len(t)) == 77, t[78], t))
-    code, found = run(capsys, folder)
-    assert (
-        code == 6
-        and found["hashes"][0] == "FAIL"
-        and "fineweb_val_000000.bin: SHA-256" in found["hashes"][1]
-    )
+    rewrite(path, tokens_of(path)[1:])
 
 
-def test_a_shard_that_nobody_recorded_is_found(folder, capsys):
-    last = sorted(folder.glob("fineweb_train_*"))[-1]
-    shutil.copy(last, folder / f"fineweb_train_{int(last.stem[-6:]) + 1:06d}.bin")
-    code, found = run(capsys, folder)
-    assert (
-        code == 6 and "not in the manifest" in found["hashes"][1] and found["manifest"][0] == "FAIL"
-    )
+def validation_document_that_trains(folder):
+    tokens = tokens_of(first(folder))
+    parts = (tokens[:50], first_document(folder), [1], tokens[50:])
+    rewrite(first(folder), np.concatenate(parts))
+
+
+def validation_document_across_shards(folder):
+    """The copy begins in one shard and ends in the next."""
+    before = first(folder)
+    after = folder / tg.shard_name("train", 1)
+    document = first_document(folder)
+    rewrite(before, np.concatenate((tokens_of(before), document[:100])))
+    rewrite(after, np.concatenate((document[100:], [1], tokens_of(after))))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault, the check that finds it and a part of what it says."""
+
+    plant: object
+    check: str
+    message: str
+
+
+FAULTS = [
+    Planted(cut_in_the_header, "shards", "shorter than the header"),
+    Planted(cut_at_the_end, "shards", "need"),
+    Planted(half_written, "shards", "0 tokens"),
+    Planted(other_magic, "shards", "magic"),
+    Planted(text_in_the_header, "shards", "not zero"),
+    Planted(one_shard_less, "shards", "train_000001.bin is missing"),
+    Planted(odd_name, "shards", r"no shard's name \(fineweb_train_NNNNNN.bin\)"),
+    Planted(no_validation, "shards", r"no fineweb_val_\*.bin"),
+    Planted(token_beyond_the_vocabulary, "tokens", "token 400"),
+    Planted(no_document_start, "tokens", "begins with token"),
+    Planted(
+        validation_document_that_trains,
+        "disjoint",
+        "^1 training documents are also validation documents .the first: document 1.$",
+    ),
+    Planted(validation_document_across_shards, "disjoint", "^1 training documents are also"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.plant.__name__ for fault in FAULTS])
+def test_a_planted_fault_is_found(fault, folder):
+    """By its own check and by no other."""
+    fault.plant(folder)
+    found = assert_fault(folder, fault.check, fault.message, **forget(folder))
+    assert with_word(found, "FAIL") == {fault.check}
+
+
+def test_a_published_name_needs_the_whole_validation_set(folder):
+    """M1: a subset under the name of the challenge's data is no validation set."""
+    options = forget(folder)
+    renamed = folder.rename(folder.with_name("fineweb10B_sp400"))
+    assert_fault(renamed, "published", "validation has 6 documents", **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# Against the manifest
+# --------------------------------------------------------------------------------------------------
+
+
+def test_every_byte_of_a_file_is_covered(folder):
+    path = first(folder, "val")
+    tokens = tokens_of(path)
+    tokens[77] = tokens[78]
+    rewrite(path, tokens)
+    assert_fault(folder, "hashes", "fineweb_val_000000.bin: SHA-256")
+
+
+def test_a_shard_that_nobody_recorded_is_found(folder):
+    count = len(shards(folder, "train"))
+    shutil.copy(first(folder), folder / tg.shard_name("train", count))
+    found = assert_fault(folder, "hashes", "not in the manifest")
+    assert "manifest" in with_word(found, "FAIL")
 
 
 @pytest.mark.parametrize(
     "size, message",
     [(400, "SHA-256"), (420, "420 tokens, document start 1; the manifest says 400")],
 )
-def test_another_tokenizer_is_found(size, message, folder, tmp_path, capsys):
-    export.train_tokenizer(DOCUMENTS[20:], size, tmp_path / "other.model", 1 << 20)
-    code, found = run(capsys, folder, "--tokenizer", tmp_path / "other.model")
-    assert code == 6 and found["tokenizer"][0] == "FAIL" and message in found["tokenizer"][1]
+def test_another_tokenizer_is_found(size, message, folder, tmp_path):
+    other = tmp_path / "other.model"
+    export.train_tokenizer(TEXTS[20:], size, other, 1 << 20)
+    assert_fault(folder, "tokenizer", message, tokenizer=other)
 
 
-def test_a_manifest_with_other_counts_is_found(folder, capsys):
-    path = folder.parent.parent / "manifest.json"
-    told = json.loads(path.read_text())
-    for key in ("docs_val", "tokens_train", "files_train"):
-        wrong = json.loads(json.dumps(told))
-        wrong["datasets"][0]["stats"][key] += 1
-        path.write_text(json.dumps(wrong))
-        code, found = run(capsys, folder)
-        split, what = key.split("_")[1], key.split("_")[0]
-        assert code == 6 and re.search(
-            rf"{split} has \d+ {what}, the manifest says", found["manifest"][1]
-        )
+@pytest.mark.parametrize("key", ["docs_val", "tokens_train", "files_train"])
+def test_a_manifest_with_other_counts_is_found(key, folder):
+    def one_more(dataset):
+        dataset["stats"][key] += 1
+
+    edit_manifest(folder, one_more)
+    what, split = key.split("_")
+    assert_fault(folder, "manifest", rf"{split} has \d+ {what}, the manifest says")
+
+
+def test_one_byte_more_than_recorded_is_found(folder):
+    def one_less(dataset):
+        dataset["charged_bytes"]["val"] -= 1
+
+    edit_manifest(folder, one_less)
+    assert_fault(folder, "bytes", r"validation charges \d+ bytes, \d+ when it was made")
+
+
+def test_a_damaged_manifest_entry_is_a_fault(folder):
+    def damage(dataset):
+        del dataset["stats"]
+
+    edit_manifest(folder, damage)
+    assert_fault(folder, "manifest", r"^the manifest's entry is damaged .KeyError\('stats'\).$")
+
+
+# --------------------------------------------------------------------------------------------------
+# Against the text
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "texts, message",
     [
-        (
-            lambda documents: [*documents[:3], documents[3] + "!", *documents[4:]],
-            "validation document 4 is not",
-        ),
-        (lambda documents: documents[1:], "validation document 1 is not"),
-        (lambda documents: documents[:5], "more documents than the text's 5"),
+        ([*TEXTS[:3], TEXTS[3] + "!", *TEXTS[4:]], "validation document 4 is not"),
+        (TEXTS[1:], "validation document 1 is not"),
+        (TEXTS[:5], "more documents than the text's 5"),
     ],
+    ids=["other text", "one less before", "one less behind"],
 )
-def test_documents_that_differ_are_found(change, message, folder, tmp_path, capsys):
-    path = tmp_path / "other.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in change(DOCUMENTS)))
-    code, found = run(capsys, folder, "--documents", path)
-    assert code == 6 and message in found["documents"][1]
+def test_documents_that_differ_are_found(texts, message, folder, tmp_path):
+    path = jsonl(tmp_path / "other.jsonl", texts)
+    assert_fault(folder, "documents", message, documents=path)
 
 
-def test_a_wrong_byte_table_is_found(folder, capsys, monkeypatch):
+def test_a_wrong_byte_table_is_found(folder, monkeypatch):
     """One token a byte too long, that is only in the last validation document."""
     real = tg.ByteTable.from_sentencepiece
-    tokens = np.concatenate([tg.read_shard(path) for path in sorted(folder.glob("fineweb_val_*"))])
+    tokens = np.concatenate(shards(folder, "val"))
     *others, last = np.split(tokens, np.flatnonzero(tokens == 1)[1:])
-    token = (set(last.tolist()) - set(np.concatenate(others).tolist())).pop()
+    only_there = set(last.tolist()) - set(np.concatenate(others).tolist())
+    token = only_there.pop()
 
     def wrong(path):
         table = real(path)
-        table.sizes = table.sizes + (np.arange(table.vocab_size) == token)
+        longer = np.arange(table.vocab_size) == token
+        table.sizes = table.sizes + longer
         return table
 
     monkeypatch.setattr(tg.ByteTable, "from_sentencepiece", wrong)
-    code, found = run(capsys, folder)
-    assert code == 6 and "counted" in found["bytes"][1]
+    assert_fault(folder, "bytes", "counted")
 
 
-def test_one_byte_more_than_recorded_is_found(folder, capsys):
-    path = folder.parent.parent / "manifest.json"
-    told = json.loads(path.read_text())
-    told["datasets"][0]["charged_bytes"]["val"] -= 1
-    path.write_text(json.dumps(told))
-    code, found = run(capsys, folder)
-    assert code == 6 and re.search(
-        r"validation charges \d+ bytes, \d+ when it was made", found["bytes"][1]
+@needs_web
+def test_shared_shards():
+    """Shards of web text that the official tokenizer made elsewhere."""
+    web = SHARED / "data"
+    code, found = outcomes(
+        web / "web_sp1024",
+        documents=web / "web_val.jsonl",
+        tokenizer=web / "tokenizers/fineweb_1024_bpe.model",
     )
+    assert code == 0
+    assert {"documents", "disjoint", "bytes"} <= with_word(found, "PASS")
+    _, text = found["documents"]
+    assert "422154 raw" in text
 
 
-def test_a_damaged_manifest_entry_is_a_fault(folder, capsys):
-    path = folder.parent.parent / "manifest.json"
-    told = json.loads(path.read_text())
-    del told["datasets"][0]["stats"]
-    path.write_text(json.dumps(told))
-    code, found = run(capsys, folder)
-    assert code == 6 and found["manifest"] == (
-        "FAIL",
-        "the manifest's entry is damaged (KeyError('stats'))",
-    )
+# --------------------------------------------------------------------------------------------------
+# What cannot be looked at
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_published_name_needs_the_whole_validation_set(folder, capsys):
-    """M1: a subset under the name of the challenge's data is no validation set."""
-    options = forget(folder)
-    renamed = folder.rename(folder.with_name("fineweb10B_sp400"))
-    code, found = run(capsys, renamed, *options)
-    assert code == 6 and "validation has 6 documents" in found["published"][1]
+def test_no_folder(tmp_path):
+    done = call("verify", tmp_path / "none")
+    assert done.code == 64
+    assert "no such folder" in done.err
 
 
-def test_no_folder(tmp_path, capsys):
-    assert prepare.main(["verify", str(tmp_path / "none")], {}) == 64
-    assert "no such folder" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no shared web text")
-def test_shared_shards(capsys):
-    code, found = run(
-        capsys,
-        SHARED / "data/web_sp1024",
-        "--documents",
-        SHARED / "data/web_val.jsonl",
-        "--tokenizer",
-        SHARED / "data/tokenizers/fineweb_1024_bpe.model",
-    )
-    assert (
-        code == 0 and found["documents"][0] == found["disjoint"][0] == found["bytes"][0] == "PASS"
-    )
-    assert "422154 raw" in found["documents"][1]
+def test_byte_shards_want_bytes(tmp_path):
+    text = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    done = call("text", text, name="raw", root=tmp_path, tokenizer="byte260", workers=1)
+    assert done.code == 0, done.err
+    folder = tmp_path / "datasets/raw"
+    model = small_model(tmp_path / "sp.model", 400)
+    cfg = tg.Config(data_path=str(folder), tokenizer_path=str(model), vocab_size=400)
+    with pytest.raises(tg.InputError, match="another tokenizer .sha256 byte260. made the shards"):
+        tg.ByteTable.load(cfg)
+    assert_fault(folder, "tokenizer", "260", tokenizer=model)

@@ -14,7 +14,6 @@ sampled ten times a second.
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from corpora import read_documents  # noqa: E402
 
 
 def write_text(source: Path, target: Path, size: int) -> int:
     """A .jsonl of at least `size` bytes of text; returns how many."""
-    documents, written = list(read_documents(source)), 0
+    documents = list(read_documents(source))
+    written = 0
     with open(target, "w", encoding="utf-8") as file:
         for number in itertools.count():
             text = f"{number} {documents[number % len(documents)]}"
@@ -61,26 +61,12 @@ def memory(pid: int) -> int:
 
 def export(text: Path, root: Path, tokenizer: str, workers: int) -> tuple[float, int]:
     """Seconds of the whole command, and its peak of memory in bytes."""
-    command = [
-        sys.executable,
-        ROOT / "data/prepare.py",
-        "export",
-        text,
-        "--name",
-        "x",
-        "--root",
-        root,
-        "--val-docs",
-        "1000",
-        "--tokenizer",
-        tokenizer,
-        "--workers",
-        str(workers),
-    ]
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    )
+    command = [sys.executable, ROOT / "data/prepare.py", "export", text, "--name", "x"]
+    command += ["--root", root, "--tokenizer", tokenizer]
+    command += ["--val-docs", "1000", "--workers", str(workers)]
+    peak = 0
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
         time.sleep(0.1)
@@ -99,10 +85,10 @@ def main() -> None:
     args = parser.parse_args()
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            written = write_text(args.source, Path(folder) / "text.jsonl", int(size * 1e6))
-            seconds, peak = export(
-                Path(folder) / "text.jsonl", Path(folder) / "data", args.tokenizer, args.workers
-            )
+            text = Path(folder) / "text.jsonl"
+            root = Path(folder) / "data"
+            written = write_text(args.source, text, int(size * 1e6))
+            seconds, peak = export(text, root, args.tokenizer, args.workers)
         print(
             f"{written / 1e6:8.1f} MB {seconds:7.1f} s {written / seconds / 1e6:6.2f} MB/s peak "
             f"{peak / 1e6:6.0f} MB",
