@@ -1,7 +1,7 @@
 """The reviewer's deep audit of a score: every claim of it, tried on the artifact itself.
 
     python records/audit.py logs/<run>/model.ptz                 # an artifact of this program
-    python records/audit.py records/track_cpu_1mb/<folder>       # a folder: artifact, config.env
+    python records/audit.py records/track_cpu_1mb/<folder>       # its artifact, with its config.env
     python records/audit.py model.ptz EVAL_STREAM=256 TILT=1     # other settings, as in MODE=eval
 
 For every stage that the settings ask for, on a short stream in three documents, with short chunks:
@@ -28,9 +28,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import tool  # noqa: F401  (puts the repository root on the path)
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 from train_gpt import Check
 
@@ -297,12 +297,11 @@ def audit_artifact(env: Mapping[str, str]) -> bool:
 
 
 def artifact_of(path: Path) -> tuple[Path, dict[str, str]]:
-    """The artifact that a path means, and the settings that belong to it."""
-    if path.is_file():
-        return path, {}
-    found = sorted(path.glob("*.ptz"))
-    tg.check(len(found) == 1, f"{path}: {len(found)} artifacts (*.ptz); expected one")
-    config = path / "config.env"
+    """The artifact that a path means, and the settings beside it (a record's config.env)."""
+    found = [path] if path.is_file() else sorted(path.glob("*.ptz"))
+    tg.check(found, f"{path}: no artifact (*.ptz)")
+    tg.check(len(found) == 1, f"{path}: {len(found)} artifacts; name one, as {found[0]}")
+    config = found[0].with_name("config.env")
     return found[0], {"CONFIG": str(config)} if config.is_file() else {}
 
 

@@ -2,9 +2,9 @@
 
 What it opens and whom it calls is written down, and the forbidden is refused.
 
-    python hooked.py REPORT MARK SCRIPT            opening a path that contains MARK fails,
+    python watch.py REPORT MARK SCRIPT             opening a path that contains MARK fails,
                                                    and so does the network
-    python hooked.py REPORT MARK SCRIPT artifact   ... until the script has opened a .ptz file
+    python watch.py REPORT MARK SCRIPT artifact    ... until the script has opened a .ptz file
                                                    for writing
 """
 
@@ -26,17 +26,21 @@ def install(report: str, mark: str, until_artifact: bool) -> None:
         os.write(log, (line + "\n").encode())
         raise PermissionError(f"refused under watch: {line}")
 
+    def opened(path: str, flags: object) -> None:
+        if ".ptz" in path and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
+            written.append(path)
+        elif mark in path and not (until_artifact and written):
+            refuse(f"opened {os.path.basename(path)}")
+
+    def connected(address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in LOOPBACK:
+            refuse(f"connected to {address[0]}")
+
     def hook(event: str, args: tuple) -> None:
         if event == "open":
-            path, flags = str(args[0]), args[2]
-            if ".ptz" in path and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
-                written.append(path)
-            elif mark in path and not (until_artifact and written):
-                refuse(f"opened {os.path.basename(path)}")
-        elif (
-            event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK
-        ):
-            refuse(f"connected to {args[1][0]}")
+            opened(str(args[0]), args[2])
+        elif event == "socket.connect":
+            connected(args[1])
 
     sys.addaudithook(hook)
 

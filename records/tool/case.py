@@ -1,0 +1,102 @@
+"""A record folder under check, and what its track demands."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from tool.folder import Folder
+from tool.logs import Run
+from train_gpt import FIELDS, ByteTable, read_shard, sha256, shard_name
+
+# Settings that say where and how a run was made, not what was trained.
+RUN_SETTINGS = frozenset(name for name, field in FIELDS.items() if field.metadata["group"] == "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """What a track demands. None: no limit."""
+
+    total_bytes: int | None = None  # code + model
+    model_bytes: int | None = None  # model file alone
+    train_seconds: float | None = None  # training loop and all that reads data
+    eval_seconds: float | None = None
+    train_tokens: int | None = None
+    train_flops: float | None = None
+    world: int | None = None
+    device: str = ""  # part of the device's name
+    seeds: int = 0  # fewer are a FAIL, not a WARN
+
+
+TRACKS = {
+    "10min_16mb": Track(
+        total_bytes=16_000_000, train_seconds=600, eval_seconds=600, world=8, device="H100", seeds=3
+    ),
+    "non_record_16mb": Track(total_bytes=16_000_000),
+    "cpu_1mb": Track(
+        model_bytes=1_000_000, eval_seconds=600, train_tokens=3_000_000, train_flops=4e13
+    ),
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """A folder under check.
+
+    data: folder of shards to use instead of the logged one; may_run: execute its script.
+    """
+
+    folder: Folder
+    data: Path | None = None
+    may_run: bool = True
+
+    @functools.cached_property
+    def track(self) -> Track:
+        return TRACKS.get(self.folder.track, Track())
+
+    @functools.cached_property
+    def ours(self) -> list[Run]:
+        """The runs that end with this project's result."""
+        return [run for run in self.folder.runs if run.result]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Settings in effect in the first of our runs."""
+        return (self.ours[0].settings or {}) if self.ours else {}
+
+    def located(self, setting: str) -> Path | None:
+        """The file or folder that a path setting of the first run names, if it is here."""
+        if setting == "DATA_PATH" and self.data:
+            return self.data
+        text = self.settings.get(setting, "")
+        for base in (Path.cwd(), self.folder.path, *self.folder.path.parents):
+            if text and (base / text).exists():
+                return base / text
+        return None
+
+    def shards(self, split: str) -> list[Path]:
+        """The shards of a split where the first run's were, or --data says; empty without."""
+        folder = self.located("DATA_PATH")
+        return sorted(folder.glob(shard_name(split))) if folder else []
+
+    @functools.cached_property
+    def validation(self) -> np.ndarray | None:
+        """The validation tokens, if the very shards that the first run scored are here."""
+        paths = self.shards("val")
+        logged = self.ours[0].result.get("data", {}).get("val_sha256") if self.ours else None
+        if not paths or [sha256(path) for path in paths] != logged:
+            return None
+        return np.concatenate([read_shard(path) for path in paths])
+
+    @functools.cached_property
+    def table(self) -> ByteTable | None:
+        """The byte table of the first run's tokenizer, if that very tokenizer is here."""
+        if self.settings.get("TOKENIZER_PATH") == "byte260":
+            return ByteTable.bytes260()
+        path = self.located("TOKENIZER_PATH")
+        if path is None or sha256(path) != self.ours[0].result["data"]["tokenizer_sha256"]:
+            return None
+        return ByteTable.from_sentencepiece(path)

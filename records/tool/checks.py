@@ -1,0 +1,97 @@
+"""All checks of a record folder, in order; a new one is one more row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tool import accounting, package, rerun
+from tool.case import RUN_SETTINGS, Case
+from tool.finding import NotHere, skipped
+from tool.folder import Folder
+from tool.static import static_checks
+from train_gpt import Check
+
+CaseCheck = Callable[[Case], Check]
+
+PACKAGE: dict[str, CaseCheck] = {
+    "P1": package.check_sizes,
+    "P2": package.check_json,
+    "P3": package.check_code,
+    "P4": accounting.check_byte_algebra,
+    "P5": accounting.check_data,
+    "P6": accounting.check_budgets,
+    "P7": accounting.check_machine,
+    "P8": accounting.check_seeds,
+    "P9": package.check_files,
+    "AUDIT": package.check_own_audit,
+}
+RERUN: dict[str, CaseCheck] = {
+    "R6": rerun.check_fresh_process,
+    "R10": rerun.check_determinism,
+    "R12": rerun.check_validation_free_training,
+}
+# What a folder's files, which may hold anything, make a check stumble with.
+MALFORMED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    OSError,
+)
+
+
+def guarded(name: str, check: CaseCheck, case: Case) -> Check:
+    """The check's finding; a FAIL if the folder's own files make it stumble."""
+    try:
+        return check(case)
+    except NotHere as reason:
+        return skipped(name, str(reason))
+    except MALFORMED as error:
+        told = f"{type(error).__name__}: {error}"
+        return Check(name, f"the folder's logs or JSON are malformed ({told})")
+
+
+def check_folder(path: Path, data: Path | None = None, may_run: bool = True) -> list[Check]:
+    """All findings on a record folder, packaging first, then source, then re-running.
+
+    data: folder of shards to use instead of the logged one; may_run: execute the folder's script.
+    FileNotFoundError if there is no such folder.
+    """
+    case = Case(Folder(path), data, may_run)
+    findings = [guarded(name, check, case) for name, check in PACKAGE.items()]
+    if case.folder.script is None:
+        return findings
+    findings += check_source(case)
+    findings += [guarded(name, check, case) for name, check in RERUN.items()]
+    return findings
+
+
+def check_source(case: Case) -> list[Check]:
+    """S1 to S10; what importing the script shows is added to S8."""
+    folder = case.folder
+    findings = static_checks(
+        folder.source,
+        requirements=folder.requirements,
+        siblings=[path.name for path in folder.beside if path != folder.script],
+        run_settings=logged_settings(folder),
+        config=folder.config,
+    )
+    if not case.may_run:
+        return findings
+    imported = guarded("S8", rerun.check_import, case)
+    for index, finding in enumerate(findings):
+        if finding.name == "S8" and finding.word == "PASS" and imported.problem:
+            findings[index] = imported
+    return findings
+
+
+def logged_settings(folder: Folder) -> dict[str, str] | None:
+    """Settings in effect as the first log has them, without those that only say where and how."""
+    for run in folder.runs:
+        if run.settings:
+            named = run.settings.items()
+            return {name: text for name, text in named if name not in RUN_SETTINGS}
+    return None

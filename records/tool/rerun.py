@@ -1,0 +1,325 @@
+"""The checks that run the shipped script.
+
+Import (S8), fresh process (R6), determinism (R10), val-free training (R12). They execute the
+folder's code, in empty temporary folders, without network, one after another. Each takes a Case and
+returns one Check, or raises NotHere.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tool.case import RUN_SETTINGS, Case
+from tool.finding import NotHere, Problems
+from tool.logs import Run
+from tool.script import declared_settings
+from train_gpt import Check, shard_name
+
+WATCH = Path(__file__).with_name("watch.py")
+TOLERANCE = 1e-6  # nats per token
+ALWAYS_SET = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "SYSTEMROOT", "OMP_NUM_THREADS")
+IMPORT_SECONDS = 180
+TRAINING_SECONDS = 900
+IMPORT = """
+import importlib.util, sys
+wanted = importlib.util.spec_from_file_location("shipped", sys.argv[1])
+sys.modules["shipped"] = importlib.util.module_from_spec(wanted)
+wanted.loader.exec_module(sys.modules["shipped"])
+"""
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """The least environment a run needs, and the given settings."""
+    kept = {name: os.environ[name] for name in ALWAYS_SET if name in os.environ}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **settings}
+
+
+def launcher(world: int) -> list[str]:
+    """The command a script's name goes behind: this Python, or torchrun with several processes."""
+    if world == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={world}"]
+
+
+def execute(
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], limit: float
+) -> subprocess.CompletedProcess:
+    """Runs to the end or to the time limit; raises NotHere when it takes longer."""
+    try:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotHere(f"not finished after {limit:.0f} s on this machine") from None
+
+
+def last_words(done: subprocess.CompletedProcess) -> str:
+    """The last line of what a process said."""
+    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines()]
+    said = [line for line in lines if line]
+    return said[-1][:200] if said else "it said nothing"
+
+
+# --- S8: import -----------------------------------------------------------------------------------
+
+
+def check_import(case: Case) -> Check:
+    """S8, second half: the script imports on a CPU, the GPU hidden, and leaves nothing behind."""
+    problems = Problems()
+    with tempfile.TemporaryDirectory(prefix="record_check_") as here:
+        command = [sys.executable, "-c", IMPORT, str(case.folder.script)]
+        env = clean_environment(CUDA_VISIBLE_DEVICES="")
+        try:
+            done = execute(command, Path(here), env, IMPORT_SECONDS)
+        except NotHere as reason:
+            problems.fail(f"importing on a CPU: {reason}")
+            return problems.outcome("S8", "")
+        left = sorted(path.name for path in Path(here).iterdir())
+    missing = re.search(r"No module named '(\w+)", done.stderr)
+    if missing and missing[1].lower() in _required(case):
+        problems.skip(
+            f"importing on a CPU: {missing[1]}, which requirements.txt names, is not installed here"
+        )
+    elif done.returncode:
+        problems.fail(f"importing on a CPU fails: {last_words(done)}")
+    elif left:
+        problems.warn(f"importing it writes {', '.join(left)}")
+    return problems.outcome("S8", "it imports on a CPU and leaves nothing behind")
+
+
+def _required(case: Case) -> set[str]:
+    """The packages of requirements.txt, spelled as modules."""
+    names = (re.split(r"[=<>~!\[ @]", line)[0] for line in case.folder.requirements)
+    return {name.replace("-", "_").lower() for name in names}
+
+
+# --- what a re-run needs --------------------------------------------------------------------------
+
+
+def require_runnable(case: Case) -> None:
+    """Raises NotHere unless the script can be re-scored here.
+
+    It must have this project's modes, and its runs must have been made on a device that is here.
+    """
+    if not case.may_run:
+        raise NotHere("running the script was not allowed (--no-run)")
+    if case.folder.script is None:
+        raise NotHere("there is no script")
+    try:
+        names = declared_settings(ast.parse(case.folder.source))
+    except SyntaxError:
+        raise NotHere("the script does not parse") from None
+    if not {"MODE", "ARTIFACT", "OUT_DIR"} <= names.keys():
+        raise NotHere(
+            "the script declares no MODE, ARTIFACT and OUT_DIR; only its author knows how to "
+            "re-score it"
+        )
+    if not case.ours or not case.ours[0].result.get("settings"):
+        raise NotHere("the logs hold no result with settings")
+    machine = case.ours[0].result.get("machine", {})
+    if machine.get("type") == "cuda" and not torch.cuda.is_available():
+        raise NotHere(f"the runs were made on {machine.get('device')}, here is no GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sandbox:
+    """An empty folder with the script alone, and settings that lead it to the wished shards."""
+
+    root: Path
+    settings: Mapping[str, str]
+
+    @property
+    def script(self) -> Path:
+        return self.root / "run" / "train_gpt.py"
+
+    @property
+    def report(self) -> Path:
+        """Where the watch writes what it refused."""
+        return self.root / "refused"
+
+    @property
+    def refused(self) -> str:
+        """The first event that the watch refused; empty if there was none."""
+        lines = self.report.read_text().splitlines() if self.report.is_file() else []
+        return lines[0] if lines else ""
+
+    def watched(self, mark: str, *until: str) -> list[str]:
+        """The command that runs the script under watch: no path that contains mark, no network."""
+        return [sys.executable, str(WATCH), str(self.report), mark, str(self.script), *until]
+
+    def run(
+        self, command: Sequence[str], limit: float, **settings: str
+    ) -> subprocess.CompletedProcess:
+        env = clean_environment(**{**settings, **self.settings})
+        return execute(command, self.root / "here", env, limit)
+
+
+@contextlib.contextmanager
+def sandbox(case: Case, splits: Sequence[str]) -> Iterator[Sandbox]:
+    """A sandbox with the shards of these splits. Raises NotHere if data or tokenizer are not."""
+    data = case.located("DATA_PATH")
+    if data is None:
+        raise NotHere(f"DATA_PATH={case.settings.get('DATA_PATH')!r} is not here; --data names it")
+    named = case.settings.get("TOKENIZER_PATH")
+    tokenizer = case.located("TOKENIZER_PATH")
+    if tokenizer is None and named != "byte260":
+        raise NotHere(f"TOKENIZER_PATH={named!r} is not here")
+    with tempfile.TemporaryDirectory(prefix="record_check_") as name:
+        root = Path(name)
+        for folder in ("here", "data", "run"):
+            (root / folder).mkdir()
+        for split in splits:
+            for path in data.glob(shard_name(split)):
+                (root / "data" / path.name).symlink_to(path.resolve())
+        settings = {
+            "DATA_PATH": str(root / "data"),
+            "OUT_DIR": str(root / "out"),
+            "TOKENIZER_PATH": str(tokenizer.resolve()) if tokenizer else "byte260",
+            "DEVICE": case.settings.get("DEVICE", "auto"),
+            "SAMPLE_TOKENS": "0",
+        }
+        box = Sandbox(root, settings)
+        shutil.copy(case.folder.script, box.script)
+        yield box
+
+
+# --- R6, R10: scoring again -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescore:
+    """What scoring an artifact alone gave."""
+
+    score: Mapping[str, Any]  # val_loss, val_bpb and more; empty if it failed
+    error: str  # the last words of a process that gave no score
+    refused: str  # what the watch did not allow
+
+    def gap(self, run: Run) -> float:
+        """Nats per token to the logged score."""
+        return abs(self.score["val_loss"] - run.score["val_loss"])
+
+
+def rescore(case: Case, run: Run, world: int = 1) -> Rescore:
+    """Scores a run's artifact in a fresh process; alone, it is watched."""
+    artifact = case.folder.artifact(run)
+    if artifact is None:
+        raise NotHere(f"the artifact of {run.name} is not in the folder")
+    if case.validation is None:
+        raise NotHere("the validation shards that were scored are not here")
+    with sandbox(case, ["val"]) as box:
+        model = box.root / "run" / "model.ptz"
+        shutil.copy(artifact, model)
+        command = [*launcher(world), str(box.script)]
+        if world == 1:
+            command = box.watched("fineweb_train")
+        limit = 300 + 6 * run.result["seconds"]["wall"]
+        done = box.run(command, limit, MODE="eval", ARTIFACT=str(model))
+        result = box.root / "out" / "result.json"
+        found = json.loads(result.read_text()) if result.is_file() else {}
+        score = found.get("result", {})
+        if "val_loss" in score:
+            return Rescore(score, "", box.refused)
+        return Rescore({}, last_words(done), box.refused)
+
+
+def check_fresh_process(case: Case) -> Check:
+    """R6: script and artifact alone give the logged score.
+
+    They are in an empty folder, without training shards and network.
+    """
+    require_runnable(case)
+    problems = Problems()
+    rows = {}
+    for run in case.ours:
+        found = rescore(case, run)
+        if found.refused:
+            problems.fail(f"{run.name}: scoring {found.refused}")
+        elif found.error:
+            problems.fail(f"{run.name}: the artifact cannot be scored ({found.error})")
+        else:
+            gap = found.gap(run)
+            rows[run.name] = {"val_loss": found.score["val_loss"], "gap_nats": gap}
+            if not gap <= TOLERANCE:
+                problems.fail(
+                    f"{run.name}: a fresh process scores {found.score['val_bpb']:.8f} bpb, "
+                    f"logged are {run.score['val_bpb']:.8f}"
+                )
+    worst = max((row["gap_nats"] for row in rows.values()), default=0.0)
+    told = f"{len(rows)} artifacts score the same alone (largest gap {worst:.1g} nats)"
+    return problems.outcome("R6", told, runs=rows)
+
+
+def check_determinism(case: Case) -> Check:
+    """R10: the first artifact gives the same score with two processes."""
+    require_runnable(case)
+    problems = Problems()
+    run = case.ours[0]
+    if run.result["machine"]["type"] == "cuda" and torch.cuda.device_count() < 2:
+        raise NotHere("two processes need two GPUs")
+    found = rescore(case, run, world=2)
+    if found.error:
+        problems.fail(f"{run.name}: two processes cannot score it ({found.error})")
+        return problems.outcome("R10", "")
+    gap = found.gap(run)
+    told = f"{run.name}: two processes differ from the logged score by {gap:.1g} nats"
+    if not gap <= TOLERANCE:
+        problems.fail(told)
+    return problems.outcome("R10", told, gap_nats=gap)
+
+
+# --- R12: training without validation -------------------------------------------------------------
+
+
+def check_validation_free_training(case: Case) -> Check:
+    """R12: training writes an artifact without validation shards; it opens none if there are."""
+    require_runnable(case)
+    problems = Problems()
+    for splits in (["train"], ["train", "val"]):
+        with sandbox(case, splits) as box:
+            _train_shortly(case, box, problems)
+    told = "two training steps and packing need no validation shard and open none"
+    return problems.outcome("R12", told)
+
+
+def _train_shortly(case: Case, box: Sandbox, problems: Problems) -> None:
+    settings = {name: text for name, text in case.settings.items() if name not in RUN_SETTINGS}
+    settings.update(
+        ITERATIONS="2",
+        WARMUP_STEPS="0",
+        SCHEDULE="tokens",
+        VAL_LOSS_EVERY="0",
+        VAL_TOKENS="256",
+    )
+    done = box.run(box.watched("fineweb_val", "artifact"), TRAINING_SECONDS, **settings)
+    present = any((box.root / "data").glob(shard_name("val")))
+    if box.refused:
+        problems.fail(f"training {box.refused} before the artifact was written")
+    elif not (box.root / "out" / "model.ptz").is_file():
+        problems.fail(
+            f"no artifact after a short training {'with' if present else 'without'} validation "
+            f"shards ({last_words(done)})"
+        )

@@ -1,0 +1,255 @@
+"""Makes or collects the runs of a record: one script, one configuration, several seeds.
+
+Every seed runs in a process of its own from one snapshot of script and settings, in a folder of
+work where what is finished stays: interrupted, the same call goes on after the last finished seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from tool import ROOT
+from tool.case import RUN_SETTINGS
+from tool.folder import config_text, parse_config
+from tool.rerun import launcher
+from tool.wrapper import unpack_source, wrap
+from train_gpt import FIELDS, atomic_write, sha256
+
+LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
+FINISHED = ("finished", "wallclock_cap")
+# Settings that are not copied into a collected config.env.
+LEFT_OUT = RUN_SETTINGS - {"DEVICE"}
+
+
+class RecordError(Exception):
+    """Something given to the tool is unusable, or a run failed; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be run, or collected."""
+
+    work: Path  # where the snapshot and the runs are kept
+    script: Path
+    config: Path | None  # None: the script's defaults
+    seeds: Sequence[int]
+    packed: bool = False  # run one self-extracting script with the settings inside
+    nproc: int = 1  # processes (GPUs) a run
+    wait: bool = False  # for another timed run on this machine, instead of refusing
+
+
+def read_text(path: Path) -> str:
+    """A file that was named to the tool."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read ({error})") from None
+
+
+def short_config(path: Path | None) -> str:
+    """The lines of a config.env without comments and blank lines; empty for None."""
+    return config_text(parse_config(read_text(path))) if path else ""
+
+
+def read_result(out: Path) -> dict[str, Any]:
+    """A run's result.json; empty if there is none."""
+    try:
+        return json.loads((out / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
+    """The folders of runs, wherever a result.json fits the pattern."""
+    return sorted({path.parent for place in places for path in place.glob(pattern)})
+
+
+# --- making ---------------------------------------------------------------------------------------
+
+
+def machine_lock(wait: bool) -> AbstractContextManager:
+    """The lock, already held, that keeps two timed runs off one machine.
+
+    The system frees it when its holder dies.
+    """
+    try:
+        return filelock.FileLock(LOCK).acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise RecordError(
+            f"{LOCK.name}: another timed run is using this machine; wait for it, or --wait"
+        ) from None
+
+
+def take_snapshot(order: Order) -> None:
+    """The script and settings that every seed runs; an earlier snapshot must be the same."""
+    source = read_text(order.script)
+    files = {"train_gpt.py": source}
+    if order.packed:
+        files["train_gpt.py"] = wrap(source, short_config(order.config))
+    elif short_config(order.config):
+        files["config.env"] = read_text(order.config)
+    if "config.env" not in files and (order.work / "config.env").exists():
+        raise RecordError(f"{order.work}: was begun with a config.env; take another NAME")
+    for name, text in files.items():
+        path = order.work / name
+        if path.is_file() and path.read_bytes() != text.encode():
+            raise RecordError(
+                f"{path}: left by runs of another {name}; take another NAME, or move {order.work} "
+                "away"
+            )
+        atomic_write(path, text.encode())
+
+
+def is_finished(out: Path, script_hash: str, seed: int) -> bool:
+    """Whether a folder holds a whole, successful run of this script with this seed."""
+    result = read_result(out)
+    ended_well = result.get("exit_code") == 0 and result.get("status") in FINISHED
+    same = result.get("code_sha256") == script_hash and result.get("seed") == seed
+    whole = all((out / name).is_file() for name in ("model.ptz", "train.log"))
+    return ended_well and same and whole
+
+
+def set_aside(out: Path) -> None:
+    """Keeps a failed or interrupted attempt: every run that was made stays on the list."""
+    if (out / "train.log").is_file():
+        number = 1 + len(list(out.parent.glob(f"{out.name}.attempt*")))
+        out.rename(out.with_name(f"{out.name}.attempt{number}"))
+
+
+def run_seed(order: Order, seed: int) -> None:
+    """One seed in a process of its own, its output passed on. RecordError if it fails."""
+    out = order.work / f"seed_{seed}"
+    set_aside(out)
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "SEED": str(seed), "OUT_DIR": out.name}
+    command = [*launcher(order.nproc), "train_gpt.py"]
+    done = subprocess.run(command, cwd=order.work, check=False, env=env)
+    if done.returncode or not is_finished(out, sha256(order.work / "train_gpt.py"), seed):
+        raise RecordError(
+            f"seed {seed} ended with exit code {done.returncode}; see {out / 'train.log'}. "
+            "Nothing was recorded; the finished seeds are kept, the same command goes on"
+        )
+
+
+def make_runs(order: Order) -> list[Path]:
+    """Runs what is not finished yet. Returns the output folder of every seed."""
+    given = sorted(name for name in os.environ if name in FIELDS or name == "CONFIG")
+    if given:
+        raise RecordError(
+            f"{', '.join(given)}: set in the environment, would not be in the record; "
+            "put it into --config"
+        )
+    outs = []
+    with machine_lock(order.wait):
+        take_snapshot(order)
+        script = sha256(order.work / "train_gpt.py")
+        for seed in order.seeds:
+            outs.append(order.work / f"seed_{seed}")
+            if is_finished(outs[-1], script, seed):
+                print(f"seed {seed}: finished earlier, kept")
+            else:
+                run_seed(order, seed)
+    return outs
+
+
+# --- collecting -----------------------------------------------------------------------------------
+
+
+def collect_runs(order: Order, places: Sequence[Path]) -> list[Path]:
+    """Finished runs in or right below the given folders, of one script, all or of some seeds.
+
+    Their script and settings become the snapshot.
+    """
+    chosen = []
+    for out in sorted(
+        {*results_below(places, "result.json"), *results_below(places, "*/result.json")}
+    ):
+        if not order.seeds or read_result(out).get("seed") in order.seeds:
+            chosen.append(out)
+    if not chosen:
+        seeds = f" and seed {order.seeds}" if order.seeds else ""
+        raise RecordError(f"{', '.join(map(str, places))}: no run with a result.json{seeds}")
+    script = sha256(order.script)
+    for out in chosen:
+        result = read_result(out)
+        if not is_finished(out, script, result.get("seed")):
+            raise RecordError(
+                f"{out}: not a finished run of {order.script} (status {result.get('status')}, "
+                f"exit code {result.get('exit_code')}, script sha256 "
+                f"{str(result.get('code_sha256'))[:12]}, here {script[:12]})"
+            )
+    atomic_write(order.work / "train_gpt.py", order.script.read_bytes())
+    layers = unpack_source(read_text(order.script))[1]
+    if not layers:
+        config = collected_config(chosen[0], order.config)
+        atomic_write(order.work / "config.env", config.encode())
+    return chosen
+
+
+def collected_config(out: Path, given: Path | None) -> str:
+    """The settings of a finished run.
+
+    The given file, else the config.env the run had beside it, else its overrides.
+    """
+    beside = out.parent / "config.env"
+    if given or beside.is_file():
+        return read_text(given or beside)
+    overrides = read_result(out).get("overrides", {})
+    return config_text({name: text for name, text in overrides.items() if name not in LEFT_OUT})
+
+
+# --- all runs -------------------------------------------------------------------------------------
+
+
+def all_runs(outs: Sequence[Path], places: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every run of this script with these settings that left a result, in the record or not."""
+    included = {out.resolve() for out in outs}
+    first = read_result(outs[0])
+    found = []
+    for out in results_below({place.resolve() for place in places}, "**/result.json"):
+        result = read_result(out)
+        if result.get("mode") == "train" and _same_program(result, first):
+            found.append(
+                {
+                    "seed": result.get("seed"),
+                    "status": result.get("status"),
+                    "exit_code": result.get("exit_code"),
+                    "run": out.name,
+                    "val_bpb": result.get("result", {}).get("val_bpb"),
+                    "included": out in included,
+                }
+            )
+    return sorted(found, key=_listing_order)
+
+
+def _same_program(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(key) == other[key] for key in ("code_sha256", "config_sha256"))
+
+
+def _listing_order(row: Mapping[str, Any]) -> tuple[bool, int, str]:
+    return (not row["included"], row["seed"], row["run"])
+
+
+def commit_of(code_sha256: str) -> str | None:
+    """The commit that is checked out here, if its train_gpt.py is the script that ran."""
+    git = ["git", "-C", str(ROOT)]
+    said = []
+    for command in (["rev-parse", "HEAD"], ["show", "HEAD:train_gpt.py"]):
+        try:
+            done = subprocess.run([*git, *command], capture_output=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        said.append(done.stdout)
+    commit, script = said
+    same = hashlib.sha256(script).hexdigest() == code_sha256
+    return commit.decode().strip() if same else None

@@ -1,0 +1,164 @@
+"""Parts of the record tool on their own: comparisons by the book, findings, config files."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from record_help import expect
+from tool import compare, runs
+from tool.finding import Problems, as_json, render, skipped, text_of, worst_verdict
+from tool.folder import config_text, parse_config
+
+import train_gpt as tg
+
+# --- compare --------------------------------------------------------------------------------------
+
+OLD = {1: 2.0730, 2: 2.0741, 3: 2.0725, 4: 2.0729}
+NEW = {1: 2.0610, 2: 2.0605, 3: 2.0622}
+
+
+def sample(losses, tokens=62_021_632, bytes_per_token=2.436):
+    scores = {seed: loss / math.log(2) / bytes_per_token for seed, loss in losses.items()}
+    return compare.Sample("x", losses, scores, tokens, [])
+
+
+def student_tail(t, df):
+    """The chance of more than t by Student's distribution: its density, summed on a grid."""
+    grid = np.linspace(t, t + 4000, 4_000_001)
+    scale = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
+    density = scale * (1 + grid**2 / df) ** (-(df + 1) / 2)
+    return density.sum() * 0.001
+
+
+def welch_by_the_book(old, new, margin):
+    """t and degrees of freedom for means that differ by more than the margin."""
+    a = np.array(list(old.values()))
+    b = np.array(list(new.values()))
+    variance_a = a.var(ddof=1) / len(a)
+    variance_b = b.var(ddof=1) / len(b)
+    total = variance_a + variance_b
+    t = (a.mean() - margin - b.mean()) / math.sqrt(total)
+    df = total**2 / (variance_a**2 / (len(a) - 1) + variance_b**2 / (len(b) - 1))
+    return t, df
+
+
+def test_compare_is_welch_by_the_book():
+    result = compare.compare(sample(OLD), sample(NEW))
+    for margin, test in ((0.0, result.welch), (0.005, result.welch_margin)):
+        t, df = welch_by_the_book(OLD, NEW, margin)
+        p = student_tail(t, df)
+        assert abs(test.t - t) < 1e-9
+        assert abs(test.df - df) < 1e-9
+        assert abs(test.p - p) < 1e-3 * p + 1e-7
+    assert result.unit == "nats per token"
+
+
+def test_seeds_that_both_have_are_compared_in_pairs():
+    result = compare.compare(sample(OLD), sample(NEW))
+    assert list(result.pairs) == [1, 2, 3]
+    gaps = np.array([NEW[seed] - OLD[seed] for seed in (1, 2, 3)])
+    assert np.allclose(list(result.pairs.values()), gaps)
+    t = gaps.mean() / (gaps.std(ddof=1) / math.sqrt(3))
+    assert abs(result.paired.t - t) < 1e-9
+    assert abs(result.paired.p - student_tail(-t, 2)) < 1e-4
+
+
+def test_compare_refuses_a_p_value_under_three_seeds():
+    result = compare.compare(sample(OLD), sample({1: 2.0, 2: 2.01}))
+    assert result.welch is None
+    assert "no p value from 2 seeds" in compare.describe(result)
+
+
+def test_compare_converts_across_tokenizers():
+    """Another number of tokens, or of bytes a token: bits per byte, and the margin in them."""
+    longer = {seed: 1.5 * loss for seed, loss in OLD.items()}
+    for other in (sample(longer, 40_540_160, 3.726), sample(OLD, bytes_per_token=2.5)):
+        result = compare.compare(sample(OLD), other)
+        assert result.unit == "bits per byte"
+        assert abs(result.margin - 0.005 / math.log(2) / 2.436) < 1e-9
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def test_the_worst_problem_decides_and_comes_first():
+    problems = Problems()
+    problems.skip("c")
+    problems.warn("a")
+    problems.fail("b")
+    problems.warn("a")  # said once
+    finding = problems.outcome("P2", "all is well", n=1)
+    expect(finding, "FAIL", "b; a; c")
+    assert finding.failed
+    assert finding.figures == {"n": 1}
+    expect(Problems().outcome("P2", "all is well"), "PASS", "all is well")
+
+
+def test_many_problems_are_counted_not_listed():
+    problems = Problems()
+    for number in range(20):
+        problems.warn(f"<{number}>")
+    finding = problems.outcome("P2", "")
+    assert text_of(finding).endswith("<5>; and 14 more")
+
+
+def test_a_skipped_check_has_not_passed():
+    passed = tg.Check("P1", found="good")
+    findings = [passed, tg.Check("P2", "bad"), skipped("R6", "no data")]
+    assert worst_verdict(findings) == "FAIL"
+    assert render(findings).splitlines()[0] == "P1   PASS     good"
+    assert render(findings).endswith("1 PASS, 0 WARN, 1 FAIL, 1 SKIPPED")
+    assert worst_verdict([passed, findings[2]]) == "PASS"
+    rows = json.loads(as_json(findings, folder="x"))["findings"]
+    assert [row["verdict"] for row in rows] == ["PASS", "FAIL", "SKIPPED"]
+    assert [row["text"] for row in rows] == ["good", "bad", "no data"]
+
+
+# --- config.env -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, settings",
+    [
+        ("# a comment\n\nA=1\n  B = x=y \n", {"A": "1", "B": "x=y"}),
+        ("A=1\nnonsense\nA=2", {"A": "2"}),
+        ("", {}),
+    ],
+)
+def test_config_lines_are_read_as_the_script_reads_them(text, settings):
+    assert parse_config(text) == settings
+    assert parse_config(config_text(settings)) == settings
+
+
+# --- finished runs --------------------------------------------------------------------------------
+
+RESULT = {"exit_code": 0, "status": "finished", "code_sha256": "abc", "seed": 7}
+
+
+def finished(folder, result):
+    (folder / "result.json").write_text(json.dumps(result))
+    return runs.is_finished(folder, "abc", 7)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder of a whole run of the script `abc` with seed 7."""
+    for name in ("model.ptz", "train.log"):
+        (tmp_path / name).write_text("")
+    assert finished(tmp_path, RESULT)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("exit_code", 6), ("status", "interrupted"), ("code_sha256", "abd"), ("seed", 8)],
+)
+def test_a_run_of_something_else_is_not_the_finished_run(out, name, value):
+    assert not finished(out, {**RESULT, name: value})
+
+
+@pytest.mark.parametrize("name", ["model.ptz", "train.log", "result.json"])
+def test_a_run_that_lacks_a_file_is_not_finished(out, name):
+    (out / name).unlink()
+    assert not runs.is_finished(out, "abc", 7)
