@@ -1,12 +1,12 @@
-"""Shared pieces of the tests: small settings, a single-process runtime, text of every CPython."""
+"""What every test may use: places, small settings, a runtime of one process, a run's log."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt as tg
 
@@ -61,6 +61,12 @@ TINY_RUN = dict(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Matrices this small gain nothing from threads, which only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def rt():
     return tg.Runtime(tg.Config(device="cpu"), {})
@@ -76,49 +82,12 @@ def rng():
     return np.random.default_rng(0)
 
 
-def take_step(trainer, batch_of):
-    """One optimizer step with the rates that the run's clock gives; it is not counted as done."""
-    return trainer.step(batch_of, trainer.clock.steps_left(trainer.steps_done))
-
-
-def on_device_with(rt, **profile):
-    """The runtime as if its device had other properties."""
-    rt.profile = dataclasses.replace(rt.profile, **profile)
-
-
 def clean_env(**extra: str) -> dict[str, str]:
     """This process's environment without settings, plus the given ones; for subprocesses."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in tg.FIELDS and name != "CONFIG"
-    }
-    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
-
-
-def randomized(cfg, seed=0):
-    """A model whose every parameter is random, so that nothing hides behind a zero or a one."""
-    import torch
-
-    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 2 else 0.5))
-    return model
-
-
-def everything(scorer, batch):
-    """p of the whole vocabulary at the one position of a batch -> [V], float64."""
-    import torch
-
-    vocabulary = torch.arange(scorer.network.model.cfg.vocab_size)
-    with torch.inference_mode():
-        return scorer.predict(batch).prob(vocabulary.view(1, 1, -1))[0, 0].clone()
-
-
-def failed(checks):
-    """Names of the checks that count against a score."""
-    return {check.name for check in checks if check.failed}
+    kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}
+    kept.pop("CONFIG", None)
+    quiet = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **quiet, **extra}
 
 
 def functions_entered(action):
@@ -136,14 +105,3 @@ def functions_entered(action):
     finally:
         sys.setprofile(None)
     return entered
-
-
-def mild(cfg, seed=0):
-    """A model of random parameters whose outputs stay moderate."""
-    import torch
-
-    model, generator = tg.GPT(cfg), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model

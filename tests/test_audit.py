@@ -8,8 +8,8 @@ import audit
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, failed, mild
-from test_runs import run
+from conftest import FULL
+from helpers import failed, mild, run
 
 import train_gpt as tg
 
@@ -71,10 +71,12 @@ def test_legal_scorers_pass(name, tokens, rt, run_log):
 class NormalisedCache(tg.WindowNetwork):
     """Legal: counts of (hashed context, token) among committed tokens, divided by their sum."""
 
-    learns, chunk_targets = True, 32
+    learns = True
+    chunk_targets = 32
 
     def __init__(self, base):
-        self.base, self.pending = base, []
+        self.base = base
+        self.pending = []
         self.table = torch.ones(16, VOCAB, dtype=torch.float64)
 
     def plan(self, tokens, chunk_targets):
@@ -172,7 +174,8 @@ def lower_of_two(base, ids):
 def class_gate(base, ids):
     """Boosts the hint only where the target's class says so (#2018)."""
     hint = base.log_p.argmax(-1, keepdim=True)
-    p, p_hint = base.prob(ids), base.prob(hint)
+    p = base.prob(ids)
+    p_hint = base.prob(hint)
     boosted = p * torch.where(ids == hint, math.e, 1.0) / (1 + p_hint * (math.e - 1))
     return torch.where(ids % 2 == hint % 2, boosted, p)
 
@@ -199,8 +202,11 @@ class TwoPass(tg.Mixer):
         counts = np.bincount(tokens, minlength=VOCAB) + 0.5
         self.p = torch.from_numpy(counts / counts.sum())
 
+    def half(self, base, ids):
+        return 0.5 * base.prob(ids) + 0.5 * self.p[ids]
+
     def over(self, base, batch, network):
-        return Changed(base, lambda base, ids: 0.5 * base.prob(ids) + 0.5 * self.p[ids])
+        return Changed(base, self.half)
 
 
 class Slot(tg.WindowNetwork):
@@ -286,8 +292,29 @@ class Unlabelled(tg.HashedNgramCache):
     validity = "valid"
 
 
+# What builds a scorer is build(model, rt, cfg, table), as in the script's STAGES.
+
+
 def toy(kind):
-    return lambda model, rt, cfg, table: tg.Scorer("toy", network(model, rt, cfg, kind))
+    """Builds a scorer of one network."""
+
+    def build(model, rt, cfg, table):
+        return tg.Scorer("toy", network(model, rt, cfg, kind))
+
+    return build
+
+
+def mixed(make):
+    """Builds a scorer of windows and one mixer, make(model, rt, cfg)."""
+
+    def build(model, rt, cfg, table):
+        return tg.Scorer("toy", network(model, rt, cfg), [make(model, rt, cfg)])
+
+    return build
+
+
+def changing(change):
+    return mixed(lambda model, rt, cfg: Changing(change))
 
 
 def adapt_first(model, rt, cfg, table):
@@ -295,14 +322,12 @@ def adapt_first(model, rt, cfg, table):
     return tg.Scorer("toy", base, [AdaptFirst(Epochs(base, cfg, TABLE))])
 
 
-def mixed(make):
-    return lambda model, rt, cfg, table: tg.Scorer(
-        "toy", network(model, rt, cfg), [make(model, rt, cfg)]
-    )
+def unlabelled(model, rt, cfg):
+    return Unlabelled(rt, cfg, model)
 
 
-def changing(change):
-    return mixed(lambda model, rt, cfg: Changing(change))
+def two_passes(model, rt, cfg):
+    return TwoPass()
 
 
 CONTROLS = {
@@ -317,7 +342,7 @@ CONTROLS = {
         {},
     ),
     "cache with the target in its key (#779)": (
-        mixed(lambda model, rt, cfg: Unlabelled(rt, cfg, model)),
+        mixed(unlabelled),
         {"distribution", "every_token", "random_stream"},
         dict(ngram="backoff"),
     ),
@@ -326,7 +351,7 @@ CONTROLS = {
         {"distribution", "every_token", "random_stream"},
         {},
     ),
-    "two passes (#846)": (mixed(lambda *a: TwoPass()), {"future_again"}, {}),
+    "two passes (#846)": (mixed(two_passes), {"future_again"}, {}),
     "hint gated by the target's class (#2018)": (
         changing(class_gate),
         {"distribution", "every_token"},
@@ -363,9 +388,18 @@ def test_each_check_finds_its_fault(name, tokens, rt):
     """The last one in a run of two processes of which one is missing."""
     if name == "processes":
         rt = copy.copy(rt)
-        rt.world, rt.sum_ = 2, lambda tensor: tensor
+        rt.world = 2
+        rt.sum_ = lambda tensor: tensor
     scores = audit.Rescorer(toy(FAULTS[name]), mild(CFG), rt, CFG, TABLE)
-    assert getattr(audit.Audit(scores, tokens, "valid", isolates=True), name)().failed
+    check = getattr(audit.Audit(scores, tokens, "valid", isolates=True), name)
+    assert check().failed
+
+
+def test_what_is_not_claimed_is_not_passed(tokens, rt):
+    scores = audit.Rescorer(toy(tg.WindowNetwork), mild(CFG), rt, CFG, TABLE)
+    check = audit.Audit(scores, tokens, "valid", isolates=False).isolation()
+    assert check.verdict == "SKIPPED: not claimed"
+    assert not check.failed
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -413,7 +447,8 @@ def test_true_scores_pass_and_labelled_ones_fail_as_expected(trained, capsys):
     for name in DEEP:
         assert told.count(f"  {name} ") == 4, name
     assert "  fresh_process  PASS  bpb=0.0" in told
-    assert "FAIL" not in told and "EXPECTED" not in sections["mixed"].split("ngram:")[0]
+    assert "FAIL" not in told
+    assert "EXPECTED" not in sections["mixed"].split("ngram:")[0]
     assert "every_token    EXPECTED: charges of all tokens add up to" in told
 
 
@@ -433,19 +468,21 @@ def test_a_score_that_fails_its_checks_is_exit_code_6(trained, monkeypatch):
     env = dict(pair.split("=", 1) for pair in settings_of(trained))
     env |= dict(SMOKE="0", MODE="eval", ARTIFACT=str(trained / "run" / "model.ptz"))
     code, result, log = run(trained / "again", **env)
-    assert code == 6 and result["exit_code"] == 6
+    assert code == result["exit_code"] == 6
     assert "audit toy future FAIL: later tokens move charges" in log
 
 
 def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
     """Also if a later stage passes and a fresh process agrees."""
-    stages = {"plain": tg.Stage("plain", lambda cfg: True, toy(Ahead))}
-    stages["sliding"] = dataclasses.replace(tg.STAGES["plain"], enabled=lambda cfg: True)
+    plain = tg.STAGES["plain"]
+    stages = {
+        "plain": dataclasses.replace(plain, enabled=lambda cfg: True, build=toy(Ahead)),
+        "sliding": dataclasses.replace(plain, enabled=lambda cfg: True),
+    }
+    fresh = tg.Check("fresh_process")
     monkeypatch.setattr(tg, "STAGES", stages)
     monkeypatch.setattr(audit, "audit_stage", lambda *arguments: [])
-    monkeypatch.setattr(
-        audit, "check_fresh_process", lambda env, scores, tolerance: tg.Check("fresh_process")
-    )
+    monkeypatch.setattr(audit, "check_fresh_process", lambda *arguments: fresh)
     folder = str(trained / "run")
     assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
 
@@ -458,3 +495,16 @@ def test_unusable_input_is_exit_code_64(arguments, words, trained, capsys):
     arguments = [argument.format(folder=trained / "run") for argument in arguments]
     assert audit.main(arguments, {}) == 64
     assert words in capsys.readouterr().err
+
+
+def test_the_settings_beside_an_artifact_belong_to_it(tmp_path):
+    """And where there are several artifacts, one must be named."""
+    for seed in (1, 2):
+        (tmp_path / f"model_seed{seed}.ptz").write_bytes(b"")
+    with pytest.raises(tg.InputError, match="2 artifacts; name one, as .*model_seed1.ptz"):
+        audit.artifact_of(tmp_path)
+    artifact = tmp_path / "model_seed2.ptz"
+    assert audit.artifact_of(artifact) == (artifact, {})
+    config = tmp_path / "config.env"
+    config.write_text("EVAL_STRIDE=64\n")
+    assert audit.artifact_of(artifact) == (artifact, {"CONFIG": str(config)})

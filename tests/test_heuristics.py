@@ -316,3 +316,37 @@ def test_functions_that_only_unused_ones_mention_are_not_live():
     liveness = heuristics.Liveness(parsed)
     live = [function.name for function in parsed.tree.body if liveness.live(function)]
     assert live == ["main", "used", "left", "right"]
+
+
+REACHED = {
+    "loop": "for i in n:\n    use(kept)\n    kept = marked",
+    "other_branch": "if a:\n    kept = 0\nelse:\n    kept = marked\nuse(kept)",
+    "pairs": "other, kept = 0, marked\nuse(kept)",
+    "table": "kept[i] = marked\nuse(kept)",
+}
+NOT_REACHED = {
+    "overwritten": "kept = marked\nkept = 0\nuse(kept)",
+    "pairs": "kept, other = 0, marked\nuse(kept)",
+    "shape": "kept = marked.shape\nuse(kept)",
+}
+
+
+def used_value_is_marked(text):
+    parsed = script.Script(text)
+    flow = heuristics.Flow(heuristics.Liveness(parsed), is_marked)
+    use = next(call for call in parsed.calls if ast.unparse(call) == "use(kept)")
+    return flow.has(use.args[0])
+
+
+def is_marked(node):
+    return isinstance(node, ast.Name) and node.id == "marked"
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_marks_follow_assignments(name):
+    assert used_value_is_marked(REACHED[name])
+
+
+@pytest.mark.parametrize("name", NOT_REACHED)
+def test_marks_end_where_something_else_is_assigned(name):
+    assert not used_value_is_marked(NOT_REACHED[name])

@@ -1,283 +1,69 @@
-"""The model against slow, obvious restatements of its formulas."""
+"""The model (section 5): the forward pass against slow restatements, and what each switch does."""
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
-from conftest import FULL, TINY, randomized
+from conftest import FULL, TINY
+from helpers import compiled, config, largest, names_of, random_ids, randomized
 
 import train_gpt as tg
 
-
-def slow_attention(q, k, v):
-    """One position, one head at a time, in float64. q [T, H, D], k, v [T, K, D] -> [T, H, D]."""
-    q, k, v = (x.double().numpy() for x in (q, k, v))
-    out = np.zeros_like(q)
-    for t in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            kv = h // (q.shape[1] // k.shape[1])
-            scores = np.array([q[t, h] @ k[s, kv] / math.sqrt(q.shape[2]) for s in range(t + 1)])
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            out[t, h] = sum(w * v[s, kv] for s, w in enumerate(weights))
-    return out
+CPU = torch.device("cpu")
 
 
-def slow_norm(x):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.finfo(np.float32).eps)
+def hidden_of(model, ids):
+    """Final hidden states [T, D] of one sequence, in numpy."""
+    return model.hidden(torch.from_numpy(ids)[None])[0].detach().numpy()
 
 
-def slow_hidden(model, ids):
-    """The whole forward pass of one sequence in float64 numpy, from the specification.
-
-    ids [T] -> [T, D].
-    """
-    cfg = model.cfg
-    p = {name: w.detach().double().numpy() for name, w in model.named_parameters()}
-    T, D, hd = len(ids), cfg.model_dim, cfg.head_dim
-    x = p["tok_emb.weight"][ids].copy()
-    if cfg.bigram_vocab_size:
-        rows = [cfg.bigram_vocab_size - 1] + [
-            ((36313 * int(ids[t])) ^ (27191 * int(ids[t - 1]))) % (cfg.bigram_vocab_size - 1)
-            for t in range(1, T)
-        ]
-        x += p["bigram.embed.weight"][rows] @ p["bigram.proj.weight"].T * p["bigram.scale"]
-    x = slow_norm(x)
-    if cfg.smear:
-        gate, before = 1 / (1 + np.exp(-p["smear.gate"])), x.copy()
-        for t in range(T):
-            if not (cfg.smear_bos_mask and ids[t] == cfg.bos_id):
-                x[t] = (1 - gate) * before[t] + gate * (before[t - 1] if t else 0)
-    x0, pushed = x.copy(), []
-    dims = cfg.rope_dims or hd
-    angle = np.arange(T)[:, None] * cfg.rope_base ** (-np.arange(0, dims, 2) / dims)
-
-    def rope(y):  # [T, H, hd]
-        a, b = y[..., : dims // 2], y[..., dims // 2 : dims]
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        return np.concatenate((a * cos + b * sin, -a * sin + b * cos, y[..., dims:]), -1)
-
-    for i in range(cfg.num_layers):
-        w = {
-            name.removeprefix(f"blocks.{i}."): value
-            for name, value in p.items()
-            if name.startswith(f"blocks.{i}.")
-        }
-        if i >= cfg.num_layers // 2 and pushed:
-            x = x + p["skip_weights"][i - cfg.num_layers // 2] * pushed.pop()
-        x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-        damping = 1 / math.sqrt(i + 1) if cfg.ln_scale else 1
-        n = slow_norm(x) * damping
-        v = n @ w["attn.c_v.weight"].T
-        if i in cfg.ve_layers:
-            e = (
-                p["ve_shared.embed.weight"][ids]
-                @ p["ve_shared.proj.weight"].T
-                * p["ve_shared.scale"]
-            )
-            v = v + e * p[f"ve_layer_scales.{cfg.ve_layers.index(i)}"]
-        q = (
-            rope(slow_norm((n @ w["attn.c_q.weight"].T).reshape(T, -1, hd)))
-            * w["attn.q_gain"][:, None]
-        )
-        k = rope(slow_norm((n @ w["attn.c_k.weight"].T).reshape(T, -1, hd)))
-        v = v.reshape(T, -1, hd)
-        y = slow_attention(*map(torch.from_numpy, (q, k, v)))
-        if i >= cfg.num_layers - cfg.xsa_last_n:
-            for h in range(cfg.num_heads):
-                own = v[:, h // (cfg.num_heads // cfg.num_kv_heads)]
-                unit = own / np.linalg.norm(own, axis=-1, keepdims=True)
-                y[:, h] -= (y[:, h] * unit).sum(-1, keepdims=True) * unit
-        x = x + w["attn_scale"] * (y.reshape(T, D) @ w["attn.proj.weight"].T)
-        h = (slow_norm(x) * damping) @ w["mlp.fc.weight"].T
-        h = np.where(h > 0, h, cfg.leaky_slope * h) ** 2
-        x = x + w["mlp_scale"] * (h @ w["mlp.proj.weight"].T)
-        if i < cfg.num_layers // 2:
-            pushed.append(x)
-    return slow_norm(x)
+def vector(rng):
+    return torch.from_numpy(rng.standard_normal(16)).float()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        TINY,
-        FULL,
-        dict(FULL, num_layers=4, num_kv_heads=4, smear_bos_mask=False),
-        dict(TINY, num_layers=1, num_kv_heads=1),
-    ],
-)
-def test_hidden_equals_slow_restatement(settings, rng):
-    model = randomized(tg.Config(**settings))
-    ids = rng.integers(0, 260, 24)
-    ids[[0, 9]] = 1  # document starts
-    got = model.hidden(torch.from_numpy(ids)[None])[0].detach().numpy()
-    np.testing.assert_allclose(got, slow_hidden(model, ids), atol=2e-4)
+# --- the whole pass -------------------------------------------------------------------------------
 
-
-def test_logits_and_loss(rng):
-    model = randomized(tg.Config(**dict(TINY, tie_embeddings=False, logit_softcap=5.0)))
-    ids, targets = (torch.from_numpy(rng.integers(0, 260, (2, 16))) for _ in range(2))
-    raw = model.hidden(ids) @ model.lm_head.weight.T
-    torch.testing.assert_close(model.logits(ids), 5 * torch.tanh(raw / 5))
-    log_p = torch.log_softmax(model.logits(ids).double(), -1)
-    expected = -sum(log_p[b, t, targets[b, t]] for b in range(2) for t in range(16)) / 32
-    assert math.isclose(model(ids, targets).item(), expected.item(), rel_tol=1e-6)
-    uncapped = tg.GPT(tg.Config(**dict(TINY, logit_softcap=0.0)))
-    torch.testing.assert_close(
-        uncapped.logits(ids), uncapped.hidden(ids) @ uncapped.tok_emb.weight.T
-    )
-
-
-def test_attention_equals_naive_loop(rng):
-    q, k, v = (
-        torch.from_numpy(rng.standard_normal((1, 20, heads, 8))).float() for heads in (6, 2, 2)
-    )
-    np.testing.assert_allclose(
-        tg.sdpa_attention(q, k, v)[0].numpy(), slow_attention(q[0], k[0], v[0]), atol=1e-5
-    )
-
-
-def test_rope_turns_only_its_dims_and_depends_on_distance_only(rng):
-    x, y = (torch.from_numpy(rng.standard_normal(16)).float() for _ in range(2))
-    table = tg.rotary_tables(12, 8, 100.0, torch.device("cpu"))
-    turned = tg.rotate(x.expand(1, 12, 1, 16), *table)[0, :, 0]
-    assert torch.equal(turned[:, 8:], x[8:].expand(12, 8)) and not torch.allclose(
-        turned[3, :8], x[:8]
-    )
-    other = tg.rotate(y.expand(1, 12, 1, 16), *table)[0, :, 0]
-    products = turned @ other.T
-    for distance in range(6):
-        torch.testing.assert_close(
-            products.diagonal(distance),
-            products[0, distance].expand(12 - distance),
-            atol=1e-4,
-            rtol=1e-4,
-        )
-
-
-def test_rotary_tables_are_on_the_device_of_the_ids():
-    for device in ("cpu", "meta", "cpu"):
-        tables = tg.rotary_tables(12, 8, 100.0, torch.device(device))
-        assert {table.device.type for table in tables} == {device}
-
-
-def test_xsa_output_is_orthogonal_to_own_value(rng):
-    model = tg.GPT(tg.Config(**TINY))
-    attn = model.blocks[0].attn
-    attn.xsa, seen = True, {}
-
-    def record(q, k, v):
-        seen["v"] = v
-        return tg.sdpa_attention(q, k, v)
-
-    attn.proj = torch.nn.Identity()
-    x = torch.from_numpy(rng.standard_normal((2, 12, 32))).float()
-    context = dataclasses.replace(model.context(x), backend=record)
-    out = attn(x, None, 0, context).view(2, 12, 4, 8)
-    own = seen["v"].repeat_interleave(2, dim=2)
-    assert (out * own).sum(-1).abs().max() < 1e-5
-    assert out[:, 0].abs().max() < 1e-6  # alone with itself, nothing is left
-    assert out[:, 5].abs().max() > 1e-3
-
-
-def test_smear_lets_nothing_across_a_document_start():
-    cfg = tg.Config(**dict(TINY, smear=True, smear_bos_mask=True))
-    smear, x = tg.SmearGate(cfg), torch.randn(1, 4, 32)
-    torch.nn.init.zeros_(smear.gate)
-    out = smear(x, torch.tensor([[5, 6, 1, 7]]))
-    torch.testing.assert_close(out[0, 1], (x[0, 0] + x[0, 1]) / 2)  # gate 0: half and half
-    assert torch.equal(out[0, 2], x[0, 2])
-    torch.testing.assert_close(out[0, 3], (x[0, 2] + x[0, 3]) / 2)
-
-
-# Switch -> (settings on, parameters that must appear). Every one must change the logits of a
-# randomised model.
-SWITCHES = {
-    "bigram": (
-        dict(bigram_vocab_size=64, bigram_dim=8),
-        {"bigram.embed.weight", "bigram.proj.weight", "bigram.scale"},
+MODELS = {
+    "baseline": TINY,
+    "everything": FULL,
+    "even layers, all heads, documents smeared": dict(
+        FULL, num_layers=4, num_kv_heads=4, smear_bos_mask=False
     ),
-    "smear": (dict(smear=True), {"smear.gate"}),
-    "value embedding": (
-        dict(ve_layers=(1,), ve_dim=8),
-        {"ve_shared.embed.weight", "ve_shared.proj.weight", "ve_shared.scale", "ve_layer_scales.0"},
-    ),
-    "untied": (dict(tie_embeddings=False), {"lm_head.weight"}),
-    "xsa": (dict(xsa_last_n=1), set()),
-    "ln_scale": (dict(ln_scale=True), set()),
-    "partial rope": (dict(rope_dims=2), set()),
-    "leaky": (dict(leaky_slope=0.5), set()),
-    "softcap off": (dict(logit_softcap=0.0), set()),
+    "one layer": dict(TINY, num_layers=1, num_kv_heads=1),
 }
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_switch_is_alive_and_absent_when_off(switch):
-    settings, added = SWITCHES[switch]
-    shallow = dict(TINY, num_layers=2)
-    off, on = (randomized(tg.Config(**cfg)) for cfg in (shallow, dict(shallow, **settings)))
-    on.load_state_dict(off.state_dict(), strict=False)  # all that is shared has equal weights
-    assert set(dict(on.named_parameters())) - set(dict(off.named_parameters())) == added
-    ids = torch.arange(40, 56)[None]
-    torch.compiler.reset()
-    compiled = torch.compile(on.logits, backend="aot_eager", fullgraph=True)(ids)
-    torch.testing.assert_close(compiled, on.logits(ids))
-    assert (compiled - off.logits(ids)).abs().max() > 1e-4
+@pytest.mark.parametrize("name", MODELS)
+def test_hidden_equals_slow_restatement(name, rng):
+    model = randomized(tg.Config(**MODELS[name]))
+    ids = rng.integers(0, 260, 24)
+    ids[[0, 9]] = 1  # document starts
+    expected = oracles.ForwardPass(model, ids).hidden()
+    np.testing.assert_allclose(hidden_of(model, ids), expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["unet_skips", "x0_mix"])
-def test_default_parts_can_be_absent(name):
-    with_part, without = (
-        dict(tg.GPT(tg.Config(**TINY | {name: on})).named_parameters()) for on in (True, False)
-    )
-    parts = {"unet_skips": {"skip_weights"}, "x0_mix": {f"blocks.{i}.resid_mix" for i in range(3)}}
-    assert with_part.keys() - without.keys() == parts[name]
-    assert torch.isfinite(
-        tg.GPT(tg.Config(**dict(TINY, **{name: False}))).logits(torch.arange(8)[None])
-    ).all()
+def test_logits_and_loss(rng):
+    """Capped logits of the untied head; the loss is their mean nats."""
+    model = randomized(config(TINY, tie_embeddings=False, logit_softcap=5.0))
+    ids = random_ids(rng, 2, 16)
+    targets = random_ids(rng, 2, 16)
+    raw = model.hidden(ids) @ model.lm_head.weight.T
+    logits = model.logits(ids)
+    torch.testing.assert_close(logits, 5 * torch.tanh(raw / 5))
+    log_p = torch.log_softmax(logits.double(), -1)
+    nats = [-log_p[b, t, targets[b, t]].item() for b, t in np.ndindex(2, 16)]
+    assert math.isclose(model(ids, targets).item(), sum(nats) / 32, rel_tol=1e-6)
 
 
-def test_smear_mask_is_alive():
-    ids = torch.tensor([[5, 6, 1, 7]])
-    model = randomized(tg.Config(**dict(TINY, smear=True)))
-    masked = tg.GPT(tg.Config(**dict(TINY, smear=True, smear_bos_mask=True)))
-    masked.load_state_dict(model.state_dict())
-    assert torch.equal(model.logits(ids)[:, :2], masked.logits(ids)[:, :2])
-    assert not torch.allclose(model.logits(ids)[:, 2], masked.logits(ids)[:, 2])
-
-
-def test_a_module_more_changes_no_other_initial_value():
-    small, large = tg.GPT(tg.Config(**TINY)), tg.GPT(tg.Config(**FULL | dict(mlp_mult=2.0)))
-    for name, p in small.named_parameters():
-        assert torch.equal(p, dict(large.named_parameters())[name]), name
-    assert not torch.equal(small.tok_emb.weight, tg.GPT(tg.Config(**TINY, seed=1)).tok_emb.weight)
-
-
-def test_matrices_of_one_shape_start_differently():
-    model = tg.GPT(tg.Config(**FULL))
-    weights = [p.detach() for name, p in model.named_parameters() if name.endswith("weight")]
-    starts = [w.flatten() for w in weights if w.any()]  # some start at zero
-    pairs = [(a, b) for a, b in itertools.combinations(starts, 2) if len(a) == len(b)]
-    assert len(pairs) > 20
-    for a, b in pairs:  # independent draws: about 1 / sqrt(elements)
-        assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 0.2
-
-
-def test_every_parameter_moves_within_a_few_steps(rng):
-    model, rt = tg.GPT(tg.Config(**FULL)), tg.Runtime(tg.Config(device="cpu"), {})
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = tg.build_optimizers(model, model.cfg, rt)
-    for _ in range(3):
-        ids = torch.from_numpy(rng.integers(0, 260, (2, 33)))
-        model.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
-    assert not still
+def test_logits_without_a_cap(rng):
+    """Of the tied head."""
+    model = tg.GPT(config(TINY, logit_softcap=0.0))
+    ids = random_ids(rng, 2, 16)
+    expected = model.hidden(ids) @ model.tok_emb.weight.T
+    torch.testing.assert_close(model.logits(ids), expected)
 
 
 def test_baseline_parameter_count():
@@ -285,9 +71,251 @@ def test_baseline_parameter_count():
 
 
 def test_training_flops_by_hand():
-    cfg = tg.Config(
-        vocab_size=1024, num_layers=4, model_dim=256, num_heads=8, num_kv_heads=4, train_seq_len=512
-    )
-    layer = 256 * 256 * 2 + 2 * 256 * 128 + 2 * 256 * 512
+    """Six a multiply-accumulate parameter; attention looks at half of the sequence on average."""
+    shape = dict(num_layers=4, model_dim=256, num_heads=8, num_kv_heads=4, train_seq_len=512)
+    cfg = tg.Config(vocab_size=1024, **shape)
+    queries_and_output = 2 * 256 * 256
+    keys_and_values = 2 * 256 * 128
+    mlp = 2 * 256 * 512
+    layer = queries_and_output + keys_and_values + mlp
     attention = 4 * 3 * 4 * 256 * (512 / 2)  # two products, forward and twice backward
-    assert tg.training_flops(cfg, tg.GPT(cfg)) == 6 * (4 * layer + 1024 * 256) + attention
+    expected = 6 * (4 * layer + 1024 * 256) + attention
+    assert tg.training_flops(cfg, tg.GPT(cfg)) == expected
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def turned(x):
+    """A vector at twelve positions, eight of its numbers turned -> [12, 16]"""
+    table = tg.rotary_tables(12, 8, 100.0, CPU)
+    return tg.rotate(x.expand(1, 12, 1, 16), *table)[0, :, 0]
+
+
+def test_rope_turns_only_its_dims(rng):
+    x = vector(rng)
+    rows = turned(x)
+    assert torch.equal(rows[:, 8:], x[8:].expand(12, 8))
+    assert not torch.allclose(rows[3, :8], x[:8])
+
+
+def test_rope_depends_on_distance_only(rng):
+    products = turned(vector(rng)) @ turned(vector(rng)).T
+    for distance in range(6):
+        found = products.diagonal(distance)
+        expected = products[0, distance].expand_as(found)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def tables_of(time, dims, base, train_len):
+    """Rotary tables of a model's context for inputs of this length."""
+    stretched = tg.stretched_base(base, dims, time, train_len)
+    return tg.rotary_tables(time, dims, stretched, CPU)
+
+
+LENGTHS = [(48, 8, 16), (33, 4, 32), (40, 6, 7)]
+
+
+@pytest.mark.parametrize("time, dims, train_len", LENGTHS)
+def test_rotary_base_grows_beyond_the_trained_length(time, dims, train_len, rng):
+    """base (T / train_len) ^ (d / (d - 2)) beyond it, and nothing up to it."""
+    base = 100 * (time / train_len) ** (dims / (dims - 2))
+    cos, sin = tables_of(time, dims, 100.0, train_len)
+    angles = oracles.rotary_angles(time, dims, base)
+    np.testing.assert_allclose(cos[:, 0].numpy(), np.cos(angles), atol=1e-4)
+    np.testing.assert_allclose(sin[:, 0].numpy(), np.sin(angles), atol=1e-4)
+
+    def model(**settings):
+        return randomized(config(TINY, rope_dims=dims, **settings))
+
+    stretched = model(rope_base=100.0, rope_train_seq_len=train_len)
+    same = model(rope_base=base)
+    plain = model(rope_base=100.0)
+    ids = random_ids(rng, 1, time)
+    hidden = stretched.hidden(ids)
+    torch.testing.assert_close(hidden, same.hidden(ids), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(hidden, plain.hidden(ids), atol=1e-2)
+    short = ids[:, :train_len]
+    assert torch.equal(stretched.hidden(short), plain.hidden(short))
+
+
+def test_rotary_base_of_the_published_run():
+    """2,048 tokens, trained as if for 1,024."""
+    cos, _ = tables_of(2048, 16, 10000.0, 1024)
+    wanted = [math.cos(22_080 ** (-i / 8)) for i in range(8)]
+    np.testing.assert_allclose(cos[1, 0].numpy(), wanted, atol=1e-5)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_xsa_output_is_orthogonal_to_own_value(rng):
+    model = tg.GPT(config(TINY))
+    attn = model.blocks[0].attn
+    attn.xsa = True
+    attn.proj = torch.nn.Identity()
+    values = []
+
+    def record(q, k, v):
+        values.append(v)
+        return tg.sdpa_attention(q, k, v)
+
+    x = torch.from_numpy(rng.standard_normal((2, 12, 32))).float()
+    context = dataclasses.replace(model.context(x), backend=record)
+    out = attn(x, None, 0, context).view(2, 12, 4, 8)
+    own = values[0].repeat_interleave(2, dim=2)
+    assert largest((out * own).sum(-1)) < 1e-5
+    assert largest(out[:, 0]) < 1e-6  # alone with itself, nothing is left
+    assert largest(out[:, 5]) > 1e-3
+
+
+def test_smear_lets_nothing_across_a_document_start():
+    smear = tg.SmearGate(config(TINY, smear=True, smear_bos_mask=True))
+    x = torch.randn(1, 4, 32)
+    torch.nn.init.zeros_(smear.gate)
+    first, second, start, after = x[0]
+    out = smear(x, torch.tensor([[5, 6, 1, 7]]))[0]
+    torch.testing.assert_close(out[1], (first + second) / 2)  # gate 0: half and half
+    assert torch.equal(out[2], start)
+    torch.testing.assert_close(out[3], (start + after) / 2)
+
+
+def test_smear_mask_is_alive():
+    model = randomized(config(TINY, smear=True))
+    masked = tg.GPT(config(TINY, smear=True, smear_bos_mask=True))
+    masked.load_state_dict(model.state_dict())
+    ids = torch.tensor([[5, 6, 1, 7]])
+    across = model.logits(ids)[0]
+    kept_apart = masked.logits(ids)[0]
+    assert torch.equal(across[:2], kept_apart[:2])
+    assert not torch.allclose(across[2], kept_apart[2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_smear_before_or_after_the_norm(before, masked, rng):
+    """A fresh model's blocks are the identity, so its output shows the stream that enters them."""
+    smear = dict(smear=True, smear_before_norm=before, smear_bos_mask=masked)
+    model = tg.GPT(config(TINY, **smear, tie_embeddings=False))
+    ids = rng.integers(0, 260, 20)
+    ids[[6, 13]] = 1
+    gate = rng.standard_normal(32)
+    table = rng.standard_normal((260, 32)) * rng.random((260, 1))  # tokens of different lengths
+    with torch.no_grad():
+        model.smear.gate.copy_(torch.from_numpy(gate))
+        model.tok_emb.weight.copy_(torch.from_numpy(table))
+    x = table[ids]
+    gate = oracles.sigmoid(gate)
+    held = (ids == 1) & masked
+    if before:
+        x = oracles.rms_norm(oracles.smeared(x, gate, held))
+    else:
+        x = oracles.smeared(oracles.rms_norm(x), gate, held)
+    np.testing.assert_allclose(hidden_of(model, ids), oracles.rms_norm(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["xor", "linear"])
+@pytest.mark.parametrize("rows", [2, 64, 2048])
+def test_bigram_rows_equal_whole_numbers(rows, kind, rng):
+    """The two published hashes, with Python's unbounded integers and large vocabularies."""
+    module = tg.BigramHash(tg.Config(bigram_vocab_size=rows, bigram_hash=kind))
+    assert (module.scale is None) == (kind == "linear")
+    for vocab in (260, 1024, 65536):
+        ids = random_ids(rng, 3, 40, vocab=vocab)
+        expected = [oracles.bigram_rows(row, rows, kind) for row in ids]
+        assert module.rows_of(ids).tolist() == expected
+
+
+def test_linear_bigram_hash_at_published_size():
+    """With 4,096 rows the published products reduce to small ones."""
+    module = tg.BigramHash(tg.Config(bigram_vocab_size=4096, bigram_hash="linear"))
+    rows = module.rows_of(torch.arange(1024).repeat(2, 1))[0].tolist()
+    assert rows == [(2481 * t + 3639 * max(t - 1, 0)) % 4096 for t in range(1024)]
+
+
+# --- switches -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Switch:
+    """Settings that turn a technique on, and the parameters that come and go with it."""
+
+    settings: dict
+    adds: str
+    removes: str
+    base: dict  # what it builds on
+
+
+SWITCHES = {}
+
+
+def switch_on(name, adds="", removes="", base=None, **settings):
+    SWITCHES[name] = Switch(settings, adds, removes, base or {})
+
+
+BIGRAM = dict(bigram_vocab_size=64, bigram_dim=8)
+TABLES = "bigram.embed.weight bigram.proj.weight"
+SHARED_VALUES = "ve_shared.embed.weight ve_shared.proj.weight ve_shared.scale"
+
+switch_on("bigram", **BIGRAM, adds=f"{TABLES} bigram.scale")
+switch_on("linear bigram", **BIGRAM, bigram_hash="linear", adds=TABLES)
+switch_on("linear for xor", bigram_hash="linear", removes="bigram.scale", base=BIGRAM)
+switch_on("smear", smear=True, adds="smear.gate")
+switch_on("smear before norm", smear_before_norm=True, base=dict(smear=True))
+switch_on("value embedding", ve_layers=(1,), ve_dim=8, adds=f"{SHARED_VALUES} ve_layer_scales.0")
+switch_on("untied", tie_embeddings=False, adds="lm_head.weight")
+switch_on("xsa", xsa_last_n=1)
+switch_on("ln_scale", ln_scale=True)
+switch_on("partial rope", rope_dims=2)
+switch_on("rotary stretch", rope_train_seq_len=8)
+switch_on("leaky", leaky_slope=0.5)
+switch_on("softcap off", logit_softcap=0.0)
+switch_on("mixer head", mixer_head=True, adds="alpha_head.weight alpha_head.bias")
+DEEPER = ("value embedding", "ln_scale")  # they leave the first layer as it is
+
+
+def tensors_of(model):
+    header, _ = tg.read_header(tg.pack(model.state_dict(), model.cfg))
+    return {row[0] for row in header["tensors"]}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@torch.no_grad()
+def test_switch_is_alive_and_absent_when_off(name, rng):
+    """On, it changes logits and loss, compiled as well as eager.
+
+    Off, neither model nor artifact holds anything of it.
+    """
+    switch = SWITCHES[name]
+    base = dict(TINY, num_layers=2 if name in DEEPER else 1, **switch.base)
+    off = randomized(config(base))
+    on = randomized(config(base, **switch.settings))
+    on.load_state_dict(off.state_dict(), strict=False)  # all that is shared has equal weights
+    for found in (names_of, tensors_of):
+        assert found(on) - found(off) == set(switch.adds.split())
+        assert found(off) - found(on) == set(switch.removes.split())
+    ids = random_ids(rng, 2, 16)
+    targets = random_ids(rng, 2, 16)
+    ratios = torch.rand(2, 16, 6) if on.cfg.mixer_head else None
+    loss = compiled(on)(ids, targets, ratios)
+    torch.testing.assert_close(loss, on(ids, targets, ratios))
+    assert largest(loss - off(ids, targets)) > 1e-4
+    change = largest(on.logits(ids) - off.logits(ids))
+    if on.cfg.mixer_head:  # it weighs, it does not predict
+        assert change == 0
+    else:
+        assert change > 1e-4
+
+
+DEFAULT_PARTS = {
+    "unet_skips": {"skip_weights"},
+    "x0_mix": {f"blocks.{i}.resid_mix" for i in range(3)},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULT_PARTS)
+def test_default_parts_can_be_absent(name):
+    with_part = tg.GPT(config(TINY))
+    without = tg.GPT(config(TINY, **{name: False}))
+    assert names_of(with_part) - names_of(without) == DEFAULT_PARTS[name]
+    assert torch.isfinite(without.logits(torch.arange(8)[None])).all()

@@ -1,55 +1,46 @@
-"""Streaming, adapters, tilt and mixture against slow restatements.
-
-Every predictor against itself, token by token.
-"""
+"""All true scorers (section 10): streaming, and every scorer against itself, token by token."""
 
 import copy
 import dataclasses
 import functools
 import itertools
 import json
-import math
-import subprocess
-import sys
 
 import numpy as np
+import oracles
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import FULL, ROOT, TINY, clean_env, everything, mild
-from test_counts import ORDERS, slow_counts
+from conftest import FULL
+from helpers import (
+    LORA,
+    NESTINGS,
+    STREAM,
+    TABLE,
+    TTT,
+    Cases,
+    build,
+    config,
+    in_processes,
+    largest,
+    mild,
+    short_text,
+)
 
 import train_gpt as tg
-
-TABLE = tg.ByteTable.bytes260()
-SHORT = dict(
-    FULL,
-    ttt_chunk_tokens=64,
-    mix_chunk_tokens=64,
-    ttt_lora_chunk=16,
-    ttt_docs=3,
-    ttt_lora_alpha=8.0,
-    ttt_lr=0.01,
-    eval_batch_tokens=64,
-    ngram_buckets=1024,
-)
 
 
 @pytest.fixture
 def tokens(rng):
-    tokens = rng.integers(4, 40, 301).astype(np.uint16)  # few, so that contexts come again
-    tokens[120:170] = tokens[20:70]
-    tokens[200:260] = tokens[5:65]
-    tokens[[0, 40, 41, 130, 131, 230]] = 1
-    return tokens
+    return short_text(rng)
 
 
-def build(rt, **settings):
-    """Settings, a fresh model and the last stage that the settings ask for."""
-    cfg = tg.Config(**dict(SHORT, **settings))
-    assert not tg.check_config(cfg)
-    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
-    return cfg, stages[-1].build(mild(cfg), rt, cfg, TABLE)
+def ids_of(tokens):
+    return torch.from_numpy(tokens[None].astype(np.int64))
+
+
+def learns(name):
+    """Whether a scorer's charges pass through sums of gradients."""
+    return "ttt" in name or "lora" in name
 
 
 # --- streaming: one pass with a sliding-window mask -----------------------------------------------
@@ -62,7 +53,7 @@ def masked_pass(model, ids, window, bos=None):
     if bos is not None:
         document = (ids[0] == bos).cumsum(0)
         mask &= document[None] == document[:, None]
-    masked = functools.partial(tg.sdpa_attention, mask=mask[None, None])
+    masked = functools.partial(oracles.masked_attention, mask=mask)
     return model.hidden(ids, dataclasses.replace(model.context(ids), backend=masked))
 
 
@@ -71,76 +62,92 @@ def continued(model, ids, cache):
     return model.hidden(ids, model.context(ids, cache))
 
 
-VARIANTS = [
-    dict(),
-    dict(bigram_hash="linear", smear_before_norm=True),
-    dict(smear_bos_mask=False),
-    dict(
-        smear=False,
-        smear_bos_mask=False,
-        bigram_vocab_size=0,
-        ve_layers=(),
-        xsa_last_n=0,
-        num_kv_heads=4,
-    ),
-]
+def in_pieces(model, ids, cache, sizes):
+    """Final hidden states piece by piece; sizes may ask for more than there is."""
+    outs = []
+    for size in sizes:
+        piece = ids[:, :size]
+        ids = ids[:, size:]
+        if piece.numel():
+            outs.append(continued(model, piece, cache))
+    assert not ids.numel()
+    return torch.cat(outs, 1)
+
+
+def cuts_of(length, window):
+    """Ways to cut a text into pieces: windows, single tokens, several windows, all of them mixed.
+
+    A piece of more than one window is a whole number of them.
+    """
+    windows = [window] * (length // window)
+    rest = [1] * (length % window)
+    threes = [3 * window] * (length // (3 * window))
+    after_threes = [1] * (length - sum(threes))
+    one_four_one = [1, 4 * window, 1]
+    more = (length - sum(one_four_one)) // window
+    mixed = [*one_four_one, *[window] * more]
+    after_mixed = [1] * (length - sum(mixed))
+    cuts = [windows + rest, [1] * length, threes + after_threes, mixed + after_mixed]
+    return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
+
+
+VARIANTS = Cases()
+VARIANTS.add("everything")
+VARIANTS.add("linear bigram, smear before norm", bigram_hash="linear", smear_before_norm=True)
+VARIANTS.add("smear across documents", smear_bos_mask=False)
+VARIANTS.add(
+    "plain",
+    smear=False,
+    smear_bos_mask=False,
+    bigram_vocab_size=0,
+    ve_layers=(),
+    xsa_last_n=0,
+    num_kv_heads=4,
+)
 
 
 @pytest.mark.parametrize("window", [1, 7, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
 def test_pieces_equal_one_masked_pass(variant, window, tokens):
-    model = mild(tg.Config(**dict(FULL, **variant)))
-    ids = torch.from_numpy(tokens[None].astype(np.int64))
-    whole = -(-301 // window)
-    for cuts in (
-        [window] * whole,
-        [1] * 301,
-        [window * 3] * whole,
-        [1, window * 4, 1, *[window] * whole],
-    ):
-        memory, at, outs = tg.KVCache(window, None), 0, []
-        with torch.no_grad():
-            for size in cuts:
-                size = min(size, (301 - at) // window * window or 301 - at)
-                if size:
-                    outs.append(continued(model, ids[:, at : at + size], memory))
-                    at += size
-            expected = masked_pass(model, ids, window)
-        assert (model.head(torch.cat(outs, 1)) - model.head(expected)).abs().max() < 1e-5
+    """However the text is cut."""
+    model = mild(config(FULL, **VARIANTS[variant]))
+    ids = ids_of(tokens[:173])
+    expected = model.head(masked_pass(model, ids, window))
+    for sizes in cuts_of(173, window):
+        found = in_pieces(model, ids, tg.KVCache(window, None), sizes)
+        assert largest(model.head(found) - expected) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
 def test_documents_are_as_if_they_stood_alone(variant, tokens):
-    model = mild(tg.Config(**dict(FULL, **variant)))
-    ids = torch.from_numpy(tokens[None].astype(np.int64))
-    edges, memory = [*np.flatnonzero(tokens == 1), 301], tg.KVCache(16, 1)
-    with torch.no_grad():
-        expected = torch.cat(
-            [masked_pass(model, ids[:, a:b], 16) for a, b in itertools.pairwise(edges)], 1
-        )
-        got = [continued(model, ids[:, at : at + 16], memory) for at in range(0, 301, 16)]
-        got = torch.cat(got, 1)
-    assert (model.head(got) - model.head(expected)).abs().max() < 1e-5
+    model = mild(config(FULL, **VARIANTS[variant]))
+    ids = ids_of(tokens)
+    edges = [*np.flatnonzero(tokens == 1), 301]
+    documents = [ids[:, begin:end] for begin, end in itertools.pairwise(edges)]
+    expected = torch.cat([masked_pass(model, document, 16) for document in documents], 1)
+    found = in_pieces(model, ids, tg.KVCache(16, 1), [16] * 19)
+    assert largest(model.head(found) - model.head(expected)) < 1e-5
 
 
+@torch.no_grad()
 def test_angles_stay_small_and_follow_the_window(tokens):
-    """Position 10 million gives what position 0 gives.
+    """A text that is read again and again gives the same again.
 
     A stretched rotary base follows the window, not the piece.
     """
-    cfg = tg.Config(**dict(FULL, rope_train_seq_len=8))
-    model, window = mild(cfg), 32
-    longer = mild(dataclasses.replace(cfg, rope_train_seq_len=0, rope_base=1e4 * 4 ** (4 / 2)))
-    ids = torch.from_numpy(tokens[None, :256].astype(np.int64))
-    with torch.no_grad():
-        got, memory = continued(model, ids, tg.KVCache(window, None)), tg.KVCache(window, None)
-        assert (got - masked_pass(longer, ids, window)).abs().max() < 1e-4
-        for _ in range(3):
-            last = continued(model, ids, memory)
-        assert memory.carried["document number"].item() == 1
-        first = tg.KVCache(window, None)
-        continued(model, ids, first)
-        assert (continued(model, ids, first) - last).abs().max() < 1e-4
+    cfg = config(FULL, rope_train_seq_len=8)
+    model = mild(cfg)
+    stretched = 1e4 * 4 ** (4 / 2)
+    longer = mild(dataclasses.replace(cfg, rope_train_seq_len=0, rope_base=stretched))
+    ids = ids_of(tokens[:256])
+    found = continued(model, ids, tg.KVCache(32, None))
+    assert largest(found - masked_pass(longer, ids, 32)) < 1e-4
+    cache = tg.KVCache(32, None)
+    passes = [continued(model, ids, cache) for _ in range(3)]
+    assert cache.carried["document number"].item() == 1
+    assert largest(passes[1] - passes[2]) < 1e-4
 
 
 def test_streaming_in_any_order(tokens, rt):
@@ -148,72 +155,81 @@ def test_streaming_in_any_order(tokens, rt):
     cfg, scorer = build(rt, eval_stream=8, eval_batch_tokens=8)
     plan = scorer.network.plan(tokens, scorer.chunk_targets)
     batches = [plan.batch(tokens, work) for chunk in plan.chunks() for work in chunk.work]
-    assert scorer.network.left_context == 3 * 7 + 2 and len(batches) == 38
+    assert scorer.network.left_context == 3 * 7 + 2
+    assert len(batches) == 38
 
     def nats(batch):
         return tg.score_batch(scorer, batch, tokens, rt)
 
     forward = [nats(batch) for batch in batches]
-    backward = [nats(batch) for batch in reversed(batches)][::-1]
-    assert max(np.abs(a - b).max() for a, b in zip(forward, backward)) < 1e-5
+    backward = [nats(batch) for batch in reversed(batches)]
+    for first, second in zip(forward, reversed(backward)):
+        assert np.abs(first - second).max() < 1e-5
     nats(dataclasses.replace(batches[4], ids=batches[4].ids + 1))  # other text: not continued
     assert np.abs(nats(batches[5]) - forward[5]).max() < 1e-5
 
 
 # --- every scorer and nesting ---------------------------------------------------------------------
 
-STREAM = dict(eval_stream=16)
-TTT = dict(ttt_epochs=1, ttt_batch_seqs=1)
-LORA = dict(ttt_lora_rank=2)
-EXACT = dict(tilt=True, ngram="mix")
-NESTINGS = {
-    "sliding": {},
-    "streaming": STREAM,
-    "streaming documents": dict(STREAM, stream_docs=True),
-    "sliding ttt": TTT,
-    "streaming ttt": dict(STREAM, **TTT),
-    "lora": LORA,
-    "lora reset": dict(LORA, ttt_lora_keep=False),
-    "tilt": dict(tilt=True),
-    "mix": dict(ngram="mix"),
-    "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),
-    "streaming tilt mix": dict(STREAM, **EXACT),
-    "streaming ttt tilt mix": dict(STREAM, **TTT, **EXACT),
-    "lora tilt mix": dict(LORA, **EXACT),
-    "head over exact counts": dict(ngram="mix", mixer_head=True, ngram_order=5),
-}
+
+@pytest.fixture(scope="module")
+def scores(rt, tmp_path_factory):
+    """The score of a nesting, made once."""
+    log = tg.RunLog(tmp_path_factory.mktemp("scores"), rt)
+    tokens = short_text(np.random.default_rng(0))
+
+    @functools.cache
+    def score_of(name):
+        cfg, scorer = build(rt, **NESTINGS[name])
+        return tg.evaluate(scorer, tokens, TABLE, cfg, rt, log)
+
+    return score_of
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_score_equals_one_token_at_a_time(name, tokens, rt, run_log):
+def test_score_equals_one_token_at_a_time(name, scores, tokens, rt):
     """The fast path charges what the scorer says token by token, learning on its way."""
-    cfg, scorer = build(rt, **NESTINGS[name])
-    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
-    assert score.label == "val_bpb" and (score.coverage == 1).all()
+    score = scores(name)
+    assert score.label == "val_bpb"
+    assert (score.coverage == 1).all()
     cfg, twin = build(rt, **NESTINGS[name])
-    written, nats = np.zeros_like(tokens), []
+    written = np.zeros_like(tokens)
     written[0] = tokens[0]
+    nats = []
     for number, p in enumerate(tg.token_by_token(twin, written, cfg, rt), 1):
+        token = int(tokens[number])
         assert abs(p.sum().item() - 1) < 1e-6
-        nats.append(-p[int(tokens[number])].log().item())
-        written[number] = tokens[number]
+        nats.append(-p[token].log().item())
+        written[number] = token
     np.testing.assert_allclose(score.nats, nats, atol=1e-5)
     assert abs(score.nats.mean(dtype=np.float64) - np.mean(nats)) < 1e-5
 
 
 @pytest.mark.parametrize("name", NESTINGS)
-def test_batch_size_and_state_do_not_matter(name, tokens, rt, run_log):
+def test_batch_size_and_state_do_not_matter(name, scores, tokens, rt, run_log):
     """Scored again after load_state_dict, and by a deep copy made before, it is the same."""
-    losses = []
-    for size in (32, 64, 256):
+    losses = [scores(name).loss]  # of 64 tokens a batch
+    for size in (32, 256):
         cfg, scorer = build(rt, **dict(NESTINGS[name], eval_batch_tokens=size))
-        state, twin = scorer.state_dict(), copy.deepcopy(scorer)
-        for _ in range(2):
-            losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
-            scorer.load_state_dict(state)
-        if size == 64:
-            losses.append(tg.evaluate(twin, tokens, TABLE, cfg, rt, run_log).loss)
-    assert max(losses) - min(losses) < (1e-5 if "ttt" in name or "lora" in name else 1e-6)
+        state = scorer.state_dict()
+        twin = copy.deepcopy(scorer)
+        losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
+        scorer.load_state_dict(state)
+        again = scorer if size == 32 else twin
+        losses.append(tg.evaluate(again, tokens, TABLE, cfg, rt, run_log).loss)
+    assert max(losses) - min(losses) < (1e-5 if learns(name) else 1e-6)
+
+
+def charged(scorer, plan, chunks, tokens, rt, commit=True):
+    """Nats of some chunks, each learned after its charge or not."""
+    nats = []
+    for chunk in chunks:
+        for work in chunk.work:
+            batch = plan.batch(tokens, work)
+            nats.append(tg.score_batch(scorer, batch, tokens, rt)[batch.real])
+        if commit:
+            scorer.commit(chunk, tokens)
+    return np.concatenate(nats)
 
 
 @pytest.mark.parametrize("name", ["sliding ttt", "mix", "lora", "lora tilt mix"])
@@ -223,26 +239,16 @@ def test_a_state_in_the_middle_comes_back_whole(name, tokens, rt):
     plan = scorer.network.plan(tokens, scorer.chunk_targets)
     for counts in scorer.counts:
         counts.prepare(tokens, plan)
-
-    def nats(chunks, commit=True):
-        charged = []
-        for chunk in chunks:
-            for work in chunk.work:
-                batch = plan.batch(tokens, work)
-                charged.append(tg.score_batch(scorer, batch, tokens, rt)[batch.real])
-            if commit:
-                scorer.commit(chunk, tokens)
-        return np.concatenate(charged)
-
     chunks = plan.chunks()
-    nats(chunks[:2])
+    charged(scorer, plan, chunks[:2], tokens, rt)
     state = scorer.state_dict()
-    first = nats(chunks[2:])
+    first = charged(scorer, plan, chunks[2:], tokens, rt)
     for _ in range(2):
         scorer.load_state_dict(state)
-        nats(chunks[2:3], commit=False)
+        charged(scorer, plan, chunks[2:3], tokens, rt, commit=False)
         scorer.load_state_dict(state)
-        np.testing.assert_array_equal(nats(chunks[2:]), first)
+        again = charged(scorer, plan, chunks[2:], tokens, rt)
+        np.testing.assert_array_equal(again, first)
 
 
 def test_a_stream_of_other_weights_begins_anew(tokens, rt):
@@ -250,33 +256,39 @@ def test_a_stream_of_other_weights_begins_anew(tokens, rt):
     _, scorer = build(rt, **STREAM)
     _, other = build(rt, **STREAM)
     plan = scorer.network.plan(tokens, 0)
-    first, second, *_ = (plan.batch(tokens, work) for work in plan.chunks()[0].work)
+    (chunk,) = plan.chunks()
+    first, second = (plan.batch(tokens, work) for work in chunk.work[:2])
     state = scorer.state_dict()
     tg.score_batch(scorer, first, tokens, rt)
     with torch.no_grad():
         for one in (scorer, other):
             one.network.model.blocks[0].attn.c_v.weight.mul_(-1)
     scorer.load_state_dict(state)
-    nats = [tg.score_batch(one, second, tokens, rt) for one in (scorer, other)]
-    np.testing.assert_allclose(*nats, atol=1e-5)
+    nats = tg.score_batch(scorer, second, tokens, rt)
+    np.testing.assert_allclose(nats, tg.score_batch(other, second, tokens, rt), atol=1e-5)
+
+
+def atomic(function):
+    """A function that no deep copy copies, as compiled ones are."""
+
+    def compiled(*inputs):
+        return function(*inputs)
+
+    return compiled
 
 
 def test_a_deep_copy_has_a_model_of_its_own(tokens, rt, run_log, monkeypatch):
-    """With compiled functions too, which no deep copy copies."""
-
-    def atomic(function):
-        def compiled(*inputs):
-            return function(*inputs)
-
-        return compiled
-
+    """With compiled functions too."""
     monkeypatch.setattr(rt, "compile", atomic)
     cfg, scorer = build(rt, **NESTINGS["sliding ttt"])
     twin = copy.deepcopy(scorer)
-    first = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
-    assert (tg.evaluate(twin, tokens, TABLE, cfg, rt, run_log).nats == first).all()
+    first = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    second = tg.evaluate(twin, tokens, TABLE, cfg, rt, run_log)
+    assert (first.nats == second.nats).all()
     pairs = zip(scorer.network.model.parameters(), twin.network.model.parameters())
-    assert all(torch.equal(one, other) and one is not other for one, other in pairs)
+    for one, other in pairs:
+        assert torch.equal(one, other)
+        assert one is not other
 
 
 @pytest.mark.parametrize("name", NESTINGS)
@@ -286,306 +298,112 @@ def test_a_query_changes_nothing(name, tokens, rt):
     plan = scorer.network.plan(tokens, scorer.chunk_targets)
     for counts in scorer.counts:
         counts.prepare(tokens, plan)
-    work = [work for chunk in plan.chunks() for work in chunk.work][:3]
-    ids = torch.arange(260)
-    answers = []
-    for number in (0, 0, 2, 0):
-        batch = plan.batch(tokens, work[min(number, len(work) - 1)])
+    works = [work for chunk in plan.chunks() for work in chunk.work]
+    vocabulary = torch.arange(260)
+
+    def answer(number):
+        batch = plan.batch(tokens, works[min(number, len(works) - 1)])
         distribution = scorer.predict(batch)
-        answers.append(distribution.prob(ids.expand(*batch.index.shape, -1)))
-        assert torch.equal(distribution.prob(ids.expand(*batch.index.shape, -1)), answers[-1])
-    assert torch.equal(answers[0], answers[1])
-    assert (answers[0] - answers[3]).abs().max() < 1e-6
+        ids = vocabulary.expand(*batch.index.shape, -1)
+        p = distribution.prob(ids)
+        assert torch.equal(distribution.prob(ids), p)
+        return p
+
+    first = answer(0)
+    assert torch.equal(first, answer(0))
+    answer(2)
+    assert largest(first - answer(0)) < 1e-6
 
 
-def test_every_switch_acts(tokens, rt, run_log):
-    def loss(**settings):
+OTHER_SETTINGS = Cases()
+OTHER_SETTINGS.add("longer spans", eval_stream=32)
+OTHER_SETTINGS.add("counts across documents", tilt=True, ngram="mix", ngram_docs=False)
+OTHER_SETTINGS.add("smaller chunks", tilt=True, ngram="mix", mix_chunk_tokens=32)
+OTHER_SETTINGS.add("larger chunks of adapters", **LORA, ttt_lora_chunk=32)
+OTHER_SETTINGS.add("higher rank", ttt_lora_rank=4)
+OTHER_SETTINGS.add("weaker adapters", **LORA, ttt_lora_alpha=4.0)
+OTHER_SETTINGS.add("faster adapters", **LORA, ttt_lr=0.02)
+OTHER_SETTINGS.add("fewer documents at once", **LORA, ttt_docs=2)
+OTHER_SETTINGS.add("adapters of queries", **LORA, qttt=True, ttt_freeze_blocks=2)
+OTHER_SETTINGS.add("adapters of one block", **LORA, ttt_freeze_blocks=1)
+
+
+def test_every_switch_acts(scores, tokens, rt, run_log):
+    """No two settings give the same loss."""
+    losses = [scores(name).loss for name in NESTINGS]
+    for settings in OTHER_SETTINGS.values():
         cfg, scorer = build(rt, **settings)
-        return round(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss, 9)
-
-    losses = [loss(**settings) for settings in NESTINGS.values()]
-    losses += [
-        loss(eval_stream=32),
-        loss(**EXACT, ngram_docs=False),
-        loss(**EXACT, mix_chunk_tokens=32),
-        loss(**LORA, ttt_lora_chunk=32),
-        loss(ttt_lora_rank=4),
-        loss(**LORA, ttt_lora_alpha=4.0),
-        loss(**LORA, ttt_lr=0.02),
-        loss(**LORA, ttt_docs=2),
-        loss(**LORA, qttt=True, ttt_freeze_blocks=2),
-        loss(**LORA, ttt_freeze_blocks=1),
-    ]
-    assert len(set(losses)) == len(losses)
+        losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
+    assert len({round(loss, 9) for loss in losses}) == len(losses)
 
 
-@pytest.mark.parametrize(
-    "name", ["sliding", "sliding ttt", "tilt", "mix", "lora", "streaming ttt tilt mix"]
-)
+# Only windows and test-time training are compiled; mixers over windows add nothing to a graph.
+SHALLOW = dict(num_layers=2, ve_layers=(0, 1), xsa_last_n=1)
+ALWAYS = ["sliding", "sliding ttt", "streaming ttt tilt mix", "lora"]
+SOMETIMES = [pytest.param(name, marks=pytest.mark.slow) for name in ("tilt", "mix")]
+
+
+@pytest.mark.parametrize("name", [*ALWAYS, *SOMETIMES])
 def test_compiled_as_eager(name, tokens, rt, run_log):
     torch.compiler.reset()
-    compiling, losses = copy.copy(rt), []
-    compiling.compile = lambda function: torch.compile(
-        function, backend="aot_eager", fullgraph=True, dynamic=False
+    compiling = copy.copy(rt)
+    compiling.compile = functools.partial(
+        torch.compile, backend="aot_eager", fullgraph=True, dynamic=False
     )
+    losses = []
     for runtime in (rt, compiling):
-        cfg, scorer = build(runtime, **NESTINGS[name])
+        cfg, scorer = build(runtime, **NESTINGS[name], **SHALLOW)
         losses.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).loss)
     assert abs(losses[0] - losses[1]) < 1e-5
 
 
-RANKS = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-import numpy as np, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from test_predictors import NESTINGS, TABLE, build, tg
-rt = tg.Runtime(tg.Config(device="cpu"), os.environ)
-run_log, losses = tg.RunLog(Path({out!r}), rt), {{}}
-for name, settings in NESTINGS.items():
-    cfg, scorer = build(rt, **settings)
-    score = tg.evaluate(scorer, np.load({tokens!r}), TABLE, cfg, rt, run_log)
-    losses[name] = score.loss
-    assert (score.coverage == 1).all(), name
-if rt.main:
-    Path({out!r}, f"{{rt.world}}.json").write_text(json.dumps(losses))
-rt.close()
-"""
-
-
-def test_the_number_of_processes_does_not_matter(tokens, rt, run_log, tmp_path):
-    np.save(tmp_path / "tokens.npy", tokens)
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        RANKS.format(
-            paths=[str(ROOT), str(ROOT / "tests")],
-            out=str(tmp_path),
-            tokens=str(tmp_path / "tokens.npy"),
-        )
-    )
-    for world in (1, 2, 3):
-        launcher = [sys.executable]
-        if world > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        done = subprocess.run(
-            [*launcher, str(script)],
-            env=clean_env(OMP_NUM_THREADS="1"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, *others = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2, 3))
-    for other, name in itertools.product(others, NESTINGS):
-        learns = "ttt" in name or "lora" in name
-        assert abs(other[name] - one[name]) < (1e-5 if learns else 1e-7 * one[name]), (
-            name,
-            other[name] - one[name],
-        )
-
-
-# --- slow restatements ----------------------------------------------------------------------------
-
-
-def network_p(tokens, rt, **settings):
-    """p of every token at every target [n, V] by the network alone, and its entropies."""
-    _, scorer = build(rt, **settings)
-    plan = scorer.network.plan(tokens, scorer.chunk_targets)
-    every = [everything(scorer, plan.position(tokens, j)) for j in range(len(tokens) - 1)]
-    p = torch.stack(every).numpy()
-    return p, -(p * np.log(p)).sum(1)
-
-
-def test_tilt_from_its_definition(tokens, rt, run_log):
-    """b such that the hint has its bucket's share of hits; never lowered.
-
-    Counted chunk by chunk of 64 targets.
-    """
-    p, _ = network_p(tokens, rt, eval_stream=16)
-    cfg, scorer = build(rt, eval_stream=16, tilt=True)
-    counts, seen, fresh, nats, raised = slow_counts(tokens, ORDERS, 1), {}, {}, [], 0
-    for j in range(300):
-        if j % 64 == 0:
-            for bucket, (hits, trials) in fresh.items():
-                old = seen.get(bucket, (0, 2))
-                seen[bucket] = old[0] + hits, old[1] + trials
-            fresh = {}
-        at = [counts[order][:, j + 1] for order in ORDERS]
-        rank = max((i for i, found in enumerate(at) if found[1]), default=None)
-        target, charged = int(tokens[j + 1]), p[j, tokens[j + 1]]
-        if rank is not None:
-            _, total, _, hint, agree = map(int, at[rank])
-            h = p[j, hint]
-            bucket = (
-                rank + 1,
-                min(int(math.log2(total)), 5),
-                min(4 * agree // total, 3),
-                min(max(4 + math.floor(math.log(h / (1 - h)) / 1.5), 0), 7),
-            )
-            hits, trials = seen.get(bucket, (0, 2))
-            boost = max(math.log(hits / (trials - hits)) - math.log(h / (1 - h)), 0) if hits else 0
-            raised += boost > 0
-            charged *= math.exp(boost * (target == hint)) / (1 + h * (math.exp(boost) - 1))
-            old = fresh.get(bucket, (0, 0))
-            fresh[bucket] = old[0] + (target == hint), old[1] + 1
-        nats.append(-math.log(charged))
-    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
-    np.testing.assert_allclose(score.nats, nats, atol=1e-5)
-    assert raised > 30
-
-
-def test_mixture_from_its_definition(tokens, rt, run_log):
-    """Weights are the experts' mean responsibilities in the bucket, with a prior.
-
-    Counted chunk by chunk.
-    """
-    p, doubt = network_p(tokens, rt, eval_stream=16)
-    cfg, scorer = build(rt, eval_stream=16, ngram="mix")
-    counts, prior = slow_counts(tokens, ORDERS, 1), np.array([9.0, *[1 / 9] * 9])
-    seen, fresh, nats = {}, {}, []
-    for j in range(300):
-        if j % 64 == 0:
-            for bucket, shares in fresh.items():
-                seen[bucket] = seen.get(bucket, prior) + shares
-            fresh = {}
-        experts, q, rank, total = [p[j, tokens[j + 1]]], 1 / 260, 0, 1
-        for i, order in enumerate(ORDERS):
-            n, found, distinct = counts[order][:3, j + 1]
-            if found:
-                q = (max(n - 0.75, 0) + (0.5 + 0.75 * distinct) * q) / (found + 0.5)
-                rank, total = i + 1, found
-            experts.append(q)
-        bucket = rank, min(int(math.log2(total)), 4), min(int(4 * doubt[j] / math.log(260)), 3)
-        weights = seen.get(bucket, prior)
-        parts = weights / weights.sum() * np.array(experts)
-        nats.append(-math.log(parts.sum()))
-        fresh[bucket] = fresh.get(bucket, 0) + parts / parts.sum()
-    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
-    np.testing.assert_allclose(score.nats, nats, atol=1e-5)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_adapters_from_their_definition(keep, tokens, rt, run_log):
-    """Each document alone: W + (alpha / rank) B A in place of W.
-
-    With torch's AdamW, one step after each whole chunk.
-    """
-    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
-    model = mild(cfg)
-    names = [
-        f"{name}.weight"
-        for name, m in model.named_modules()
-        if isinstance(m, tg.Linear) and name.startswith("blocks.")
-    ]
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    starts = [*np.flatnonzero(tokens[:-1] == 1), 300]
-    kept = {slot: [low[slot].clone() for low in scorer.network.start] for slot in range(3)}
-    nats = np.zeros(300)
-    for document, (begin, end) in enumerate(itertools.pairwise(starts)):
-        lows = [low.clone().requires_grad_() for low in kept[document % 3]]
-        highs = [torch.zeros(len(weights[name]), 2, requires_grad=True) for name in names]
-        optimizer = torch.optim.AdamW(
-            [*lows, *highs], lr=0.01, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5
-        )
-        for chunk in range(begin, end, 16):
-            upto = min(chunk + 16, end)
-            first = max(begin, chunk + 16 - 32)  # 32 inputs at most, up to the chunk's end
-            ids = torch.from_numpy(tokens[first:upto].astype(np.int64))[None]
-            merged = {
-                name: weights[name] + 4.0 * high @ low
-                for name, low, high in zip(names, lows, highs)
-            }
-            changed = {f"model.{name}": w for name, w in {**weights, **merged}.items()}
-            hidden = torch.func.functional_call(tg_hidden(model), changed, ids)
-            targets = torch.from_numpy(tokens[chunk + 1 : upto + 1].astype(np.int64))
-            losses = F.cross_entropy(
-                model.head(hidden)[0, chunk - first :], targets, reduction="none"
-            )
-            nats[chunk:upto] = losses.detach().numpy()
-            if upto - chunk == 16:
-                optimizer.zero_grad()
-                losses.mean().backward()
-                optimizer.step()
-        if keep:
-            kept[document % 3] = [low.detach() for low in lows]
-    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
-    np.testing.assert_allclose(score.nats, nats, atol=2e-4)
-
-
-def tg_hidden(model):
-    """A module whose forward is the model's `hidden`."""
-
-    class Hidden(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model.hidden(ids)
-
-    return Hidden()
-
-
-def test_no_document_sees_another_ones_adapters(tokens, rt, run_log):
-    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    first = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
-    other = tokens.copy()
-    other[2:40] += 1
-    _, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
-    second = tg.evaluate(scorer, other, TABLE, cfg, rt, run_log).nats
-    assert np.abs(second - first)[:38].max() > 0.01 and np.abs(second - first)[40:].max() < 1e-5
-
-
-DOCS = dict(STREAM, stream_docs=True)
-ISOLATION = [DOCS, dict(DOCS, **TTT), dict(DOCS, tilt=True)]
-ISOLATION += [dict(LORA, ttt_docs=2), dict(LORA, ttt_docs=2, ttt_lora_keep=False)]
-
-
-@pytest.mark.parametrize("settings", ISOLATION)
-def test_isolation_is_claimed_where_documents_are_isolated(settings, tokens, rt, run_log):
-    """Another first document moves later charges, or the scorer says that it cannot."""
-    nats, other = [], tokens.copy()
-    other[1:40] = other[1:40][::-1]
-    for text in (tokens, other):
+def score_nestings(env, folder):
+    """What one of several processes does: all nestings, whose losses rank 0 writes down."""
+    rt = tg.Runtime(tg.Config(device="cpu"), env)
+    log = tg.RunLog(folder, rt)
+    tokens = short_text(np.random.default_rng(0))
+    losses = {}
+    for name, settings in NESTINGS.items():
         cfg, scorer = build(rt, **settings)
-        nats.append(tg.evaluate(scorer, text, TABLE, cfg, rt, run_log).nats[40:])
-    assert scorer.isolates_documents == (np.abs(nats[0] - nats[1]).max() < 1e-5)
+        score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, log)
+        assert (score.coverage == 1).all(), name
+        losses[name] = score.loss
+    if rt.main:
+        (folder / f"{rt.world}.json").write_text(json.dumps(losses))
+    rt.close()
 
 
-def test_the_mixers_head_reads_true_distributions(tokens, rt, run_log):
-    """PR 859's formula with exact distributions in place of the hashed ratios."""
-    settings = dict(ngram="mix", mixer_head=True, ngram_order=5)
-    cfg, scorer = build(rt, **settings)
-    counts = scorer.mixers[0].counts
-    p, _ = network_p(tokens, rt, mixer_head=True, ngram_order=5)
-    plan = scorer.network.plan(tokens, scorer.chunk_targets)
-    counts.prepare(tokens, plan)
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_number_of_processes_does_not_matter(world, scores, tmp_path):
+    in_processes(world, tmp_path, score_nestings, tmp_path)
+    losses = json.loads((tmp_path / f"{world}.json").read_text())
+    for name, loss in losses.items():
+        alone = scores(name).loss
+        allowed = 1e-5 if learns(name) else 1e-7 * alone
+        assert abs(loss - alone) < allowed, name
+    assert losses.keys() == NESTINGS.keys()
+
+
+DOCUMENTS = dict(STREAM, stream_docs=True)
+TWO_AT_ONCE = dict(LORA, ttt_docs=2)
+ISOLATION = {
+    "a stream of documents": DOCUMENTS,
+    "that learns": dict(DOCUMENTS, **TTT),
+    "that is tilted": dict(DOCUMENTS, tilt=True),
+    "adapters that are kept": TWO_AT_ONCE,
+    "adapters that are reset": dict(TWO_AT_ONCE, ttt_lora_keep=False),
+}
+
+
+@pytest.mark.parametrize("name", ISOLATION)
+def test_isolation_is_claimed_where_documents_are_isolated(name, tokens, rt, run_log):
+    """Another first document moves later charges, or the scorer says that it cannot."""
+    other = tokens.copy()
+    other[1:40] = other[1:40][::-1]
     nats = []
-    for j in range(300):
-        hidden = scorer.predict(plan.position(tokens, j)).base.hidden[0, 0].clone()
-        gate = scorer.network.model.alpha_head(hidden).double().softmax(-1).detach().numpy()
-        target = p[j, tokens[j + 1]]
-        q = counts.prob(np.array([j]), torch.tensor([[int(tokens[j + 1])]]))[0, 0, 1:5]
-        nats.append(-math.log(0.05 * target + 0.95 * (gate @ np.array([target, *q]))))
-    np.testing.assert_allclose(
-        tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats, nats, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize(
-    "settings, part",
-    [
-        (dict(eval_stream=24), "must be multiples of EVAL_STREAM"),
-        (dict(stream_docs=True), "STREAM_DOCS=1 needs EVAL_STREAM"),
-        (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"),
-        (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
-        (dict(ngram="mix", mixer_head=True, ngram_order=9), "NGRAM_ORDER <= 7"),
-        (dict(tilt=2), ""),
-    ],
-)
-def test_settings_that_do_not_go_together(settings, part):
-    problems = tg.check_config(
-        tg.Config(**dict(TINY, ttt_chunk_tokens=64, mix_chunk_tokens=64, **settings))
-    )
-    assert any(part in problem for problem in problems) if part else not problems
+    for text in (tokens, other):
+        cfg, scorer = build(rt, **ISOLATION[name])
+        score = tg.evaluate(scorer, text, TABLE, cfg, rt, run_log)
+        nats.append(score.nats[40:])
+    moved = np.abs(nats[0] - nats[1]).max()
+    assert scorer.isolates_documents == (moved < 1e-5)

@@ -26,6 +26,7 @@ S5_FAULTS = {
     "def eval_all(a):\n    calibrate(a)\ndef calibrate(a):\n    load_shard(a.train_files)": (
         "calibrate reads"
     ),
+    "def ttt():\n    a()\ndef a():\n    b()\ndef b():\n    load(train_files)": "b reads training",
     "def ttt():\n    return open('data/fineweb_train_000001.bin')": "ttt reads training files",
 }
 
@@ -115,6 +116,7 @@ FALLING_BACK = [
     FALLBACK.format("ImportError", "zstandard = None"),
     FALLBACK.format("Exception", "import zlib"),
     FALLBACK.format("ImportError", "HAVE_ZSTD = False"),
+    "try:\n    import lzma\nexcept ImportError:\n    raise\nexcept OSError:\n    lzma = None",
     "import sys\nok = 'lzma' in sys.modules",
     "import contextlib\nwith contextlib.suppress(ImportError):\n    import brotli",
     "import importlib.util\nok = importlib.util.find_spec('brotli') is not None",

@@ -1,0 +1,313 @@
+"""What several test files share: small models, scorers over them, clocks, runs in processes."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FULL, ROOT, TINY_RUN, clean_env
+
+import train_gpt as tg
+
+TABLE = tg.ByteTable.bytes260()
+
+
+class Cases(dict):
+    """Settings of a parametrized test's cases: cases.add("name", setting=...)."""
+
+    def add(self, name, **settings):
+        self[name] = settings
+
+
+# --- models, devices, steps -----------------------------------------------------------------------
+
+
+def config(base, **settings):
+    """Settings with some others in their place."""
+    return tg.Config(**{**base, **settings})
+
+
+def cpu_runtime(**profile):
+    """A runtime of one process on the CPU, with other properties of the device."""
+    rt = tg.Runtime(tg.Config(device="cpu"), {})
+    on_device_with(rt, **profile)
+    return rt
+
+
+def on_device_with(rt, **profile):
+    """The runtime as if its device had other properties."""
+    rt.profile = dataclasses.replace(rt.profile, **profile)
+
+
+def randomized(cfg, seed=0):
+    """A model whose every parameter is random, so that nothing hides behind a zero or a one."""
+    model = tg.GPT(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            size = 0.3 if p.ndim == 2 else 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * size)
+    return model
+
+
+def mild(cfg, seed=0):
+    """A model of random parameters whose outputs stay moderate."""
+    model = tg.GPT(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def names_of(model):
+    return {name for name, _ in model.named_parameters()}
+
+
+def largest(x):
+    """Magnitude of the largest element."""
+    return x.abs().max().item()
+
+
+def random_ids(rng, *shape, vocab=260):
+    """Random tokens [*shape], int64."""
+    return torch.from_numpy(rng.integers(0, vocab, shape))
+
+
+def compiled(function):
+    """As torch.compile would run it, in one graph."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+def take_step(trainer, batch_of):
+    """One optimizer step with the rates that the run's clock gives; it is not counted as done."""
+    return trainer.step(batch_of, trainer.clock.steps_left(trainer.steps_done))
+
+
+class FakeClock:
+    """A clock that stands until somebody moves it."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+
+    def __call__(self):
+        return self.seconds
+
+    def advance(self, seconds):
+        self.seconds += seconds
+
+
+class NoData:
+    """A stream for trainers whose steps read nothing."""
+
+    batch = None
+
+
+class Noise:
+    """Random tokens in place of a stream."""
+
+    def batch(self, unit):
+        ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
+        return ids[:, :-1].copy(), ids[:, 1:].copy()
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+# Settings of every kind of scorer, for texts of a few hundred tokens.
+SHORT = dict(
+    FULL,
+    ttt_chunk_tokens=64,
+    mix_chunk_tokens=64,
+    ttt_lora_chunk=16,
+    ttt_docs=3,
+    ttt_lora_alpha=8.0,
+    ttt_lr=0.01,
+    eval_batch_tokens=64,
+    ngram_buckets=1024,
+)
+STREAM = dict(eval_stream=16)
+TTT = dict(ttt_epochs=1, ttt_batch_seqs=1)
+LORA = dict(ttt_lora_rank=2)
+EXACT = dict(tilt=True, ngram="mix")
+NESTINGS = {
+    "sliding": {},
+    "streaming": STREAM,
+    "streaming documents": dict(STREAM, stream_docs=True),
+    "sliding ttt": TTT,
+    "streaming ttt": dict(STREAM, **TTT),
+    "lora": LORA,
+    "lora reset": dict(LORA, ttt_lora_keep=False),
+    "tilt": dict(tilt=True),
+    "mix": dict(ngram="mix"),
+    "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),
+    "streaming tilt mix": dict(STREAM, **EXACT),
+    "streaming ttt tilt mix": dict(STREAM, **TTT, **EXACT),
+    "lora tilt mix": dict(LORA, **EXACT),
+    "head over exact counts": dict(ngram="mix", mixer_head=True, ngram_order=5),
+}
+
+
+def short_text(rng):
+    """301 tokens of few kinds, so that contexts come again, in six documents, one of them empty."""
+    tokens = rng.integers(4, 40, 301).astype(np.uint16)
+    tokens[120:170] = tokens[20:70]
+    tokens[200:260] = tokens[5:65]
+    tokens[[0, 40, 41, 130, 131, 230]] = 1
+    return tokens
+
+
+def build(rt, **settings):
+    """Settings, a fresh model and the last stage that the settings ask for."""
+    cfg = tg.Config(**dict(SHORT, **settings))
+    assert not tg.check_config(cfg)
+    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
+    return cfg, stages[-1].build(mild(cfg), rt, cfg, TABLE)
+
+
+def windows(model, rt, cfg, stride=8):
+    """The plain model over windows of 32."""
+    return tg.Scorer("s", tg.WindowNetwork(model, rt, cfg, 32, stride))
+
+
+def everything(scorer, batch):
+    """p of the whole vocabulary at the one position of a batch -> [V], float64."""
+    vocabulary = torch.arange(scorer.network.model.cfg.vocab_size)
+    with torch.inference_mode():
+        return scorer.predict(batch).prob(vocabulary.view(1, 1, -1))[0, 0].clone()
+
+
+def network_p(tokens, rt, **settings):
+    """p of every token at every target [n, V] by the network alone."""
+    _, scorer = build(rt, **settings)
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    targets = range(len(tokens) - 1)
+    every = [everything(scorer, plan.position(tokens, j)) for j in targets]
+    return torch.stack(every).numpy()
+
+
+def failed(checks):
+    """Names of the checks that count against a score."""
+    return {check.name for check in checks if check.failed}
+
+
+def verdicts(score, scorer, tokens, cfg, rt):
+    """Check -> verdict of a score."""
+    checks = tg.check_score(score, scorer, tokens, TABLE, cfg, rt, {})
+    return {check.name: check.verdict for check in checks}
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def result_of(out):
+    return json.loads(Path(out, "result.json").read_text())
+
+
+def log_of(out):
+    log = Path(out, "train.log")
+    return log.read_text() if log.exists() else ""
+
+
+def losses_of(out):
+    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return np.array([row["train_loss"] for row in rows if "train_loss" in row])
+
+
+def run(out, **env):
+    """main() in this process -> exit code, result.json, log."""
+    code = tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
+    return code, result_of(out), log_of(out)
+
+
+def tiny_env(out, **env):
+    """The environment of a process that makes a tiny run on the CPU."""
+    return clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
+
+
+def python(arguments, env, **options):
+    """This interpreter in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def torchrun(processes, program, env):
+    """A program and its arguments, as so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return python([*launcher, *program], env)
+
+
+# Several processes without torchrun and imports, which take longer than a tiny run: they are forked
+# from one that has imported everything.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def start_fork_server():
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    FORKS.set_forkserver_preload(["helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        forkserver.ensure_running()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def as_rank(function, env, log, arguments):
+    """What a forked process does: function(env, *arguments) in an environment like torchrun's."""
+    with open(log, "w") as sys.stderr:
+        os.environ.update(env)
+        torch.set_num_threads(1)
+        try:
+            function(env, *arguments)
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+def in_processes(world, folder, function, *arguments):
+    """function(env, *arguments) in so many processes at once, which must all succeed."""
+    start_fork_server()
+    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    logs = [Path(folder, f"rank{rank}_of_{world}.txt") for rank in range(world)]
+    processes = []
+    for rank, log in enumerate(logs):
+        own = dict(env, RANK=str(rank), LOCAL_RANK=str(rank))
+        processes.append(FORKS.Process(target=as_rank, args=(function, own, log, arguments)))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * world, "".join(log.read_text() for log in logs)
+
+
+def main_of_rank(env, settings):
+    assert tg.main([], {**settings, **env}) == 0
+
+
+def run_in_processes(out, processes, **env):
+    """A tiny run of several processes -> result.json."""
+    settings = {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}
+    in_processes(processes, Path(out).parent, main_of_rank, settings)
+    return result_of(out)

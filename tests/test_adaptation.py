@@ -1,0 +1,323 @@
+"""Test-time training and adapters (section 10): score first, learn then, and what is learned."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import oracles
+import oracles_adaptation as slow
+import pytest
+import torch
+from conftest import FULL, TINY
+from helpers import TABLE, Cases, build, config, mild, names_of, randomized, short_text, verdicts
+
+import train_gpt as tg
+
+# Every token has its own number of bytes, so that byte weights matter.
+BYTES = np.arange(260)
+SIZES = tg.ByteTable((BYTES % 7).astype(np.int16), BYTES % 3 == 0, BYTES < 4, "sizes")
+ADAPTS = dict(
+    TINY,
+    num_layers=2,
+    train_seq_len=16,
+    eval_stride=8,
+    eval_batch_tokens=48,
+    ttt_epochs=2,
+    ttt_chunk_tokens=48,
+    ttt_batch_seqs=2,
+    ttt_lr=0.02,
+    ttt_optimizer="sgd",
+)
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(4, 260, 171).astype(np.uint16)
+
+
+def learn(scorer, tokens, progress=0.0):
+    """Test-time training on a stream as one chunk."""
+    scorer.training.learn(tokens, progress)
+
+
+def state_of(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def equal(state, other):
+    return all(torch.equal(w, other[name]) for name, w in state.items())
+
+
+# --- chunk by chunk -------------------------------------------------------------------------------
+
+QUERIES = dict(qttt=True, ttt_freeze_blocks=1)
+TWO_PARTS = dict(ttt_parts=2, ttt_batch_seqs=1)
+ADAPTATIONS = Cases()
+ADAPTATIONS.add("clipped", ttt_lr=0.2)
+ADAPTATIONS.add("weighted by bytes", byte_weighted_ttt=True, ttt_epochs=1)
+ADAPTATIONS.add("two parts", **TWO_PARTS, byte_weighted_ttt=True, ttt_chunk_tokens=64)
+ADAPTATIONS.add(
+    "uneven parts", **TWO_PARTS, **QUERIES, ttt_chunk_tokens=80, eval_stride=16, ttt_lr=0.3
+)
+ADAPTATIONS.add("adam, tempered", ttt_optimizer="adamw", ttt_lr=0.003, ttt_temperature=0.93)
+ADAPTATIONS.add("queries, clipped at times", **QUERIES, ttt_lr=0.3)
+ADAPTATIONS.add("odd stride", eval_stride=6, ttt_chunk_tokens=30)
+LAST_QUERIES_AND_SCALES = {
+    "blocks.0.attn_scale",
+    "blocks.0.mlp_scale",
+    "blocks.1.attn_scale",
+    "blocks.1.mlp_scale",
+    "blocks.1.attn.c_q.weight",
+}
+
+
+@pytest.mark.parametrize("case", ADAPTATIONS)
+def test_adaptation_equals_a_slow_loop(case, rt, run_log, rng):
+    """Charge a chunk, then learn it, with a rate that falls along a cosine.
+
+    The last chunk is only charged.
+    """
+    cfg = config(ADAPTS, **ADAPTATIONS[case])
+    tokens = rng.integers(0, 260, 171).astype(np.uint16)
+    model = randomized(cfg)
+    learned = LAST_QUERIES_AND_SCALES if cfg.qttt else names_of(model)
+    twin = slow.Adaptation(model, cfg, learned, SIZES)
+    charges = twin.over_chunks(tokens, lambda windows: twin.charge(tokens, windows))
+    assert len(charges) > 2
+    plain = tg.Scorer("s", tg.WindowNetwork(model, rt, cfg, 16, cfg.eval_stride))
+    without = tg.evaluate(plain, tokens, SIZES, cfg, rt, run_log)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, SIZES)
+    score = tg.evaluate(scorer, tokens, SIZES, cfg, rt, run_log)
+    np.testing.assert_allclose(score.nats, np.concatenate(charges), atol=5e-4)
+    for (name, p), wanted in zip(model.named_parameters(), twin.model.parameters()):
+        torch.testing.assert_close(p, wanted, atol=2e-4, rtol=1e-3, msg=name)
+    assert max(twin.norms) > 1
+    if cfg.qttt:
+        assert min(twin.norms) < 1
+    later = len(charges[0])
+    assert np.abs(score.nats - without.nats)[later:].max() > 0.02
+    assert score.label == "val_bpb"
+    found = verdicts(score, scorer, tokens, cfg, rt)
+    assert found["order"] == found["future"] == found["distribution"] == "PASS"
+
+
+GATED_CACHE = dict(
+    ngram="gated",
+    ngram_order=7,
+    ngram_min_order=2,
+    ngram_buckets=64,
+    ngram_primes=oracles.PRIMES["gated"],
+    mixer_head=True,
+    ttt_temperature=0.93,
+    ngram_chunk_tokens=64,
+    ttt_lr=0.1,
+)
+
+
+def test_gated_cache_over_an_adapting_network(rt, run_log, rng):
+    """PR 834 as it was scored.
+
+    The head weighs orders and a network that learns each chunk after its charge.
+    """
+    cfg = config(ADAPTS, **GATED_CACHE)
+    tokens = rng.integers(100, 104, 200).astype(np.uint16)  # n-grams return
+    tokens[[0, 66]] = 1
+    model = randomized(cfg)
+    twin = slow.Adaptation(model, cfg, names_of(model), SIZES)
+    outputs = twin.over_chunks(tokens, lambda windows: twin.outputs(tokens, windows))
+    log_p = np.concatenate([p for p, _ in outputs])
+    hidden = np.concatenate([stream for _, stream in outputs])
+    expected, _ = oracles.cache_charges(copy.deepcopy(model), tokens, cfg, log_p, hidden)
+    scorer = tg.STAGES["ngram"].build(model, rt, cfg, SIZES)
+    score = tg.evaluate(scorer, tokens, SIZES, cfg, rt, run_log)
+    np.testing.assert_allclose(score.nats, expected, atol=5e-4)
+    assert score.label == "unnormalised_score"
+
+
+def test_weights_rest_while_a_chunk_is_charged(tokens, rt, run_log):
+    """Untouched until the first chunk is charged, the same for all of a chunk.
+
+    Nothing is learned after the last.
+    """
+    cfg = config(ADAPTS)
+    model = randomized(cfg)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    optimizer = scorer.training.optimizer
+    predict = scorer.predict
+    step = optimizer.step
+    states = {number: [] for number in range(4)}  # weights at every batch of a chunk
+    steps = Counter()  # of a chunk
+    now = [0]  # the chunk
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def watched(batch):
+        now[0] = int(batch.index[0, 0]) // 48
+        states[now[0]].append(weights())
+        return predict(batch)
+
+    def counted():
+        steps[now[0]] += 1
+        step()
+
+    start = weights()
+    scorer.predict = watched
+    optimizer.step = counted
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert steps == dict.fromkeys(range(3), 2 * 2)  # two epochs of two batches of rows
+    assert torch.equal(states[0][0], start)
+    for state in states.values():
+        assert all(torch.equal(w, state[0]) for w in state)
+    for number in range(1, 4):
+        assert not torch.equal(states[number][0], states[number - 1][0])
+    assert torch.equal(weights(), states[3][-1])
+
+
+def test_one_chunk_is_only_charged(tokens, rt, run_log):
+    """There is nothing left to learn for: no weight moves."""
+    cfg = config(ADAPTS, ttt_chunk_tokens=176)
+    model = randomized(cfg)
+    before = state_of(model)
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_restored_adaptation_is_bit_equal(optimizer, tokens, rt):
+    """Weights and optimizer: what comes after a restore is what came after the snapshot."""
+    cfg = config(ADAPTS, ttt_optimizer=optimizer)
+    model = randomized(cfg)
+    tokens = tokens[:49]
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    learn(scorer, tokens)
+    state = scorer.state_dict()
+    then = state_of(model)
+    learn(scorer, tokens, 0.3)
+    after = state_of(model)
+    scorer.load_state_dict(state)
+    assert equal(model.state_dict(), then)
+    learn(scorer, tokens, 0.3)
+    assert equal(model.state_dict(), after)
+    assert not equal(then, after)
+
+
+# --- what is learned ------------------------------------------------------------------------------
+
+SCALES = {f"blocks.{i}.{kind}_scale" for i in range(3) for kind in ("attn", "mlp")}
+SCALES |= {"bigram.scale", "ve_shared.scale", "ve_layer_scales.0", "ve_layer_scales.1"}
+LAST_QUERIES = {"blocks.2.attn.c_q.weight"}
+LAST_ATTENTION = {f"blocks.2.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "proj")}
+LAST_BLOCK = LAST_ATTENTION | {
+    "blocks.2.attn.q_gain",
+    "blocks.2.mlp.fc.weight",
+    "blocks.2.mlp.proj.weight",
+    "blocks.2.resid_mix",
+}
+LEARNED = {
+    "queries of the last": (QUERIES, LAST_QUERIES),
+    "queries of two": (
+        dict(qttt=True, ttt_freeze_blocks=2),
+        LAST_QUERIES | {"blocks.1.attn.c_q.weight"},
+    ),
+    "last block": (dict(ttt_freeze_blocks=1), LAST_BLOCK),
+    "untied": (dict(QUERIES, tie_embeddings=False), LAST_QUERIES | {"lm_head.weight"}),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("case", LEARNED)
+def test_adaptation_moves_what_it_says_and_nothing_else(case, optimizer, tokens, rt):
+    """The list of PR 834; its mixer head may move, but the network's loss does not reach it."""
+    settings, matrices = LEARNED[case]
+    training = dict(ttt_epochs=1, ttt_batch_seqs=2, ttt_optimizer=optimizer)
+    cfg = config(FULL, mixer_head=True, **training, **settings)
+    model = randomized(cfg)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    learn(scorer, tokens[:129])
+    after = dict(model.named_parameters())
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    may_move = {name for name, p in after.items() if p.requires_grad}
+    assert moved == SCALES | matrices
+    assert may_move == moved | {"alpha_head.weight", "alpha_head.bias"}
+
+
+PUBLISHED = dict(
+    num_layers=11,
+    num_kv_heads=8,
+    mlp_mult=3.5,
+    bigram_vocab_size=6144,
+    smear=True,
+    ve_layers=(9, 10),
+    mixer_head=True,
+    ttt_epochs=1,
+)
+
+
+@pytest.mark.parametrize("qttt, blocks, count", [(True, 1, 277_003), (False, 2, 5_784_091)])
+def test_adapted_parameters_at_full_size(qttt, blocks, count, rt):
+    """What the logs of PR 834 and PR 859 print."""
+    cfg = tg.Config(**PUBLISHED, qttt=qttt, ttt_freeze_blocks=blocks)
+    with torch.device("meta"):
+        model = tg.GPT(cfg)
+    tg.STAGES["ttt"].build(model, rt, cfg, TABLE)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+# --- before scoring -------------------------------------------------------------------------------
+
+
+# Optimizer, rows of 16 tokens, parts.
+FIRST = ["adamw 8 1", "sgd 8 2", "sgd 5 1", "sgd 9 2", "sgd 10 3", "sgd 10 2"]
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_adapting_first_is_called_what_it_is(case, rt, run_log, rng):
+    """PR 489: a constant rate, all tokens, all parameters, then the score; it is never val_bpb."""
+    optimizer, rows, parts = case.split()
+    training = dict(ttt_optimizer=optimizer, ttt_lr=0.003, ttt_parts=int(parts))
+    cfg = config(ADAPTS, ttt_before_scoring=True, eval_stride=16, **training)
+    tokens = rng.integers(4, 260, int(rows) * 16 + 4).astype(np.uint16)
+    model = randomized(cfg)
+    twin = slow.Adaptation(model, cfg, names_of(model), SIZES)
+    twin.learn(tokens, 0.003, slow.steps_before_scoring)
+    expected = twin.charge(tokens, oracles.windows_of(len(tokens) - 1, 16, 16))
+    scorer = tg.STAGES["ttt"].build(model, rt, cfg, SIZES)
+    score = tg.evaluate(scorer, tokens, SIZES, cfg, rt, run_log)
+    np.testing.assert_allclose(score.nats, expected, atol=5e-4)
+    assert score.label == "adapted_before_scoring"
+    assert "val_bpb" not in score.record()
+    found = verdicts(score, scorer, tokens, cfg, rt)
+    assert found["order"].startswith("EXPECTED")
+    assert found["coverage"] == found["future"] == found["distribution"] == "PASS"
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_adapters_from_their_definition(keep, rng, rt, run_log):
+    """Each document alone: W + (alpha / rank) B A in place of W, trained after each whole chunk."""
+    tokens = short_text(rng)
+    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep)
+    model = mild(cfg)
+    modules = [name for name, m in model.named_modules() if isinstance(m, tg.Linear)]
+    names = [f"{name}.weight" for name in modules if name.startswith("blocks.")]
+    expected = slow.adapter_charges(model, names, scorer.network.start, tokens, cfg)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    np.testing.assert_allclose(score.nats, expected, atol=2e-4)
+
+
+def test_no_document_sees_another_ones_adapters(rng, rt, run_log):
+    tokens = short_text(rng)
+    other = tokens.copy()
+    other[2:40] += 1
+    nats = []
+    for text in (tokens, other):
+        cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=False, ttt_docs=8)
+        nats.append(tg.evaluate(scorer, text, TABLE, cfg, rt, run_log).nats)
+    change = np.abs(nats[1] - nats[0])
+    assert change[:38].max() > 0.01
+    assert change[40:].max() < 1e-5

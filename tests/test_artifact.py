@@ -1,0 +1,337 @@
+"""The artifact (section 9): round trip, size, and every way in which it can be wrong."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import FULL, ROOT, TINY
+from helpers import config, randomized
+
+import train_gpt as tg
+
+
+def weights_of(**settings):
+    """Settings of everything, and random weights."""
+    cfg = config(FULL, **settings)
+    return cfg, randomized(cfg).state_dict()
+
+
+def header_of(blob):
+    header, _ = tg.read_header(blob)
+    return header
+
+
+def kinds_of(blob):
+    """Tensor -> quantizer."""
+    return {name: kind for name, _, kind in header_of(blob)["tensors"]}
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+def expected_weights(w, kind, cfg):
+    """What a tensor should be after a round trip."""
+    if kind == "f32":
+        return w
+    if kind == "f16":
+        return w.half().float()
+    q, scales = tg.QUANTIZERS[kind].fit(w, cfg)
+    bits = int(kind.removeprefix("int"))
+    assert q.abs().max() <= 2 ** (bits - 1) - 1
+    assert scales.dtype == torch.float16
+    return q.float() * scales.float()
+
+
+@pytest.mark.parametrize("codec", ["zstd", "zlib", "lzma"])
+def test_round_trip_is_exact(codec):
+    policy = "mlp:5,embed:6"
+    cfg, state = weights_of(compressor=codec, quant_policy=policy, eval_seq_len=48)
+    blob = tg.pack(state, cfg, code_bytes=123)
+    assert blob == tg.pack(state, cfg, code_bytes=123)
+    stored, weights = tg.unpack(blob)
+    groups = ("model", "pack", "score")
+    assert stored.group(*groups) == cfg.group(*groups)
+    header = header_of(blob)
+    assert header["codec"] == codec
+    assert header["code_bytes"] == 123
+    kinds = kinds_of(blob)
+    assert weights.keys() == state.keys() == kinds.keys()
+    assert kinds["tok_emb.weight"] == "int6"
+    assert kinds["blocks.0.mlp.fc.weight"] == "int5"
+    assert kinds["blocks.0.attn.c_q.weight"] == "int8"
+    assert kinds["blocks.0.resid_mix"] == "f32"
+    for name, w in state.items():
+        assert torch.equal(weights[name], expected_weights(w, kinds[name], cfg)), name
+    tg.GPT(stored).load_state_dict(weights, strict=True)
+
+
+def test_every_tensor_has_a_role_and_off_leaves_no_byte():
+    names = tg.GPT(config(FULL)).state_dict()
+    assert {tg.tensor_role(name) for name in names} == set(tg.ROLES)
+    cfg = config(TINY)
+    plain = kinds_of(tg.pack(randomized(cfg).state_dict(), cfg))
+    for name in plain:
+        assert not any(part in name for part in ("bigram", "smear", "ve_")), name
+
+
+def test_an_artifact_of_the_first_version_loads():
+    """Written by an earlier program: every kind of tensor, the same logits."""
+    told = json.loads((ROOT / "tests/artifact_v1.json").read_text())
+    blob = base64.b64decode(told["artifact"])
+    assert set(kinds_of(blob).values()) == {"int5", "int6", "int8", "f16", "f32"}
+    stored, weights = tg.unpack(blob)
+    model = tg.build_model(stored, tg.Runtime(tg.Config(device="cpu"), {}), weights)
+    expected = told["last_logits"]
+    logits = model.logits(torch.tensor([told["ids"]]))[0, -1, : len(expected)]
+    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-4)
+
+
+def test_weights_that_are_not_finite():
+    cfg, state = weights_of()
+    state["skip_weights"][0, 0] = math.nan
+    with pytest.raises(tg.InputError, match="skip_weights"):
+        tg.pack(state, cfg)
+
+
+def test_a_small_matrix_beyond_float16_stays_float32():
+    cfg, state = weights_of(keep_float_max_numel=65536)
+    name = "blocks.0.attn.c_k.weight"
+    state[name][0, 0] = 7e4
+    _, weights = tg.unpack(tg.pack(state, cfg))
+    assert torch.equal(weights[name], state[name])
+
+
+# Names, shapes and sizes of tensors, two of them too small or too special to be quantized.
+PRUNED = {
+    "tok_emb.weight": ((20, 32), 1),
+    "blocks.0.mlp.fc.weight": ((33, 30), 9),
+    "bigram.proj.weight": ((16, 16), 1),
+    "blocks.0.resid_mix": ((2, 200), 1),
+}
+
+
+@pytest.mark.parametrize("share", [0.03, 0.25, 0.5])
+def test_pruning_zeroes_the_smallest_of_each_tensor(share, rng):
+    """Which weights become 0, tensor by tensor; floats and small tensors keep theirs."""
+    cfg = config(TINY, prune_pct=share, keep_float_max_numel=256)
+    state = {}
+    for name, (shape, size) in PRUNED.items():
+        signs = rng.choice([-1, 1], shape)
+        state[name] = torch.from_numpy(rng.uniform(0.3, 1, shape) * signs * size).float()
+    _, weights = tg.unpack(tg.pack(state, cfg))
+    for name, w in state.items():
+        expected = np.zeros(w.numel(), bool)
+        if w.numel() > 400:
+            count = math.ceil((w.numel() - 1) * share)
+            expected[w.abs().flatten().argsort()[:count]] = True
+        assert np.array_equal((weights[name] == 0).flatten(), expected), name
+
+
+# --- size -----------------------------------------------------------------------------------------
+
+
+def test_size_report_adds_up():
+    cfg, state = weights_of()
+    blob = tg.pack(state, cfg)
+    total = len(blob) + 1000
+    lines = tg.size_report(blob, 1000, 10)
+    assert f"Total submission size zstd: {total} bytes" in lines
+    assert "OVER THE CAP" in lines[3]
+    assert "OVER" not in "".join(tg.size_report(blob, 1000, total))
+
+
+def entropy_bytes(arrays):
+    """Bytes of some arrays under a code that knows how often each byte value comes."""
+    counts = Counter(b"".join(array.numpy().tobytes() for array in arrays)).values()
+    bits = [n * math.log2(sum(counts) / n) for n in counts]
+    return sum(bits) / 8
+
+
+def test_size_report_names_the_largest_tensors():
+    """Sizes by the counts of each tensor's byte values, largest first."""
+    cfg, state = weights_of(quant_policy="mlp:5")
+    blob = tg.pack(state, cfg)
+    needs = {}
+    for name, kind in kinds_of(blob).items():
+        needs[name] = entropy_bytes(tg.QUANTIZERS[kind].fit(state[name], cfg))
+    lines = tg.size_report(blob, 1000, 5_000_000)
+    margin = 5_000_000 - 1000 - len(blob)
+    assert lines[3] == f"size_cap:5000000 margin:{margin} bytes"
+    words = [line.split() for line in lines[4:]]
+    largest = sorted(needs, key=needs.get, reverse=True)[:5]
+    assert [word[4] for word in words] == largest
+    for word in words:
+        assert abs(int(word[1]) - needs[word[4]]) < 1
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def sealed(header, payload, version=1, level=-1):
+    """An artifact of some header (JSON text) and payload, with a correct checksum."""
+    body = zlib.compress(header, level)
+    digest = hashlib.sha256(body + payload).digest()
+    prefix = struct.pack("<8sHIQ32s", tg.MAGIC, version, len(body), len(payload), digest)
+    return prefix + body + payload
+
+
+def resealed(blob, payload=None, **fields):
+    """A blob with other content and a correct checksum: only the content is wrong."""
+    header, old_payload = tg.read_header(blob)
+    text = json.dumps({**header, **fields}).encode()
+    return sealed(text, old_payload if payload is None else payload)
+
+
+@pytest.fixture(scope="module")
+def blob():
+    cfg, state = weights_of()
+    return tg.pack(state, cfg)
+
+
+def replaced(blob, at, value):
+    return blob[:at] + value + blob[at + len(value) :]
+
+
+# Kind of damage -> what is said. The bytes are made by the test.
+DAMAGE = {
+    "nothing": "shorter",
+    "a beginning": "shorter",
+    "one byte less": "cut short or extended",
+    "one byte more": "cut short or extended",
+    "another magic": "begins with",
+    "another version": "format version 2",
+    "a flipped bit": "checksum",
+    "an absurd length": "cut short or extended",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused(blob, kind):
+    damaged = {
+        "nothing": b"",
+        "a beginning": blob[:40],
+        "one byte less": blob[:-1],
+        "one byte more": blob + b"\0",
+        "another magic": replaced(blob, 0, b"X"),
+        "another version": replaced(blob, 8, b"\2\0"),
+        "a flipped bit": replaced(blob, 2000, bytes([blob[2000] ^ 4])),
+        "an absurd length": replaced(blob, 14, struct.pack("<Q", 1 << 60)),
+    }
+    with pytest.raises(tg.InputError, match=DAMAGE[kind]):
+        tg.unpack(damaged[kind])
+
+
+@dataclasses.dataclass
+class Claim:
+    """Fields of the header, and what is said about them."""
+
+    message: str
+    fields: dict
+
+
+def table_claim(message, *row):
+    return Claim(message, dict(tensors=[list(row)]))
+
+
+def config_claim(message, **settings):
+    return Claim(message, dict(config=settings))
+
+
+BAD_TABLE = "bad tensor table"
+NOT_OURS = "not those of this program"
+CLAIMS = {
+    "a matrix beyond all bounds": table_claim("claims", "a", [2**30, 2**30], "int8"),
+    "a vector beyond all bounds": table_claim(BAD_TABLE, "a", [2**40], "f32"),
+    "a negative size": table_claim(BAD_TABLE, "a", [-1, 3], "f32"),
+    "a vector of whole numbers": table_claim(BAD_TABLE, "a", [4], "int8"),
+    "an unknown kind": table_claim(BAD_TABLE, "a", [4, 4], "pickle"),
+    "another tensor": table_claim("payload cannot be expanded", "a", [4, 4], "f32"),
+    "a table of text": Claim(BAD_TABLE, dict(tensors="x")),
+    "no table": Claim(BAD_TABLE, dict(tensors=None)),
+    "an unknown codec": Claim("codec 'rar'", dict(codec="rar")),
+    "another codec": Claim("payload cannot be expanded", dict(codec="zlib")),
+    "an unknown setting": config_claim(NOT_OURS, no_such_setting=1),
+    "settings in a list": Claim(NOT_OURS, dict(config=[])),
+    "a number as text": config_claim("wrong type", num_layers="nine"),
+    "a switch for a number": config_claim("wrong type", num_layers=True),
+    "a number for a switch": config_claim("wrong type", smear=1),
+    "a switch for a rate": config_claim("wrong type", matrix_lr=False),
+    "a switch for a layer": config_claim("wrong type", ve_layers=[1, True]),
+    "a header that is small only when compressed": Claim(
+        "unreadable header", dict(notes="x" * (5 << 20))
+    ),
+    "a setting out of its range": config_claim("expected 1 or more", num_heads=0),
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_wrong_claims_are_refused(blob, kind):
+    claim = CLAIMS[kind]
+    with pytest.raises(tg.InputError, match=claim.message):
+        tg.unpack(resealed(blob, **claim.fields))
+
+
+def test_a_zstd_frame_that_claims_another_size_allocates_nothing(blob):
+    _, payload = tg.read_header(blob)
+    frame = bytearray(payload)
+    assert frame[4] & 0xC0 in (0x40, 0x80)  # the frame header holds 2 or 4 bytes of size
+    frame[5:7] = b"\xff\xff"
+    with pytest.raises(tg.InputError, match="cannot be expanded"):
+        tg.unpack(resealed(blob, bytes(frame)))
+
+
+def test_a_stream_that_expands_without_end_is_cut_off(blob):
+    bomb = zlib.compress(bytes(50_000_000), 9)
+    with pytest.raises(tg.InputError, match="cannot be expanded"):
+        tg.unpack(resealed(blob, bomb, codec="zlib"))
+
+
+def flipped(blob, rng):
+    """One bit changed, at times the last byte lost."""
+    raw = bytearray(blob)
+    raw[rng.integers(0, len(raw))] ^= 1 << rng.integers(0, 8)
+    return bytes(raw[: len(raw) - rng.integers(0, 2)])
+
+
+def spoiled_and_sealed(text, payload, rng):
+    """One to three bytes of header or payload changed, with a correct checksum."""
+    header = bytearray(text)
+    data = bytearray(payload)
+    for _ in range(rng.integers(1, 4)):
+        if rng.random() < 0.7:
+            header[rng.integers(0, len(header))] = rng.integers(32, 127)
+        else:
+            data[rng.integers(0, len(data))] = rng.integers(0, 256)
+    return sealed(bytes(header), bytes(data), level=1)
+
+
+def fuzz_artifacts(blob, rng, count):
+    """Damaged files must be refused; if the checksum is right, refused or of sane shapes."""
+    header, payload = tg.read_header(blob)
+    text = json.dumps(header).encode()
+    for _ in range(count // 2):
+        with pytest.raises(tg.InputError):
+            tg.unpack(flipped(blob, rng))
+    for _ in range(count // 2):
+        try:
+            _, weights = tg.unpack(spoiled_and_sealed(text, payload, rng))
+        except tg.InputError:
+            continue
+        assert sum(w.numel() for w in weights.values()) < 10 * len(blob)
+
+
+def test_fuzz_artifact_reader(blob, rng):
+    fuzz_artifacts(blob, rng, 2000)
+
+
+@pytest.mark.slow
+def test_fuzz_artifact_reader_long(blob, rng):
+    fuzz_artifacts(blob, rng, 40_000)

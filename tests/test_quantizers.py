@@ -1,0 +1,266 @@
+"""Quantizers (section 7): rows as whole numbers, GPTQ, fake quantization and its penalty."""
+
+import dataclasses
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from conftest import TINY
+from helpers import compiled, config, random_ids, randomized
+
+import train_gpt as tg
+
+SMALL = dict(TINY, num_layers=2)
+
+
+def top_level(bits):
+    return 2 ** (bits - 1) - 1
+
+
+def normal(rng, *shape):
+    return torch.from_numpy(rng.standard_normal(shape)).float()
+
+
+def there_and_back(w, bits, hessian=None, **settings):
+    """Weights after a quantizer."""
+    quantizer = tg.RowInt(bits)
+    return quantizer.decode(*quantizer.fit(w, tg.Config(**settings), hessian))
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_row_quantizer_error_bounds(bits, rng):
+    """Half a step without a search for the clip; with it, the squared error is no larger."""
+    spread = torch.from_numpy(np.exp(rng.standard_normal((40, 1)) * 3)).float()
+    w = normal(rng, 40, 64) * spread
+    w[3] = 0
+    whole = there_and_back(w, bits, quant_clip_steps=1)
+    clipped = there_and_back(w, bits, quant_clip_steps=16)
+    step = w.abs().amax(1, keepdim=True) / top_level(bits)
+    bound = 0.505 * step + 2.0**-24 * top_level(bits)  # float16 scales round
+    assert ((whole - w).abs() <= bound).all()
+    before = (whole - w).square().sum(1)
+    after = (clipped - w).square().sum(1)
+    assert (after <= before * 1.0001).all()
+    assert bits == 8 or after.sum() < before.sum()
+    assert torch.equal(whole[3], torch.zeros(64))
+
+
+def test_clip_search_is_the_best_of_what_it_tries(rng):
+    w = normal(rng, 1, 32) ** 3
+    error = (there_and_back(w, 4) - w).square().sum().item()
+    least = oracles.best_clip_error(w.numpy(), top_level(4))
+    assert abs(error - least) < 1e-4 * least
+
+
+def test_hessian_weighs_the_columns(rng):
+    """Of an artifact's matrix: less error where the inputs are large."""
+    name = "blocks.0.mlp.fc.weight"
+    cfg = config(TINY, quant_bits=3)
+    w = normal(rng, 32, 32)
+    h = torch.diag(torch.tensor([100.0] * 8 + [0.01] * 24))
+
+    def weighted_error(hessians):
+        _, weights = tg.unpack(tg.pack({name: w}, cfg, hessians))
+        return ((weights[name] - w).square() * h.diagonal()).sum()
+
+    assert weighted_error({name: h}) < weighted_error(None)
+
+
+ROW_SIZES = torch.tensor([0.001, 0.1, 0.9, 1.5, 7.0, 0.0])
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_scale_floor(bits, rng):
+    """Steps are at least 1 / top level: rows below 1 share it, rows above are as without."""
+    w = normal(rng, 6, 50)
+    w = w / w.abs().amax(1, keepdim=True) * ROW_SIZES[:, None]
+    floor = np.float16(1 / top_level(bits))
+
+    def scales(**settings):
+        _, found = tg.RowInt(bits).fit(w, tg.Config(**settings))
+        return found.numpy()[:, 0]
+
+    for clip_steps in (1, 16):
+        floored = scales(quant_scale_floor=True, quant_clip_steps=clip_steps)
+        assert (floored >= floor).all()
+        assert (floored[[0, 1, 2, 5]] == floor).all()
+    floored = scales(quant_scale_floor=True, quant_clip_steps=1)
+    plain = scales(quant_scale_floor=False, quant_clip_steps=1)
+    assert np.array_equal(plain[3:5], floored[3:5])
+    assert (plain[:3] < floor).all()
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Layer:
+    """A matrix, and X^T X / n of correlated inputs, two columns of which are never used."""
+
+    w: np.ndarray
+    hessian: np.ndarray
+    bits: int
+    damp: float
+
+    def gptq(self, scale):
+        """Codes by the slow rule."""
+        return oracles.gptq(self.w, scale, self.hessian, top_level(self.bits), self.damp)
+
+    def output_error(self, decoded):
+        wrong = decoded - self.w
+        return np.trace(wrong @ self.hessian @ wrong.T)
+
+
+@pytest.fixture(params=[(4, 24, 0.01), (3, 150, 0.1), (8, 40, 0.01)])
+def layer(request, rng):
+    bits, cols, damp = request.param
+    w = rng.standard_normal((6, cols)).astype(np.float32)
+    x = rng.standard_normal((4 * cols, cols))
+    x = x @ (rng.standard_normal((cols, cols)) / 3 + np.eye(cols))
+    x[:, [2, 9]] = 0
+    hessian = x.T @ x / len(x)
+    return Layer(w, hessian.astype(np.float32), bits, damp)
+
+
+def test_gptq_equals_column_by_column(layer):
+    """Levels of the slow rule, less output error than plain rounding on correlated inputs.
+
+    Dead columns are 0.
+    """
+    top = top_level(layer.bits)
+    scale = np.abs(layer.w).max(1, keepdims=True) / np.float32(top)
+    arrays = [torch.from_numpy(array) for array in (layer.w, scale, layer.hessian)]
+    codes = tg.gptq(*arrays, top, layer.damp).numpy()
+    np.testing.assert_array_equal(codes, layer.gptq(scale[:, 0].astype(np.float64)))
+    plain = oracles.rounded(layer.w, scale, top)
+    assert layer.output_error(codes * scale) < 0.9 * layer.output_error(plain * scale)
+    assert not codes[:, [2, 9]].any()
+    assert plain[:, [2, 9]].any()
+
+
+def test_packed_rows_with_a_hessian_are_gptqs(layer):
+    """With the scales that the search for the clip has found."""
+    cfg = config(TINY, quant_clip_steps=8, gptq_damp=layer.damp)
+    w = torch.from_numpy(layer.w)
+    codes, scales = tg.RowInt(layer.bits).fit(w, cfg, torch.from_numpy(layer.hessian))
+    expected = layer.gptq(scales.numpy()[:, 0].astype(np.float64))
+    np.testing.assert_array_equal(codes.numpy(), expected)
+
+
+# --- fake quantization while training -------------------------------------------------------------
+
+
+def test_fake_quantization_acts_in_a_compiled_model(rt, run_log, rng):
+    """Switched after the first trace it still changes the loss; off is as before.
+
+    Gradients reach the weights.
+    """
+    cfg = config(TINY, num_layers=1, quant_bits=3)
+    model = randomized(cfg)
+    trainer = tg.Trainer(cfg, rt, run_log, model, None)
+    assert len(trainer.quantized) == 6
+    ids = random_ids(rng, 2, 16)
+    targets = random_ids(rng, 2, 16)
+    loss_of = compiled(model)
+    losses = []
+    gradients = []
+    for on in (False, True, False):
+        trainer.fake_quantization(on)
+        trainer.gradients.zero_()
+        loss = loss_of(ids, targets)
+        torch.testing.assert_close(loss, model(ids, targets))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(trainer.gradients.clone())
+        for name, p in model.named_parameters():
+            assert p.grad.abs().max() > 0, name
+    off, on, off_again = losses
+    assert off == off_again != on
+    assert torch.equal(gradients[0], gradients[2])
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_trainer_fakes_by_the_policy(floor, rt, run_log):
+    """The settings' bits and floor, matrix by matrix."""
+    cfg = config(SMALL, quant_policy="attn:4,mlp:3", quant_scale_floor=floor)
+    trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None)
+    trainer.fake_quantization(True)
+    modules = trainer.model.named_modules()
+    linears = {name: m for name, m in modules if isinstance(m, tg.Linear)}
+    assert len(linears) == 12
+    for name, linear in linears.items():
+        w = linear.weight.detach().numpy()
+        top = top_level(4 if ".attn." in name else 3)
+        step = np.abs(w).max(1, keepdims=True) / np.float32(top)
+        if floor:
+            step = np.maximum(step, np.float32(1 / top))
+        faked = linear(torch.eye(w.shape[1])).detach().T.numpy()
+        expected = np.round(w / step) * step
+        np.testing.assert_allclose(faked, expected, atol=1e-6, err_msg=name)
+
+
+def levels_far_from_ties(rng, top, small):
+    """Weights in units of their rows' steps, so that none can flip; one column is the largest.
+
+    small: most rows reach half of the top level only, so that a floor sets their steps.
+    """
+    offsets = rng.uniform(-0.4, 0.4, (24, 40))
+    levels = (rng.integers(-top, top + 1, (24, 40)) + offsets).clip(-top, top)
+    levels[:, 7] = top
+    if small:
+        levels = np.where(np.abs(levels) > 0.7 * top, levels.round() // 2, levels)
+    return levels
+
+
+@pytest.mark.parametrize("bits, floor", [(5, False), (6, True), (8, False)])
+def test_fake_quantized_weights_are_what_packing_gives(bits, floor, rng):
+    """Up to float16 rounding of the scales; the gradient passes as if nothing had been rounded."""
+    top = top_level(bits)
+    levels = levels_far_from_ties(rng, top, small=floor)
+    steps = np.full((24, 1), 1 / top) if floor else 10 ** rng.uniform(-4, 1, (24, 1))
+    linear = tg.Linear(40, 24)
+    linear.weight.data = torch.from_numpy(levels * steps).float()
+    linear.fake_qmax = top
+    linear.fake_floor = floor
+    w = linear.weight.detach()
+    unpacked = there_and_back(w, bits, quant_clip_steps=1, quant_scale_floor=floor)
+    faked = linear(torch.eye(40)).detach().T
+    rounded = torch.from_numpy(levels.round() * steps).float()
+    torch.testing.assert_close(faked, unpacked, rtol=2**-10, atol=1e-7)
+    torch.testing.assert_close(faked, rounded, rtol=1e-5, atol=1e-7)
+    x = normal(rng, 9, 40)
+    push = normal(rng, 9, 24)
+    (linear(x) * push).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, push.T @ x)
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_quantization_penalty_equals_loops(floor, rng):
+    """lambda / 12 times the sum over matrices of mean(w^2 step^2).
+
+    The steps know no floor and are constants.
+    """
+    policy = dict(quant_policy="attn:5,mlp:4", quant_scale_floor=floor)
+    cfg = config(SMALL, crown_q_lambda=0.3, **policy)
+    model = randomized(cfg)
+    matrices = {}
+    tops = {}
+    for name, p in model.named_parameters():
+        if name.endswith(("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "fc.weight")):
+            matrices[name] = p.detach().double().numpy()
+            tops[name] = 15 if ".attn." in name else 7
+    assert len(matrices) == 12
+    expected, gradients = oracles.quantization_penalty(matrices, tops, 0.3)
+    penalty = tg.quantization_penalty(tg.quantized_matrices(model, cfg), cfg)
+    assert math.isclose(penalty.item(), expected, rel_tol=1e-5)
+    penalty.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == gradients.keys()
+    for name, wanted in gradients.items():
+        np.testing.assert_allclose(found[name].numpy(), wanted, rtol=1e-4)
