@@ -22,6 +22,11 @@ import train_gpt as tg
 TABLE = tg.ByteTable.bytes260()
 
 
+def settings_in(text):
+    """NAME=value pairs, as the environment has them."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
 class Cases(dict):
     """Settings of a parametrized test's cases: cases.add("name", setting=...)."""
 

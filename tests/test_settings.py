@@ -6,7 +6,7 @@ import os
 
 import pytest
 from conftest import ROOT, TINY, clean_env
-from helpers import torchrun
+from helpers import settings_in, torchrun
 
 import train_gpt as tg
 
@@ -23,11 +23,6 @@ def complaint(tmp_path, text="", **env):
     with pytest.raises(tg.ConfigError) as error:
         load(tmp_path, text, **env)
     return str(error.value)
-
-
-def settings_in(text):
-    """NAME=value pairs, as the environment has them."""
-    return dict(pair.split("=", 1) for pair in text.split())
 
 
 def test_precedence(tmp_path):

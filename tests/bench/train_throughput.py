@@ -13,7 +13,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,19 +35,22 @@ DEFAULTS = dict(
     VOCAB_SIZE="1024",
     DEVICE="cpu",
 )
-STEPS, UNMEASURED = 12, 3
+STEPS = 12
+UNMEASURED = 3  # at the start
 
 
 def matmul_rate(size: int = 2048) -> float:
     """FLOP/s of a float32 product, best of five."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = min(timed(lambda: torch.mm(a, b)) for _ in range(5))
+    a = torch.randn(size, size)
+    b = torch.randn(size, size)
+    best = min(timed(torch.mm, a, b) for _ in range(5))
     return 2 * size**3 / best
 
 
-def timed(action) -> float:
+def timed(action: Callable, *arguments: Any) -> float:
+    """Seconds of action(*arguments)."""
     start = time.perf_counter()
-    action()
+    action(*arguments)
     return time.perf_counter() - start
 
 
@@ -59,68 +64,86 @@ def newton_schulz_flops(model: tg.GPT, cfg: tg.Config) -> float:
 
 def shards(folder: Path, cfg: tg.Config) -> tg.TokenStream:
     """Zipf-distributed tokens: the loader reads a real file."""
-    tokens = np.minimum(np.random.default_rng(0).zipf(1.2, 4_000_000) - 1, 1023)
-    tg.write_shard(folder / "fineweb_train_000000.bin", tokens)
-    return tg.TokenStream([folder / "fineweb_train_000000.bin"], cfg)
+    path = folder / tg.shard_name("train", 0)
+    ranks = np.random.default_rng(0).zipf(1.2, 4_000_000)
+    tg.write_shard(path, np.minimum(ranks - 1, 1023))
+    return tg.TokenStream([path], cfg)
 
 
-def parts_of_a_step(trainer: tg.Trainer) -> dict[str, float]:
-    """Seconds of loader, forward, backward and optimizer of one step.
+class Parts:
+    """A step in parts: each is finished before the next begins."""
 
-    Each is finished before the next begins.
-    """
-    cfg, rt = trainer.cfg, trainer.rt
-    batches, losses, seconds = [], [], {}
-    units = [trainer.steps_done * cfg.micro_batches + i for i in range(cfg.micro_batches)]
-    seconds["loader"] = timed(
-        lambda: batches.extend([*map(rt.put, trainer.stream.batch(u))] for u in units)
-    )
-    trainer.gradients.zero_()
-    seconds["forward"] = timed(
-        lambda: losses.extend(
-            trainer.compiled_model(*batch, None, trainer.context) for batch in batches
-        )
-    )
-    seconds["backward"] = timed(lambda: [loss.backward() for loss in losses])
-    seconds["optimizer"] = timed(lambda: [optimizer.step() for optimizer in trainer.optimizers])
-    return seconds
+    def __init__(self, trainer: tg.Trainer):
+        self.trainer = trainer
+        self.batches: list[list[torch.Tensor]] = []
+        self.losses: list[torch.Tensor] = []
+
+    def loader(self) -> None:
+        trainer = self.trainer
+        count = trainer.cfg.micro_batches
+        for unit in range(trainer.steps_done * count, (trainer.steps_done + 1) * count):
+            self.batches.append([*map(trainer.rt.put, trainer.stream.batch(unit))])
+
+    def forward(self) -> None:
+        for batch in self.batches:
+            loss = self.trainer.compiled_model(*batch, None, self.trainer.context)
+            self.losses.append(loss)
+
+    def backward(self) -> None:
+        for loss in self.losses:
+            loss.backward()
+
+    def optimizer(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            optimizer.step()
+
+    def seconds(self) -> dict[str, float]:
+        self.trainer.gradients.zero_()
+        parts = (self.loader, self.forward, self.backward, self.optimizer)
+        return {part.__name__: timed(part) for part in parts}
+
+
+def measured(trainer: tg.Trainer, flops: float) -> Iterator[tuple[float, float, dict[str, float]]]:
+    """Share of the matmul rate, tokens a second and seconds of the parts, step by step."""
+    cfg = trainer.cfg
+    for step in range(STEPS + UNMEASURED):
+        peak = matmul_rate()
+        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations)
+        trainer.steps_done += 1
+        if step >= UNMEASURED:
+            rate = cfg.train_batch_tokens / seconds
+            yield flops / seconds / peak, rate, Parts(trainer).seconds()
+
+
+def show(name: str, values: Sequence[float], form: str) -> None:
+    median = format(statistics.median(values), form)
+    best = format(max(values), form)
+    print(f"{name}   median {median}  best {best}")
 
 
 def main(arguments: list[str]) -> None:
-    cfg = tg.load_config({**DEFAULTS, **dict(argument.split("=", 1) for argument in arguments)})
+    given = dict(argument.split("=", 1) for argument in arguments)
+    cfg = tg.load_config({**DEFAULTS, **given})
     rt = tg.Runtime(cfg, {})
     with tempfile.TemporaryDirectory() as folder:
         model = tg.build_model(cfg, rt)
-        trainer = tg.Trainer(
-            cfg, rt, tg.RunLog(Path(folder) / "out", rt), model, shards(Path(folder), cfg)
-        )
-        flops = tg.training_flops(cfg, model) * cfg.train_batch_tokens + newton_schulz_flops(
-            model, cfg
-        )
-        shares, rates, parts = [], [], []
-        for step in range(STEPS + UNMEASURED):
-            peak = matmul_rate()
-            seconds = timed(lambda: trainer.step(trainer.stream.batch, cfg.iterations))
-            trainer.steps_done += 1
-            if step >= UNMEASURED:
-                shares.append(flops / seconds / peak)
-                rates.append(cfg.train_batch_tokens / seconds)
-                parts.append(parts_of_a_step(trainer))
+        log = tg.RunLog(Path(folder) / "out", rt)
+        trainer = tg.Trainer(cfg, rt, log, model, shards(Path(folder), cfg))
+        flops = tg.training_flops(cfg, model) * cfg.train_batch_tokens
+        flops += newton_schulz_flops(model, cfg)
+        shares, rates, parts = zip(*measured(trainer, flops))
     print(f"{rt.device_name()} torch {torch.__version__} compile={rt.compiles}")
     print(
         f"{cfg.num_layers} layers x {cfg.model_dim}, {cfg.num_heads}/{cfg.num_kv_heads} heads, "
         f"sequence {cfg.train_seq_len}, {cfg.train_batch_tokens} tokens a step: {flops / 1e9:.1f} "
         "GFLOP a step"
     )
-    print(f"tokens/s   median {statistics.median(rates):.0f}  best {max(rates):.0f}")
-    print(
-        f"share of the 2048^3 matmul rate   median {statistics.median(shares):.3f}  best "
-        f"{max(shares):.3f}"
-    )
-    total = sum(statistics.median(part[name] for part in parts) for name in parts[0])
-    for name in parts[0]:
-        part = statistics.median(p[name] for p in parts)
-        print(f"  {name:10} {part * 1000:8.1f} ms  {100 * part / total:5.1f} %")
+    show("tokens/s", rates, ".0f")
+    show("share of the 2048^3 matmul rate", shares, ".3f")
+    medians = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
+    total = sum(medians.values())
+    for name, seconds in medians.items():
+        print(f"  {name:10} {seconds * 1000:8.1f} ms  {100 * seconds / total:5.1f} %")
 
 
 if __name__ == "__main__":
