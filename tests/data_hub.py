@@ -258,6 +258,7 @@ class World:
         self.env = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(folder / "hf"),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "600",  # longer than a test waits for the client
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
             "NO_PROXY": "127.0.0.1",

@@ -189,11 +189,14 @@ def test_nothing_is_remembered_of_another_stream(rng, rt):
 # --- mixers ---------------------------------------------------------------------------------------
 
 
+STREAM = dict(eval_stream=16, eval_batch_tokens=32)  # two batches a chunk
+
+
 @pytest.fixture(scope="module")
 def streamed(rt):
     """A text, and what the network alone believes of it in one pass."""
     tokens = short_text(np.random.default_rng(0))
-    return tokens, network_p(tokens, rt, eval_stream=16)
+    return tokens, network_p(tokens, rt, **STREAM)
 
 
 def test_tilt_from_its_definition(streamed, rt, run_log):
@@ -204,7 +207,7 @@ def test_tilt_from_its_definition(streamed, rt, run_log):
     tokens, p = streamed
     expected, raised = oracles.tilted_charges(p, tokens, ORDERS, bos=1, chunk=64)
     assert raised > 30
-    cfg, scorer = build(rt, eval_stream=16, tilt=True)
+    cfg, scorer = build(rt, **STREAM, tilt=True)
     score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, expected, atol=1e-5)
 
@@ -216,7 +219,7 @@ def test_mixture_from_its_definition(streamed, rt, run_log):
     """
     tokens, p = streamed
     expected = oracles.mixed_charges(p, tokens, ORDERS, bos=1, chunk=64)
-    cfg, scorer = build(rt, eval_stream=16, ngram="mix")
+    cfg, scorer = build(rt, **STREAM, ngram="mix")
     score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     np.testing.assert_allclose(score.nats, expected, atol=1e-5)
 

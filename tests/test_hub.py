@@ -406,6 +406,18 @@ def test_other_data_is_not_overwritten(world, path):
     assert f"{world.root / path}: replacing" in done.err
 
 
+def test_a_shard_that_changed_with_the_revision_is_replaced(world):
+    """Another content of the same size: the record of the old one says nothing about the new."""
+    world.run(train_shards=1)
+    old = world.remote[train(0)]
+    world.hub.repositories[OFFICIAL][remote(train(0))] = shard(TRAIN_SIZES[0], seed=99)
+    commit = commit_of(world.hub.repositories[OFFICIAL])
+    assert "--replace" in world.refused(train_shards=1, options={"revision": commit})
+    assert world.here[train(0)] == old
+    world.run(train_shards=1, options={"revision": commit, "replace": True})
+    assert world.here == world.wanted(train_shards=1)
+
+
 def test_a_shard_that_the_repository_does_not_have(world):
     world.run(train_shards=1)
     world.write({train(77): shard(9)})

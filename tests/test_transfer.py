@@ -30,9 +30,6 @@ from data_hub import (
 )
 from fake_hub import Fault
 
-# The client waits longer for a silent hub than a test waits for the client.
-PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "600"}
-
 
 @pytest.fixture
 def world(tmp_path):
@@ -49,7 +46,7 @@ def world(tmp_path):
 def test_a_killed_download_goes_on_where_it_was(world, moved):
     world.resize(1, 100_000)
     world.spoil(train(1), Fault(drop=50_000, stall=600))
-    running = world.start(train_shards=2, env=PATIENT)
+    running = world.start(train_shards=2)
     until(lambda: world.partial_bytes(1) == 50_000)
     until((world.root / train(0)).exists)
     running.kill()
@@ -74,7 +71,7 @@ def test_interrupt(world, stuck):
     """It ends long before the file would come, and what has its name is whole."""
     world.resize(1, 100_000)
     world.spoil(train(1), stuck)
-    running = world.start(train_shards=2, env=PATIENT)
+    running = world.start(train_shards=2)
     until(lambda: world.ranges(train(1)) and (stuck.status or world.partial_bytes(1)))
     until((world.root / train(0)).exists)
     done = running.send(signal.SIGINT)
@@ -83,6 +80,14 @@ def test_interrupt(world, stuck):
     assert world.finished == world.wanted(train_shards=1)
     world.run(train_shards=2)
     assert world.here == world.wanted(train_shards=2)
+
+
+def test_a_thread_that_waits_is_woken_by_the_end():
+    progress = transfer.Progress("nothing", 0)
+    progress.wait(0)
+    progress.stopped.set()
+    with pytest.raises(transfer.Stopped):
+        progress.wait(0)
 
 
 def test_a_file_that_may_not_grow(world):
@@ -249,7 +254,7 @@ def test_three_processes_at_once(world):
     """One works, the others wait for it: the file comes when all have begun."""
     gate = threading.Event()
     world.spoil(train(0), Fault(gate=gate))
-    started = [world.start(train_shards=2, env=PATIENT) for _ in range(3)]
+    started = [world.start(train_shards=2) for _ in range(3)]
     until(lambda: sum("waiting for it" in running.out for running in started) == 2)
     gate.set()
     done = [running.wait() for running in started]
@@ -277,7 +282,7 @@ def test_final_names_appear_in_order(world):
     world.spoil(train(1), Fault(gate=gate))
     wanted = world.wanted()
     order = sorted(wanted, key=lambda path: ("_train_" in path, "_val_" in path, path))
-    running = world.start(env=PATIENT)
+    running = world.start()
 
     def missing():
         """How many files have no final name; those that have come first."""
