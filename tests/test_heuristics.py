@@ -323,11 +323,24 @@ REACHED = {
     "other_branch": "if a:\n    kept = 0\nelse:\n    kept = marked\nuse(kept)",
     "pairs": "other, kept = 0, marked\nuse(kept)",
     "table": "kept[i] = marked\nuse(kept)",
+    "method": (
+        "class A:\n    def run(self, kept):\n        use(kept)\ndef main():\n    A().run(marked)\n"
+        "main()"
+    ),
+    "attribute": (
+        "class A:\n    def keep(self):\n        self.kept = marked\n    def run(self):\n"
+        "        kept = self.kept\n        use(kept)\na = A()\na.keep()\na.run()"
+    ),
+    "addition": "kept = 0\nkept += marked\nuse(kept)",
 }
 NOT_REACHED = {
     "overwritten": "kept = marked\nkept = 0\nuse(kept)",
     "pairs": "kept, other = 0, marked\nuse(kept)",
     "shape": "kept = marked.shape\nuse(kept)",
+    "parameter": "f = lambda kept: use(kept)\nkept = marked\nf(0)",
+    "second_parameter": (
+        "class A:\n    def run(self, other, kept):\n        use(kept)\nA().run(marked, 0)"
+    ),
 }
 
 

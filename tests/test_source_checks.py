@@ -17,6 +17,9 @@ S5_FAULTS = {
     "import os\nos.system('apt-get install zstd')": "installs software (apt-get",
     "from subprocess import check_output as go\ngo(['make'])": "starts make",
     "import subprocess\nsubprocess.run(command)": "no literal",
+    "import subprocess\nsubprocess.run(args=['curl', 'x'])": "starts curl x",
+    "import os\nrun = os.system\nrun('curl x')": "starts curl x",
+    "import os.path\nos.system('curl x')": "starts curl x",
     "import subprocess\nsubprocess.run('git log; wget example.com', shell=True)": (
         "starts git log; wget"
     ),
@@ -28,6 +31,10 @@ S5_FAULTS = {
     ),
     "def ttt():\n    a()\ndef a():\n    b()\ndef b():\n    load(train_files)": "b reads training",
     "def ttt():\n    return open('data/fineweb_train_000001.bin')": "ttt reads training files",
+    (
+        "class Reader:\n    def __init__(self):\n        open('fineweb_train_0.bin')\n"
+        "def evaluate():\n    Reader()"
+    ): "Reader.__init__ reads training files",
 }
 
 
@@ -41,6 +48,7 @@ def test_foreign_access(script, words):
     [
         "import subprocess\nsubprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True)",
         "import subprocess\nsubprocess.check_output('nvidia-smi --list-gpus', shell=True)",
+        "import subprocess\nsubprocess.run(args=['git', 'status'])",
         "import ctypes\nctypes.CDLL(None).mallopt",
         "from urllib.parse import quote",
         '"""Never calls subprocess.run([\'pip\'])."""\nprint("no requests, no socket")',
@@ -254,3 +262,31 @@ def test_long_lists_are_cut_and_the_worst_comes_first():
     assert "imports socket" in told[0]
     assert told[-1] == "and 3 more"
     assert len([part for part in told if part.startswith("line ")]) == 6
+
+
+# Once each slipped through: what no other test here would have noticed.
+SLIPPED = {
+    "open('train_gpt.py').read()": "S6 PASS",
+    "def f():\n    from flash_attn import flash_attn_func": "S6 PASS S8 PASS",
+    "import torch\n@kept(torch.zeros(3, device='cuda'))\ndef f():\n    pass": "S8 FAIL",
+    "import torch\ndef f(x=torch.zeros(3, device='cuda')):\n    pass": "S8 FAIL",
+    "def val_bpb(loss):\n    return loss / 2.718281828": "S10 PASS",
+    "def val_bpb(loss):\n    return loss / 3.14159265": "S10 PASS",
+    "all = []\nfor seed in seeds:\n    all.append(run(seed))\nprint(min(all))": "S10 FAIL",
+}
+
+
+@pytest.mark.parametrize("script", SLIPPED)
+def test_what_once_slipped_through(script):
+    words = iter(SLIPPED[script].split())
+    for name in words:
+        verdict = next(words)
+        assert word(name, script) == verdict
+
+
+def test_one_of_several_handlers_goes_on_without_the_codec():
+    script = (
+        "try:\n    import zstandard\nexcept ImportError:\n    zstandard = None\n"
+        "except OSError:\n    raise"
+    )
+    assert word("S7", script) == "FAIL"

@@ -158,3 +158,21 @@ def test_a_script_that_does_not_parse():
     verdicts = {finding.name: finding.word for finding in broken}
     assert verdicts == {**dict.fromkeys(static.CHECKS, "SKIPPED"), "S8": "FAIL"}
     assert "does not parse" in text_of(broken[0])
+
+
+DECLARING = """
+import os
+def get(name, default):
+    return os.environ.get(name, default)
+A = get("LR", 1)
+B = get("no_setting", 2)
+class Config:
+    rate: float = float(os.environ.get("MATRIX_LR", 0.04))
+    depth: int = 9
+"""
+
+
+def test_settings_are_what_the_environment_is_asked_for():
+    """Own helpers with names in capitals; a field that asks for another name is not itself one."""
+    found = script.declared_settings(parse(DECLARING))
+    assert found == {"LR": "1", "MATRIX_LR": "0.04", "DEPTH": "9"}

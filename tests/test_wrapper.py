@@ -98,3 +98,42 @@ def test_settings_inside_a_packed_script():
         assert wrapper.settings_inside(other) == ""
     nested = "def f():\n    SETTINGS_INSIDE = 'a'\n"
     assert wrapper.settings_inside(nested) == ""
+
+
+def zlib_script(options):
+    """A wrapper whose stream has no header, and a call with these options."""
+    stream = zlib.compress(b"print(1)")[2:-4]
+    return f"import zlib\nexec(zlib.decompress({stream!r}{options}))"
+
+
+@pytest.mark.parametrize("options", [", -15", ", wbits=-15"])
+def test_streams_without_a_header(options):
+    assert wrapper.unpack_source(zlib_script(options)) == ("print(1)", 1)
+
+
+def test_a_window_is_not_guessed():
+    text = zlib_script("")
+    assert wrapper.unpack_source(text) == (text, 0)
+
+
+def with_dictionary(size):
+    """An LZMA stream whose header asks the decoder for so large a dictionary."""
+    stream = lzma.compress(b"print(1)", format=lzma.FORMAT_ALONE)
+    stream = stream[:1] + size.to_bytes(4, "little") + stream[5:]
+    return f"import lzma\nexec(lzma.decompress({stream!r}))"
+
+
+def test_a_decoder_is_given_no_endless_memory():
+    assert wrapper.unpack_source(with_dictionary(1 << 20)) == ("print(1)", 1)
+    huge = with_dictionary(1 << 30)
+    assert wrapper.unpack_source(huge) == (huge, 0)
+    filters = "[{'id': lzma.FILTER_LZMA2, 'dict_size': 1 << 29}]"
+    raw = wrap_raw(b"print(1)").replace("[{'id':L.FILTER_LZMA2}]", filters.replace("lzma.", "L."))
+    assert wrapper.unpack_source(raw) == (raw, 0)
+
+
+def test_a_long_script_is_no_wrapper():
+    text = packed("print(1)", "gzip")
+    assert wrapper.unpack_source(text) == ("print(1)", 1)
+    long = "x = 1\n" * wrapper.MAX_WRAPPER_STATEMENTS + text
+    assert wrapper.unpack_source(long) == (long, 0)
