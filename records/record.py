@@ -11,8 +11,8 @@
 
 `new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and
 only then puts it under records/. Interrupted, the same command goes on after the last finished
-seed. `check` executes the folder's script (--no-run: it does not) and ends with 0 if nothing
-failed, else 1; 64 means that a given input was unusable.
+seed. `check` executes nothing of the folder unless --run says so. It ends with 0 if nothing failed,
+else 1; 64 means that a given input was unusable.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ import datetime
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tool import ROOT, page
-from tool.checks import check_folder
+from tool.case import Case
+from tool.checks import check_case
 from tool.compare import compare, describe, load_sample
 from tool.finding import as_json, render, worst_verdict
 from tool.folder import Folder
+from tool.rerun import warning
 from tool.runs import (
     Order,
     RecordError,
@@ -43,13 +46,17 @@ from tool.runs import (
     read_result,
     read_text,
     short_config,
+    work_lock,
 )
 from tool.submission import Typed, summarize
 from tool.wrapper import wrap
 
 from train_gpt import InputError, atomic_write, sha256
 
-OK, FAILED, BAD_INPUT = 0, 1, 64
+OK = 0
+FAILED = 1
+BAD_INPUT = 64
+INTERRUPTED = 143
 RECORDS = Path(__file__).resolve().parent
 
 
@@ -105,13 +112,21 @@ def command_new(args: argparse.Namespace) -> int:
     work = args.work / f"{args.track}_{args.name}"
     work.mkdir(parents=True, exist_ok=True)
     order = Order(work, args.script, args.config, args.seeds, args.packed, args.nproc, args.wait)
-    outs = collect_runs(order, args.collect) if args.collect else make_runs(order)
+    with work_lock(work):
+        outs = collect_runs(order, args.collect) if args.collect else make_runs(order)
+        return publish(final, work, outs, args)
+
+
+def publish(final: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> int:
+    """Assembles, checks, and gives the folder its name if nothing failed."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f".{final.name}.*"):  # by a call that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as name:
         draft = Path(name) / final.name
         draft.mkdir()
         assemble(draft, work, outs, args)
-        findings = check_folder(draft, args.data, not args.no_run)
+        findings = check_case(Case(Folder(draft), args.data, not args.no_run))
         print(render(findings))
         report = as_json(findings, folder=final.name).encode()
         atomic_write(work / "check.json", report)
@@ -131,9 +146,12 @@ def command_new(args: argparse.Namespace) -> int:
 
 def command_check(args: argparse.Namespace) -> int:
     try:
-        findings = check_folder(args.folder, args.data, not args.no_run)
+        case = Case(Folder(args.folder), args.data, args.run)
     except FileNotFoundError as error:
         raise RecordError(str(error)) from None
+    if args.run and case.folder.script:
+        print(warning(case), file=sys.stderr, flush=True)
+    findings = check_case(case)
     print(as_json(findings, folder=args.folder.name) if args.json else render(findings))
     return FAILED if worst_verdict(findings) == "FAIL" else OK
 
@@ -203,12 +221,12 @@ def parser() -> Parser:
     check.set_defaults(call=command_check)
     check.add_argument("folder", type=Path)
     check.add_argument("--json", action="store_true")
+    check.add_argument(
+        "--run", action="store_true", help="execute the folder's script too: S8, R6, R10, R12"
+    )
     for command in (new, check):
         command.add_argument(
             "--data", type=Path, help="folder of shards, if the logged DATA_PATH is not here"
-        )
-        command.add_argument(
-            "--no-run", action="store_true", help="execute nothing: R6, R10, R12 are skipped"
         )
     against = commands.add_parser("compare", help="is NEW better than OLD?")
     against.set_defaults(call=command_compare)
@@ -241,6 +259,9 @@ def add_arguments_of_new(new: argparse.ArgumentParser) -> None:
         default=[],
         help="folders of finished runs instead of new ones",
     )
+    new.add_argument(
+        "--no-run", action="store_true", help="do not re-run: S8 in part, R6, R10, R12 are skipped"
+    )
     new.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
     new.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
     new.add_argument(
@@ -264,10 +285,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         args = parser().parse_args(argv)
         return args.call(args)
-    except (RecordError, InputError) as error:
+    except (RecordError, InputError, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends a call as Ctrl-C does: what it started is ended first."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,10 @@
 Made by `new`, checked, then damaged in every way that `check` must notice.
 """
 
+import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -18,7 +20,7 @@ import pytest
 import record
 from conftest import ROOT, clean_env
 from record_help import GONE, edit_json, edit_result, expect, find
-from tool import checks, logs, runs, wrapper
+from tool import checks, logs, rerun, runs, wrapper
 from tool.case import Case
 from tool.finding import text_of
 from tool.folder import Folder, parse_config
@@ -304,6 +306,88 @@ def test_interrupted_collection_goes_on(place, capfd):
     assert "another config.env" in capfd.readouterr().err
 
 
+def is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def descendants_of(pid):
+    """All processes below one, by /proc."""
+    below = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            below.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:  # grows while it is read
+        found += below.get(one, [])
+    return found[1:]
+
+
+def wait_until_dead(pid):
+    deadline = time.monotonic() + 120
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="asks /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_training_does_not_outlive_the_call_that_started_it(place, number):
+    slow = place / "endless.env"
+    slow.write_text(CONFIG.replace("ITERATIONS=12", "ITERATIONS=1000000"))
+    name = f"ended{int(number)}"
+    arguments = new_arguments(place, name, "--track", "t", "--config", str(slow), "--seeds", "1")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "records/record.py"), *arguments],
+        env=clean_env(TMPDIR=str(place)),
+        stdout=subprocess.DEVNULL,
+    )
+    metrics = place / "work" / f"t_{name}" / "seed_1" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    started = descendants_of(process.pid)
+    assert started
+    process.send_signal(number)
+    code = process.wait(120)
+    assert code == (-9 if number == signal.SIGKILL else 143)
+    for child in started:
+        wait_until_dead(child)
+
+
+def test_two_calls_for_one_record_are_kept_apart(place, capsys):
+    work = place / "work" / "t_twice"
+    work.mkdir(parents=True)
+    with runs.work_lock(work):
+        assert new(place, "twice", "--track", "t", "--seeds", "1") == 64
+    assert "another call makes the record" in capsys.readouterr().err
+
+
+def test_the_draft_of_a_killed_call_is_cleaned_up(place, made):
+    draft = place / "records" / "track_non_record_cpu" / ".2026-01-31_cleaned.abc"
+    draft.mkdir()
+    (draft / "half").write_text("x")
+    collect = ["--collect", str(place / "work" / "non_record_cpu_tiny"), "--no-run"]
+    assert new(place, "cleaned", "--track", "non_record_cpu", *collect) == 0
+    assert not draft.exists()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_clear_error(place, made, monkeypatch, capsys):
+    def full(path, data):
+        with open("/dev/full", "wb") as file:
+            file.write(data)
+
+    monkeypatch.setattr(record, "atomic_write", full)
+    collect = ["--collect", str(place / "work" / "non_record_cpu_tiny"), "--no-run"]
+    assert new(place, "full", "--track", "non_record_cpu", *collect) == 64
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((place / "records" / "track_non_record_cpu").glob("*_full*"))
+
+
 # --- check: JSON and logs -------------------------------------------------------------------------
 
 
@@ -456,7 +540,7 @@ def test_malformed_files_give_findings_not_tracebacks(copy):
     (copy / "train_seed2.log").write_bytes(noise)
     (copy / "submission.json").write_text("[1, 2")
     (copy / "requirements.txt").write_text("torch\n")
-    findings = {check.name: check for check in checks.check_folder(copy, may_run=False)}
+    findings = {check.name: check for check in checks.check_case(Case(Folder(copy), may_run=False))}
     expect(findings["P2"], "FAIL", "no JSON object")
     assert "does not pin torch" in text_of(findings["P9"])
 
@@ -562,11 +646,49 @@ def test_training_that_opens_validation_files(copy, spy, words):
     expect(find(copy, "R12"), "FAIL", words)
 
 
+ESCAPE = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(os.path.join({place!r}, "child"), "w").write(str(child.pid))
+if "huge" in {what!r}:
+    block = bytearray(1 << 45)
+if "endless" in {what!r}:
+    while True:
+        print("x" * 1000)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="asks /proc")
+@pytest.mark.parametrize("what", ["child", "huge", "endless"])
+def test_a_script_leaves_nothing_behind_and_keeps_to_its_limits(copy, tmp_path, monkeypatch, what):
+    """A child that stays, more memory than there is, output without end."""
+    monkeypatch.setattr(rerun, "MOST_WRITTEN", 1 << 20)
+    escape = ESCAPE.format(place=str(tmp_path), what=what)
+    (copy / "train_gpt.py").write_text(escape)
+    finding = rerun.check_import(Case(Folder(copy)))
+    assert finding.word == ("PASS" if what == "child" else "FAIL")
+    assert len(text_of(finding)) < 500
+    wait_until_dead((tmp_path / "child").read_text())
+
+
+def test_nothing_runs_unless_it_is_asked_for(copy, tmp_path, capsys):
+    """With --run the reviewer is told first."""
+    marker = tmp_path / "ran"
+    spy = f"pathlib.Path({str(marker)!r}).touch()"
+    change_script(copy, "SCRIPT = Path", f"import pathlib\n{spy}\nSCRIPT = Path")
+    record.main(["check", str(copy)])
+    assert not marker.exists()
+    assert "with your rights" not in capsys.readouterr().err
+    record.main(["check", str(copy), "--run"])
+    assert marker.exists()
+    assert "with your rights" in capsys.readouterr().err
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
 def test_command_line_check(made, tmp_path, capsys):
-    assert record.main(["check", str(made), "--no-run"]) == 0
+    assert record.main(["check", str(made)]) == 0
     assert "SKIPPED" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert record.main(["check", str(tmp_path / "empty"), "--json"]) == 1

@@ -3,13 +3,17 @@
 import json
 import math
 import statistics
+import subprocess
+import time
 
 import pytest
 import record
 from record_help import edit_json, expect, find
-from tool import logs
-from tool.checks import check_folder
+from tool import accounting, logs
+from tool.case import Case
+from tool.checks import check_case
 from tool.finding import text_of
+from tool.folder import Folder
 
 SCRIPT = """
 import os
@@ -72,7 +76,7 @@ final_int8_zlib_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:1401ms
 final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}
 """
 TOKENS = 62_021_632
-TEXT_BYTES = 151_079_964
+TEXT_BYTES = 151_080_363  # of so many targets
 LOSSES = {42: 2.0727, 1337: 2.0731, 2024: 2.0719}
 
 
@@ -107,7 +111,7 @@ def upstream_folder(path, losses=LOSSES, train=600038, gptq="", stretch=1.0, mod
 
 def test_upstream_folder_gets_a_sensible_report(tmp_path):
     folder = upstream_folder(tmp_path / "track_10min_16mb" / "2026-03-20_Run")
-    findings = {check.name: check for check in check_folder(folder)}
+    findings = {check.name: check for check in check_case(Case(Folder(folder)))}
     expected = {
         "P2": "PASS",
         "P4": "PASS",
@@ -136,7 +140,7 @@ def test_upstream_folder_gets_a_sensible_report(tmp_path):
             "P6",
             "training and calibration took 602.1 s",
         ),
-        (dict(stretch=1.17), "P4", "stand for 151079964 bytes"),
+        (dict(stretch=1.17), "P4", "stand for 151080363 bytes"),
         (dict(model=16_000_000), "P1", "over the cap of 16000000"),
     ],
 )
@@ -195,6 +199,123 @@ def test_exact_figures_win_over_rounded_ones(tmp_path):
     run = logs.read_run(log)
     assert run.final.bpb == 1.20000001
     assert run.eval_ms == {"final_zlib": 7}
+
+
+@pytest.mark.parametrize(
+    "off, verdict", [(0, "PASS"), (-399, "WARN"), (1500, "WARN"), (2500, "FAIL"), (-2500, "FAIL")]
+)
+def test_bytes_that_an_evaluator_scores_twice_are_pointed_out(tmp_path, off, verdict):
+    """Of the official export's windows the bytes are known; a hundred-thousandth is a warning."""
+    folder = upstream_folder(tmp_path / "x", stretch=1 + off / TEXT_BYTES)
+    expect(find(folder, "P4"), verdict)
+
+
+@pytest.mark.parametrize(
+    "tokens, text_bytes, verdict",
+    [
+        (40_540_160, 151_078_222, "PASS"),
+        (47_851_520, 151_074_499, "PASS"),
+        (151_076_864, 151_076_864, "PASS"),
+        (50_000_000, 151_080_891, "PASS"),
+        (63_779_840, 155_800_000, "FAIL"),
+        (40_540_160, 151_090_000, "FAIL"),
+        (40_540_160, 151_050_000, "FAIL"),
+    ],
+)
+def test_any_export_stands_for_the_whole_text_less_a_tail(tmp_path, tokens, text_bytes, verdict):
+    folder = upstream_folder(tmp_path / "x", stretch=text_bytes / tokens * TOKENS / TEXT_BYTES)
+    for log in folder.glob("*.log"):
+        log.write_text(log.read_text().replace(str(TOKENS), str(tokens)))
+    expect(find(folder, "P4"), verdict)
+
+
+SETTINGS = """Hyperparameters:
+  matrix_lr: 0.04
+  ttt_eval_batches:
+  ttt_eval_seq_len: 2048
+  logfile: logs/{seed}.txt
+  artifact_dir: out/{seed}
+  quantized_model_path: out/{seed}/q.pt
+----
+"""
+
+
+def test_an_empty_setting_is_empty_and_places_may_differ(tmp_path):
+    folder = upstream_folder(tmp_path / "x")
+    for log in folder.glob("*.log"):
+        log.write_text(SETTINGS.format(seed=log.stem) + log.read_text())
+    settings = logs.read_run(folder / "train_seed42.log").settings
+    assert settings["TTT_EVAL_BATCHES"] == ""
+    assert settings["TTT_EVAL_SEQ_LEN"] == "2048"
+    expect(find(folder, "P3"), "SKIPPED", "settings agree")
+    log = folder / "train_seed1337.log"
+    log.write_text(log.read_text().replace("matrix_lr: 0.04", "matrix_lr: 0.03"))
+    expect(find(folder, "P3"), "FAIL", "MATRIX_LR (0.03, not 0.04)")
+
+
+def test_a_foreign_git_configuration_is_not_obeyed(tmp_path):
+    """fsmonitor names a program, and git would run it where it looks for changes."""
+    folder = upstream_folder(tmp_path / "x")
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    marker = tmp_path / "obeyed"
+    with open(folder / ".git" / "config", "a") as file:
+        file.write(f'[core]\n\tfsmonitor = "touch {marker}; false"\n')
+    find(folder, "P9")
+    assert not marker.exists()
+
+
+NASTY = {
+    "brackets on every line": "[\n" * 50_000,
+    "one long line": "gate" * 500_000,
+    "the mark of a GPU over and over": "NVIDIA A " * 100_000,
+    "colons": "Code size" + ":" * 200_000,
+    "empty lines after a name": "train_shards:" + "\n" * 200_000,
+    "spaces": "final_x" + " " * 200_000,
+}
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_reading_takes_time_in_proportion_to_the_text(tmp_path, text):
+    """Ten times the text takes about ten times as long; a quadratic pattern, a hundred times."""
+
+    def seconds(part):
+        log = tmp_path / "train_seed1.log"
+        log.write_text(part)
+        start = time.process_time()
+        run = logs.read_run(log)
+        accounting._machine_of(run)
+        return time.process_time() - start
+
+    short = min(seconds(text[: len(text) // 10]) for _ in range(3))
+    assert seconds(text) < 40 * max(short, 1e-3)
+
+
+def test_of_a_huge_log_the_ends_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "MOST_BYTES", 10_000)
+    log = tmp_path / "train.log"
+    final = "final_zlib_exact val_loss:2.00000000 val_bpb:1.20000000\n"
+    log.write_text("seed:7\n" + "step:1/9 train_loss:1.0\n" * 10_000 + final)
+    run = logs.read_run(log)
+    assert run.seed == 7
+    assert run.final.bpb == 1.2
+    assert len(run.text) < 11_000
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("submission.json", "[" * 100_000),
+        ("train_seed42.log", "seed:" + "9" * 400 + "\nfinal_x val_loss:1.0 val_bpb:1.0\n"),
+        ("train_seed42.log", logs.RESULT_MARK + '{"a":' * 100_000),
+        ("train_gpt.py", "x = " + "-" * 100_000 + "1"),
+        ("train_gpt.py", "x = a" + ".b" * 100_000),
+    ],
+)
+def test_monstrous_files_give_findings(tmp_path, name, text):
+    folder = upstream_folder(tmp_path / "x")
+    (folder / name).write_text(text)
+    findings = check_case(Case(Folder(folder), may_run=False))
+    assert len(findings) == 23
 
 
 def test_a_disowned_score_is_not_the_runs(tmp_path):

@@ -6,6 +6,7 @@ Each check takes a Case and returns one Check.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -19,20 +20,26 @@ from tool.logs import Run
 from train_gpt import Check, read_shard
 
 SECONDS_SLACK = 0.5  # the loop checks after a step: up to 0.14 s over was universal and accepted
-# Scored validation targets -> bytes of text they stand for (rulings of the contest; the demo's:
-# records/track_cpu_1mb/README.md).
-KNOWN_BYTES = {
-    62_021_632: 151_079_964,
-    62_021_845: 151_080_891,
-    45_508_608: 151_074_053,
-    40_540_160: 151_078_222,
-    47_851_520: 151_074_499,
-    47_853_343: 151_080_645,
-    151_076_864: 151_076_864,
-    255_423: 728_927,
-}
-FULL_TEXT_BYTES = 151_080_000  # the 50,000 documents, whatever the tokenizer
+FULL_TEXT_BYTES = 151_080_891  # UTF-8 of the 50,000 validation documents
 FULL_TEXT_TOKENS = 20_000_000  # no tokenizer makes fewer of them
+# What evaluators of whole windows leave out at the end: less than 4,096 tokens of under 4 bytes.
+TAIL_BYTES = 4_096 * 4
+# Where the tail is known: the official export's whole windows of 1,024 tokens, on whose bytes the
+# plain evaluators of 17 published folders agree; all of its targets, which are all of the text; and
+# the demo's, counted by the data tool (records/track_cpu_1mb/README.md).
+KNOWN_BYTES = {62_021_632: 151_080_363, 62_021_845: FULL_TEXT_BYTES, 255_423: 728_927}
+# Scored targets of the exports that were published: sp1024, sp4096, sp8192 with and without case
+# transform, byte260.
+KNOWN_EXPORTS = {
+    62_021_632,
+    62_021_845,
+    45_508_608,
+    40_540_160,
+    47_851_520,
+    47_853_343,
+    151_076_864,
+}
+TAIL_AGAIN = 1e-5  # of the bytes: what a window that scores the tail a second time can add
 PUBLISHED_SHARDS = 80
 SHARDS_COMPARED = 2  # training shards whose documents are looked up among the validation's
 
@@ -71,19 +78,31 @@ def _check_implied(run: Run, tokens: int, implied: float, problems: Problems) ->
         problems.fail(
             f"{run.name}: loss, bpb and tokens imply {implied:.0f} bytes, its result says {told}"
         )
-    known = KNOWN_BYTES.get(tokens)
-    if slack > 100 and known:
-        slack += 1e-3 * known
-    if known and abs(implied - known) > slack:
+    low, high = _bytes_of(tokens)
+    off = max(low - implied, implied - high)
+    if off > slack + TAIL_AGAIN * implied:
         problems.fail(
-            f"{run.name}: {tokens} tokens stand for {known} bytes, its scores imply {implied:.0f}"
+            f"{run.name}: {tokens} tokens stand for {_range_of(low, high)} bytes, its scores imply "
+            f"{implied:.0f}"
         )
-    other_text = abs(implied / FULL_TEXT_BYTES - 1) > 1e-3
-    if not known and tokens > FULL_TEXT_TOKENS and other_text:
-        problems.fail(
-            f"{run.name}: its scores imply {implied:.0f} bytes; "
-            f"the validation text has about {FULL_TEXT_BYTES}"
+    elif off > slack:
+        problems.warn(
+            f"{run.name}: its scores imply {implied:.0f} bytes, {tokens} tokens stand for "
+            f"{_range_of(low, high)}: was the tail scored again?"
         )
+
+
+def _bytes_of(tokens: int) -> tuple[float, float]:
+    """At least and at most so many bytes of text can so many scored targets stand for."""
+    if tokens in KNOWN_BYTES:
+        return KNOWN_BYTES[tokens], KNOWN_BYTES[tokens]
+    if tokens > FULL_TEXT_TOKENS:
+        return FULL_TEXT_BYTES - TAIL_BYTES, FULL_TEXT_BYTES
+    return 0, math.inf
+
+
+def _range_of(low: float, high: float) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _recount(case: Case) -> int | None:
@@ -128,7 +147,7 @@ def _data_of(run: Run) -> Mapping[str, Any]:
 def _check_extent(track: Track, run: Run, problems: Problems) -> None:
     """All of the validation set, and as many training shards as were published."""
     tokens = run.scored_tokens
-    if track.total_bytes and tokens and tokens not in KNOWN_BYTES:
+    if track.total_bytes and tokens and tokens not in KNOWN_EXPORTS:
         problems.warn(
             f"{run.name}: {tokens} validation tokens are no known export of the 50,000 documents"
         )
@@ -271,7 +290,7 @@ def _machine_of(run: Run) -> dict[str, Any]:
     device = result.get("machine", {}).get("device")
     torch = result.get("versions", {}).get("torch")
     if not device:
-        named = re.search(r"NVIDIA [A-Z][\w ]*?\d\w*(?: [\w ]*?HBM3)?", run.text)
+        named = re.search(r"NVIDIA [A-Z][\w ]{0,30}?\d\w{0,20}(?: [\w ]{0,20}?HBM3)?", run.text)
         device = named[0] if named else None
     if not torch:
         named = re.search(r"[Tt]orch[^\d\n]{0,12}(\d+\.\d+[\w.+]*)", run.text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from tool import accounting, package, rerun
 from tool.case import RUN_SETTINGS, Case
@@ -39,6 +38,7 @@ MALFORMED = (
     AttributeError,
     IndexError,
     ArithmeticError,
+    RecursionError,
     OSError,
 )
 
@@ -54,13 +54,8 @@ def guarded(name: str, check: CaseCheck, case: Case) -> Check:
         return Check(name, f"the folder's logs or JSON are malformed ({told})")
 
 
-def check_folder(path: Path, data: Path | None = None, may_run: bool = True) -> list[Check]:
-    """All findings on a record folder, packaging first, then source, then re-running.
-
-    data: folder of shards to use instead of the logged one; may_run: execute the folder's script.
-    FileNotFoundError if there is no such folder.
-    """
-    case = Case(Folder(path), data, may_run)
+def check_case(case: Case) -> list[Check]:
+    """All findings on a record folder, packaging first, then source, then re-running."""
     findings = [guarded(name, check, case) for name, check in PACKAGE.items()]
     if case.folder.script is None:
         return findings

@@ -128,7 +128,7 @@ class Folder:
             return None
         try:
             found = json.loads(_read(path))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -11,34 +11,38 @@ from typing import Any
 
 from train_gpt import LABELS, as_typed
 
+LONGEST_LINE = 4096  # characters that are looked at; the result's line is read whole
+MOST_BYTES = 64 << 20  # of a log: of a larger one the two ends are read, half of this each
 NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 RESULT_MARK = "result_json: "
 # Figures of a log: name -> pattern of its line. Upstream's vocabulary, which this project keeps;
 # the last line counts.
 LINES = {
-    "seed": r"(?:^|\s)seed:\s*(\d+)",
-    "world_size": r"(?:^|\s)(?:world_size|ws):\s*(\d+)",
-    "train_shards": r"train_shards:\s*(\d+)",
-    "val_tokens": r"^val_loader:.*\btokens:\s*(\d+)|^val_tokens:\s*(\d+)",
-    "code_bytes": r"^Code size[^:]*:\s*(\d+)",
-    "total_bytes": r"^Total submission size [^:\s][^:]*:\s*(\d+)",
-    "model_bytes": r"^Serialized model [^:\s][^:]*:\s*(\d+)",
-    "train_time_ms": rf"^(?:stopping_early|training|step:).*train_time:\s*({NUMBER})ms",
-    "step_avg_ms": rf"^step:.*step_avg:\s*({NUMBER})ms",
+    "seed": r"(?:^|\s)seed:[ \t]*(\d{1,18})\b",
+    "world_size": r"(?:^|\s)(?:world_size|ws):[ \t]*(\d+)",
+    "train_shards": r"train_shards:[ \t]*(\d+)",
+    "val_tokens": r"^val_loader:.*\btokens:[ \t]*(\d+)|^val_tokens:[ \t]*(\d+)",
+    "code_bytes": r"^Code size[^:\n]*:[ \t]*(\d+)",
+    "total_bytes": r"^Total submission size [^:\s][^:\n]*:[ \t]*(\d+)",
+    "model_bytes": r"^Serialized model [^:\s][^:\n]*:[ \t]*(\d+)",
+    "train_time_ms": rf"^(?:stopping_early|training|step:).*train_time:[ \t]*({NUMBER})ms",
+    "step_avg_ms": rf"^step:.*step_avg:[ \t]*({NUMBER})ms",
     "steps": r"^(?:step:|(?:stopping_early|training).*\bstep:)(\d+)/\d+",
-    "calibration_s": rf"^GPTQ:\s*collected\b.*\bin\s+({NUMBER})\s*s",
-    "total_eval_ms": rf"^total_eval_time:\s*({NUMBER})\s*(?:ms)?",
+    "calibration_s": rf"^GPTQ:[ \t]*collected\b.*\bin\s+({NUMBER})[ \t]*s",
+    "total_eval_ms": rf"^total_eval_time:[ \t]*({NUMBER})[ \t]*(?:ms)?",
 }
+SCORE = f"(partial_bpb|{'|'.join(LABELS.values())})"
 FINAL = re.compile(
-    rf"^(?!step:|ttt_chunk)(?:\[[^\]]*\]\s*)?([A-Za-z][\w+-]*?)(_exact)?(?:\s+stride:\d+)?"
-    rf"\s+val_loss[:=]\s*({NUMBER})\s+(partial_bpb|{'|'.join(LABELS.values())})[:=]\s*({NUMBER})"
-    rf"(?:.*?eval_time:\s*({NUMBER})\s*ms)?",
+    r"^(?!step:|ttt_chunk)(?:\[[^\]\n]{0,80}\][ \t]*)?"  # a time in brackets may come first
+    r"([A-Za-z][\w+-]*?)(_exact)?(?:[ \t]+stride:\d+)?"
+    rf"[ \t]+val_loss[:=][ \t]*({NUMBER})[ \t]+{SCORE}[:=][ \t]*({NUMBER})"
+    rf"(?:.*?eval_time:[ \t]*({NUMBER})[ \t]*ms)?",
     re.M,
 )
 STEP = re.compile(
     rf"^step:(\d+)/\d+ (train_loss|val_loss):({NUMBER})(?: val_bpb:({NUMBER}))?", re.M
 )
-SETTINGS_BLOCK = re.compile(r"^Hyperparameters:\s*\n((?:[ \t]+\w+:.*\n)+)", re.M | re.I)
+SETTINGS_BLOCK = re.compile(r"^Hyperparameters:[ \t]*\n((?:[ \t]+\w+:.*\n)+)", re.M | re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Run:
         block = SETTINGS_BLOCK.search(self.text)
         if block is None:
             return None
-        pairs = re.findall(r"^[ \t]+(\w+):\s*(.*?)\s*$", block[1], re.M)
+        pairs = re.findall(r"^[ \t]+(\w+):[ \t]*(.*?)[ \t]*$", block[1], re.M)
         return {name.upper(): text for name, text in pairs}
 
     @property
@@ -112,7 +116,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """A log of any shape; what it does not say is absent. Never raises on odd content."""
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+    text = _text_of(path)
     finals, eval_ms = _finals_of(text)
     train_curve = []
     val_curve = []
@@ -131,6 +135,22 @@ def read_run(path: Path) -> Run:
         val_curve,
         _result_of(text),
     )
+
+
+def _text_of(path: Path) -> str:
+    """A log's text, with bounds on its size and on its lines."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES // 2)
+        if size > MOST_BYTES:
+            file.seek(size - MOST_BYTES // 2)
+            data += b"\n"
+        data += file.read(MOST_BYTES // 2)
+    lines = data.decode("utf-8", errors="replace").replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines):
+        if not line.startswith(RESULT_MARK):
+            lines[number] = line[:LONGEST_LINE]
+    return "\n".join(lines)
 
 
 def _figures_of(text: str) -> dict[str, float]:
@@ -160,6 +180,6 @@ def _result_of(text: str) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(lines[-1].removeprefix(RESULT_MARK))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return result if isinstance(result, dict) else None

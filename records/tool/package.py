@@ -9,8 +9,10 @@ import re
 import statistics
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tool import ROOT
 from tool.case import RUN_SETTINGS, Case, Track
 from tool.finding import Problems, skipped
 from tool.folder import Folder, config_text
@@ -296,10 +298,15 @@ def _hashes_in(run: Run) -> set[str]:
     return set(hashes)
 
 
+# What other people's scripts call the places that they read and write.
+PLACE = re.compile(r"LOGFILE|RUN_ID|RUN_NAME|.*_(PATH|DIR|FILES?|PATTERN)")
+
+
 def _different_settings(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Settings that differ, but for those that only say where and how a run was made."""
     different = []
     for name in sorted({*first, *other} - RUN_SETTINGS):
-        if first.get(name) != other.get(name):
+        if first.get(name) != other.get(name) and not PLACE.fullmatch(name):
             different.append(f"{name} ({other.get(name)}, not {first.get(name)})")
     return different
 
@@ -360,13 +367,29 @@ def _check_readme(folder: Folder, problems: Problems) -> None:
 
 
 def _changed_outside(folder: Folder) -> list[str]:
-    """Tracked files outside the folder, changed since the last commit; empty without git."""
-    command = ["git", "-C", str(folder.path), "diff", "--name-only", "HEAD", "--", ":/", ":!."]
+    """Tracked files outside the folder, changed since the last commit; empty without git.
+
+    Only this repository is asked: git obeys the configuration of the place it looks at, which may
+    name programs to run, and a foreign folder may bring its own.
+    """
+    if ROOT not in folder.path.parents or any(_has_git(up) for up in _between(folder.path)):
+        return []
+    place = f":!{folder.path.relative_to(ROOT)}"
+    command = ["git", "-C", str(ROOT), "diff", "--name-only", "HEAD", "--", ".", place]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.split() if done.returncode == 0 else []
+
+
+def _between(path: Path) -> list[Path]:
+    """The folder and those above it, up to this repository's own."""
+    return [path, *(up for up in path.parents if ROOT in up.parents)]
+
+
+def _has_git(path: Path) -> bool:
+    return (path / ".git").exists()
 
 
 # --- AUDIT: what the script said of its own scores ------------------------------------------------

@@ -10,10 +10,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,8 @@ from train_gpt import Check, shard_name
 WATCH = Path(__file__).with_name("watch.py")
 TOLERANCE = 1e-6  # nats per token
 ALWAYS_SET = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "SYSTEMROOT", "OMP_NUM_THREADS")
+MOST_READ = 1 << 16  # bytes at the end of what a process says
+MOST_WRITTEN = 4 << 30  # bytes of any file that it may write, its output too
 IMPORT_SECONDS = 180
 TRAINING_SECONDS = 900
 IMPORT = """
@@ -43,6 +48,14 @@ wanted.loader.exec_module(sys.modules["shipped"])
 
 
 # --- processes ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """How a process ended."""
+
+    code: int
+    said: str  # the end of its output and errors
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
@@ -59,27 +72,75 @@ def launcher(world: int) -> list[str]:
     return [*torchrun, f"--nproc_per_node={world}"]
 
 
-def execute(
-    command: Sequence[str], cwd: Path, env: Mapping[str, str], limit: float
-) -> subprocess.CompletedProcess:
-    """Runs to the end or to the time limit; raises NotHere when it takes longer."""
+@functools.cache
+def without_network() -> list[str]:
+    """What to put before a command so that it has no network; empty where the system allows none.
+
+    A user namespace and a network namespace of its own, in which not even loopback is up.
+    """
+    prefix = ["unshare", "--user", "--map-root-user", "--net"]
     try:
-        return subprocess.run(
+        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [] if done.returncode else prefix
+
+
+def warning(case: Case) -> str:
+    """What a reviewer should know before the script of somebody else runs."""
+    network = "no network" if without_network() else "the network only watched, not cut off"
+    return (
+        f"{case.folder.script}: is now run several times with your rights, in empty folders, with "
+        f"{network}, limits on time, memory and output; --help says how to check without that"
+    )
+
+
+def _limit(pid: int, seconds: float) -> None:
+    """Bounds a process, and all that it starts: CPU seconds, memory, size of files (Linux)."""
+    if not hasattr(resource, "prlimit"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processor = int(seconds * (os.cpu_count() or 1)) + 1
+    for what, most in (
+        (resource.RLIMIT_CPU, processor),
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_FSIZE, MOST_WRITTEN),
+    ):
+        resource.prlimit(pid, what, (most, most))
+
+
+def execute(command: Sequence[str], cwd: Path, env: Mapping[str, str], limit: float) -> Done:
+    """Runs to the end or to the time limit; raises NotHere when it takes longer.
+
+    In a session of its own, which is killed at the end with all that the command left running.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
             command,
             cwd=cwd,
             env=dict(env),
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise NotHere(f"not finished after {limit:.0f} s on this machine") from None
+        try:
+            _limit(process.pid, limit)
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise NotHere(f"not finished after {limit:.0f} s on this machine") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        size = output.seek(0, os.SEEK_END)
+        output.seek(max(0, size - MOST_READ))
+        return Done(code, output.read().decode("utf-8", errors="replace"))
 
 
-def last_words(done: subprocess.CompletedProcess) -> str:
+def last_words(done: Done) -> str:
     """The last line of what a process said."""
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines()]
+    lines = [line.strip() for line in done.said.splitlines()]
     said = [line for line in lines if line]
     return said[-1][:200] if said else "it said nothing"
 
@@ -91,7 +152,7 @@ def check_import(case: Case) -> Check:
     """S8, second half: the script imports on a CPU, the GPU hidden, and leaves nothing behind."""
     problems = Problems()
     with tempfile.TemporaryDirectory(prefix="record_check_") as here:
-        command = [sys.executable, "-c", IMPORT, str(case.folder.script)]
+        command = [*without_network(), sys.executable, "-c", IMPORT, str(case.folder.script)]
         env = clean_environment(CUDA_VISIBLE_DEVICES="")
         try:
             done = execute(command, Path(here), env, IMPORT_SECONDS)
@@ -99,12 +160,12 @@ def check_import(case: Case) -> Check:
             problems.fail(f"importing on a CPU: {reason}")
             return problems.outcome("S8", "")
         left = sorted(path.name for path in Path(here).iterdir())
-    missing = re.search(r"No module named '(\w+)", done.stderr)
+    missing = re.search(r"No module named '(\w+)", done.said)
     if missing and missing[1].lower() in _required(case):
         problems.skip(
             f"importing on a CPU: {missing[1]}, which requirements.txt names, is not installed here"
         )
-    elif done.returncode:
+    elif done.code:
         problems.fail(f"importing on a CPU fails: {last_words(done)}")
     elif left:
         problems.warn(f"importing it writes {', '.join(left)}")
@@ -126,12 +187,12 @@ def require_runnable(case: Case) -> None:
     It must have this project's modes, and its runs must have been made on a device that is here.
     """
     if not case.may_run:
-        raise NotHere("running the script was not allowed (--no-run)")
+        raise NotHere("running the script was not asked for")
     if case.folder.script is None:
         raise NotHere("there is no script")
     try:
         names = declared_settings(ast.parse(case.folder.source))
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise NotHere("the script does not parse") from None
     if not {"MODE", "ARTIFACT", "OUT_DIR"} <= names.keys():
         raise NotHere(
@@ -169,11 +230,10 @@ class Sandbox:
 
     def watched(self, mark: str, *until: str) -> list[str]:
         """The command that runs the script under watch: no path that contains mark, no network."""
-        return [sys.executable, str(WATCH), str(self.report), mark, str(self.script), *until]
+        watch = [*without_network(), sys.executable, str(WATCH), str(self.report), mark]
+        return [*watch, str(self.script), *until]
 
-    def run(
-        self, command: Sequence[str], limit: float, **settings: str
-    ) -> subprocess.CompletedProcess:
+    def run(self, command: Sequence[str], limit: float, **settings: str) -> Done:
         env = clean_environment(**{**settings, **self.settings})
         return execute(command, self.root / "here", env, limit)
 

@@ -6,10 +6,13 @@ work where what is finished stays: interrupted, the same call goes on after the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +29,7 @@ from tool.rerun import launcher
 from tool.wrapper import unpack_source, wrap
 from train_gpt import FIELDS, atomic_write, sha256
 
+GRACE_SECONDS = 60.0  # for a training to write its checkpoint
 LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
 FINISHED = ("finished", "wallclock_cap")
 # Settings that are not copied into a collected config.env.
@@ -78,17 +82,22 @@ def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
 # --- making ---------------------------------------------------------------------------------------
 
 
-def machine_lock(wait: bool) -> AbstractContextManager:
-    """The lock, already held, that keeps two timed runs off one machine.
-
-    The system frees it when its holder dies.
-    """
+def held(path: Path, wait: bool, complaint: str) -> AbstractContextManager:
+    """A lock, already held; RecordError if another process has it. Its holder's death frees it."""
     try:
-        return filelock.FileLock(LOCK).acquire(timeout=-1 if wait else 0)
+        return filelock.FileLock(path).acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
-        raise RecordError(
-            f"{LOCK.name}: another timed run is using this machine; wait for it, or --wait"
-        ) from None
+        raise RecordError(f"{path.name}: {complaint}") from None
+
+
+def machine_lock(wait: bool) -> AbstractContextManager:
+    """Keeps two timed runs off one machine."""
+    return held(LOCK, wait, "another timed run is using this machine; wait for it, or --wait")
+
+
+def work_lock(work: Path) -> AbstractContextManager:
+    """Keeps two calls for one record apart, from the first run to the finished folder."""
+    return held(work / "lock", False, f"another call makes the record of {work}")
 
 
 def take_snapshot(order: Order) -> None:
@@ -127,16 +136,39 @@ def set_aside(out: Path) -> None:
         out.rename(out.with_name(f"{out.name}.attempt{number}"))
 
 
+def end_group(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started: first asked to (a training writes its checkpoint)."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+
+
+def run_to_its_end(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> int:
+    """A command's exit code. It never outlives this process, however that ends.
+
+    Interrupted, this process ends it; killed, the system does (setpriv, on Linux).
+    """
+    guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    process = subprocess.Popen([*guard, *command], cwd=cwd, env=env, start_new_session=True)
+    try:
+        return process.wait()
+    except BaseException:
+        end_group(process)
+        raise
+
+
 def run_seed(order: Order, seed: int) -> None:
     """One seed in a process of its own, its output passed on. RecordError if it fails."""
     out = order.work / f"seed_{seed}"
     set_aside(out)
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "SEED": str(seed), "OUT_DIR": out.name}
     command = [*launcher(order.nproc), "train_gpt.py"]
-    done = subprocess.run(command, cwd=order.work, check=False, env=env)
-    if done.returncode or not is_finished(out, sha256(order.work / "train_gpt.py"), seed):
+    code = run_to_its_end(command, order.work, env)
+    if code or not is_finished(out, sha256(order.work / "train_gpt.py"), seed):
         raise RecordError(
-            f"seed {seed} ended with exit code {done.returncode}; see {out / 'train.log'}. "
+            f"seed {seed} ended with exit code {code}; see {out / 'train.log'}. "
             "Nothing was recorded; the finished seeds are kept, the same command goes on"
         )
 
