@@ -2,8 +2,8 @@
 
 import textwrap
 
+from record_help import expect
 from tool import static
-from tool.finding import text_of
 
 PROGRAM = """
 import torch, os
@@ -48,6 +48,4 @@ def word(name, script, **options):
 
 def assert_found(name, script, verdict, words, **options):
     """The check comes to a verdict and says why."""
-    finding = check(name, script, **options)
-    assert finding.word == verdict
-    assert words in text_of(finding)
+    expect(check(name, script, **options), verdict, words)

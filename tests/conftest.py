@@ -91,6 +91,31 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A file of documents for the data tool."""
+    from data_tool import make_corpus  # here, so that only tests of the data tool import it
+
+    return make_corpus(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    """A data folder with one dataset of the corpus; whoever breaks it takes a copy."""
+    from data_tool import make_mine
+
+    return make_mine(tmp_path_factory.mktemp("data"), corpus)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A hub on this machine, and a place to download to (data_hub.py)."""
+    from data_hub import new_world
+
+    with new_world(tmp_path) as world:
+        yield world
+
+
 def clean_env(**extra: str) -> dict[str, str]:
     """This process's environment without settings, plus the given ones; for subprocesses."""
     kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}

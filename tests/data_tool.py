@@ -5,11 +5,11 @@ import io
 import json
 import os
 import pydoc_data.topics
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import export
+import helpers
 import numpy as np
 import prepare
 import pytest
@@ -55,15 +55,7 @@ def call(command, *places, **options):
 
 def python(*line, env=None, **more):
     """A Python process of its own, with the modules on its path, until it has ended."""
-    done = subprocess.run(
-        [sys.executable, *map(str, line)],
-        capture_output=True,
-        text=True,
-        env=env or module_env(),
-        timeout=300,
-        check=False,
-        **more,
-    )
+    done = helpers.python(line, env or module_env(), **more)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -2,14 +2,13 @@
 
 import json
 import struct
-import subprocess
-import sys
 
 import codec
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, clean_env
+from helpers import python
 
 import train_gpt as tg
 
@@ -44,14 +43,7 @@ def packed(env, tmp_path_factory):
 
 def tool(env, *arguments):
     """The command in a process of its own -> how it ended."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "records/codec.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=clean_env(OMP_NUM_THREADS="1", **env),
-        timeout=600,
-        check=False,
-    )
+    return python([ROOT / "records/codec.py", *arguments], clean_env(**env))
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import corpora
 import export
 import manifest
 import numpy as np
-import pytest
 import sentencepiece
 from conftest import ROOT, clean_env
 from data_tool import (
@@ -28,8 +27,6 @@ from data_tool import (
     call,
     documents_of,
     jsonl,
-    make_corpus,
-    make_mine,
     module_env,
     needs_web,
     python,
@@ -41,16 +38,6 @@ import train_gpt as tg
 
 QUIET = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 IN_BYTES = dict(name="mine", tokenizer="byte260", workers=1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def prepared(corpus, tmp_path_factory):
-    return make_mine(tmp_path_factory.mktemp("data"), corpus)
 
 
 def model_of(root):

@@ -24,7 +24,6 @@ from data_hub import (
     TRAIN_SIZES,
     VOCAB,
     below,
-    new_world,
     published,
     remote,
     shard,
@@ -36,12 +35,6 @@ from data_tool import call, jsonl, python
 from fake_hub import Fault, commit_of
 
 import train_gpt as tg
-
-
-@pytest.fixture
-def world(tmp_path):
-    with new_world(tmp_path) as world:
-        yield world
 
 
 def assert_nobody_is_asked(world, **arguments):

@@ -12,23 +12,11 @@ from data_tool import (
     DOCUMENTS,
     MINE,
     call,
-    make_corpus,
-    make_mine,
     results,
     small_model,
 )
 
 import train_gpt as tg
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def prepared(corpus, tmp_path_factory):
-    return make_mine(tmp_path_factory.mktemp("data"), corpus)
 
 
 @pytest.mark.parametrize(

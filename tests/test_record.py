@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import record
 from conftest import ROOT, clean_env
+from helpers import python
 from record_help import GONE, edit_json, edit_result, expect, find
 from tool import checks, logs, rerun, runs, wrapper
 from tool.case import Case
@@ -96,9 +97,7 @@ def copy(made):
 
 def run_script(folder, **settings):
     """The folder's script in a process of its own -> the finished process."""
-    command = [sys.executable, "train_gpt.py"]
-    env = clean_env(**settings)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return python(["train_gpt.py"], clean_env(**settings), cwd=folder)
 
 
 # --- new ------------------------------------------------------------------------------------------
@@ -248,13 +247,8 @@ sys.exit(record.main(sys.argv[2:]))
 def test_the_lock_keeps_two_runs_apart(place):
     arguments = ["new", "locked", "--track", "t", "--seeds", "1", "--work", str(place / "w2")]
     with filelock.FileLock(runs.LOCK):
-        done = subprocess.run(
-            [sys.executable, "-c", LOCKED_OUT, str(runs.LOCK), *arguments],
-            env=clean_env(PYTHONPATH=str(ROOT / "records")),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        env = clean_env(PYTHONPATH=str(ROOT / "records"))
+        done = python(["-c", LOCKED_OUT, runs.LOCK, *arguments], env)
     assert done.returncode == 64
     assert "another timed run" in done.stderr
 
@@ -267,12 +261,10 @@ def test_the_lock_is_free_afterwards():
         pass
 
 
-def kill_when(path, process):
-    """Kills a process and its children as soon as a file has content."""
+def wait_for_content(path, process):
+    """Until a process has written to a file, or has ended."""
     while not (path.is_file() and path.stat().st_size) and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_interrupted_collection_goes_on(place, capfd):
@@ -288,7 +280,9 @@ def test_interrupted_collection_goes_on(place, capfd):
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    kill_when(work / "seed_2" / "metrics.jsonl", process)
+    wait_for_content(work / "seed_2" / "metrics.jsonl", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     before = (work / "seed_1" / "result.json").stat().st_mtime_ns
     assert record.main(arguments) == 0
     assert "seed 1: finished earlier, kept" in capfd.readouterr().out
@@ -347,8 +341,7 @@ def test_a_training_does_not_outlive_the_call_that_started_it(place, number):
         stdout=subprocess.DEVNULL,
     )
     metrics = place / "work" / f"t_{name}" / "seed_1" / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.stat().st_size) and process.poll() is None:
-        time.sleep(0.05)
+    wait_for_content(metrics, process)
     started = descendants_of(process.pid)
     assert started
     process.send_signal(number)
@@ -673,6 +666,8 @@ def test_a_script_leaves_nothing_behind_and_keeps_to_its_limits(copy, tmp_path, 
 
 def test_nothing_runs_unless_it_is_asked_for(copy, tmp_path, capsys):
     """With --run the reviewer is told first."""
+    for artifact in copy.glob("*.ptz"):  # nothing to re-score: importing is enough to see
+        artifact.unlink()
     marker = tmp_path / "ran"
     spy = f"pathlib.Path({str(marker)!r}).touch()"
     change_script(copy, "SCRIPT = Path", f"import pathlib\n{spy}\nSCRIPT = Path")

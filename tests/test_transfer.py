@@ -22,20 +22,12 @@ from data_hub import (
     MODEL_LIST,
     OFFICIAL,
     VOCAB,
-    new_world,
     published,
     remote,
     train,
     until,
 )
 from fake_hub import Fault
-
-
-@pytest.fixture
-def world(tmp_path):
-    with new_world(tmp_path) as world:
-        yield world
-
 
 # --------------------------------------------------------------------------------------------------
 # Ends before the end

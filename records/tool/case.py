@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from tool.finding import NotHere
 from tool.folder import Folder
 from tool.logs import Run
+from tool.script import declared_settings
 from train_gpt import FIELDS, ByteTable, read_shard, sha256, shard_name
 
 # Settings that say where and how a run was made, not what was trained.
 RUN_SETTINGS = frozenset(name for name, field in FIELDS.items() if field.metadata["group"] == "run")
+
+
+def of_training(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that say what was trained."""
+    return {name: text for name, text in settings.items() if name not in RUN_SETTINGS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,14 @@ class Case:
     def settings(self) -> dict[str, str]:
         """Settings in effect in the first of our runs."""
         return (self.ours[0].settings or {}) if self.ours else {}
+
+    @functools.cached_property
+    def declared(self) -> dict[str, str | None]:
+        """The settings that the script declares. Raises NotHere if it does not parse."""
+        try:
+            return declared_settings(ast.parse(self.folder.source))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise NotHere("the script does not parse") from None
 
     def located(self, setting: str) -> Path | None:
         """The file or folder that a path setting of the first run names, if it is here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tool import accounting, package, rerun
-from tool.case import RUN_SETTINGS, Case
+from tool.case import Case, of_training
 from tool.finding import NotHere, skipped
 from tool.folder import Folder
 from tool.static import static_checks
@@ -87,6 +87,5 @@ def logged_settings(folder: Folder) -> dict[str, str] | None:
     """Settings in effect as the first log has them, without those that only say where and how."""
     for run in folder.runs:
         if run.settings:
-            named = run.settings.items()
-            return {name: text for name, text in named if name not in RUN_SETTINGS}
+            return of_training(run.settings)
     return None

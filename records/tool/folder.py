@@ -27,7 +27,7 @@ def config_text(settings: Mapping[str, str]) -> str:
     return "".join(f"{name}={text}\n" for name, text in settings.items())
 
 
-def _read(path: Path) -> str:
+def read_lenient(path: Path) -> str:
     """The text of somebody's file; what is not UTF-8 is replaced."""
     return path.read_text(encoding="utf-8", errors="replace")
 
@@ -71,7 +71,7 @@ class Folder:
     @functools.cached_property
     def shipped(self) -> str:
         """The script's text as it is in the folder."""
-        return _read(self.script) if self.script else ""
+        return read_lenient(self.script) if self.script else ""
 
     @functools.cached_property
     def _unpacked(self) -> tuple[str, int]:
@@ -91,13 +91,15 @@ class Folder:
     def config(self) -> dict[str, str]:
         """Settings that come with the script: config.env beside it, or inside the wrapper."""
         beside = self.path / "config.env"
-        return parse_config(_read(beside) if beside.is_file() else settings_inside(self.shipped))
+        return parse_config(
+            read_lenient(beside) if beside.is_file() else settings_inside(self.shipped)
+        )
 
     @functools.cached_property
     def requirements(self) -> list[str]:
         """The lines of requirements.txt without comments."""
         path = self.path / "requirements.txt"
-        lines = _read(path).splitlines() if path.is_file() else []
+        lines = read_lenient(path).splitlines() if path.is_file() else []
         lines = [line.split("#")[0].strip() for line in lines]
         return [line for line in lines if line]
 
@@ -127,7 +129,7 @@ class Folder:
         if not path.is_file():
             return None
         try:
-            found = json.loads(_read(path))
+            found = json.loads(read_lenient(path))
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -15,7 +15,7 @@ from typing import Any
 from tool import ROOT
 from tool.case import RUN_SETTINGS, Case, Track
 from tool.finding import Problems, skipped
-from tool.folder import Folder, config_text
+from tool.folder import Folder, config_text, read_lenient
 from tool.logs import Final, Run
 from tool.submission import FIELDS, TYPED, Typed, summarize
 from tool.wrapper import wrap
@@ -355,7 +355,7 @@ def _check_readme(folder: Folder, problems: Problems) -> None:
     if path is None:
         problems.fail("no README.md")
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_lenient(path)
     absent = [part for part, pattern in README_PARTS.items() if not re.search(pattern, text)]
     if absent:
         problems.warn(f"README.md has no {', no '.join(absent)}")

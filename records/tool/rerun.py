@@ -7,7 +7,6 @@ returns one Check, or raises NotHere.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -26,10 +25,9 @@ from typing import Any
 
 import torch
 
-from tool.case import RUN_SETTINGS, Case
+from tool.case import Case, of_training
 from tool.finding import NotHere, Problems
 from tool.logs import Run
-from tool.script import declared_settings
 from train_gpt import Check, shard_name
 
 WATCH = Path(__file__).with_name("watch.py")
@@ -190,11 +188,7 @@ def require_runnable(case: Case) -> None:
         raise NotHere("running the script was not asked for")
     if case.folder.script is None:
         raise NotHere("there is no script")
-    try:
-        names = declared_settings(ast.parse(case.folder.source))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise NotHere("the script does not parse") from None
-    if not {"MODE", "ARTIFACT", "OUT_DIR"} <= names.keys():
+    if not {"MODE", "ARTIFACT", "OUT_DIR"} <= case.declared.keys():
         raise NotHere(
             "the script declares no MODE, ARTIFACT and OUT_DIR; only its author knows how to "
             "re-score it"
@@ -366,7 +360,7 @@ def check_validation_free_training(case: Case) -> Check:
 
 
 def _train_shortly(case: Case, box: Sandbox, problems: Problems) -> None:
-    settings = {name: text for name, text in case.settings.items() if name not in RUN_SETTINGS}
+    settings = of_training(case.settings)
     settings.update(
         ITERATIONS="2",
         WARMUP_STEPS="0",
