@@ -99,12 +99,32 @@ def input_error_from(complaint: str, *kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"{complaint} ({reason:.300})") from None
 
 
+def printable(text: Any, most: int = 80) -> str:
+    """What a file says, as part of a log line: it can neither begin a new line nor fill the log."""
+    text = str(text)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
+
+
 def _setting(
-    group: str, default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = ()
+    group: str,
+    default: Any,
+    doc: str,
+    low: Any = None,
+    high: Any = None,
+    choices: Any = (),
+    needs: str = "",
 ) -> Any:
-    metadata = {"group": group, "doc": doc, "low": low, "high": high, "choices": choices}
+    """A field of Config. needs: without this it cannot act ("A=x or B, and C")."""
+    if high is None and type(default) is int:
+        high = 2**31 - 1
+    bounds = {"low": low, "high": high, "choices": choices}
+    metadata = {"group": group, "doc": doc, "needs": needs, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
+
+HASHED_NGRAM = "NGRAM=fixed or NGRAM=backoff or NGRAM=gated"
+NGRAM_TABLES = f"{HASHED_NGRAM} or MIXER_HEAD"
 
 _run = functools.partial(_setting, "run")
 _data = functools.partial(_setting, "data")
@@ -125,9 +145,13 @@ class Config:
     mode: str = _run("train", "what to do", choices=("train", "eval", "sample"))
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
-    seed: int = _run(1337, "seed of the parameters' initial values and of sampling", low=0)
+    seed: int = _run(
+        1337, "seed of the parameters' initial values and of sampling", low=0, high=2**63 - 1
+    )
     seeds: tuple[int, ...] = _run(
-        (), "several seeds, one run each, then mean and standard deviation: 1,2,3"
+        (),
+        "several seeds, one run each, then mean and standard deviation: 1,2,3",
+        needs="MODE=train",
     )
     smoke: bool = _run(False, "every section on a tiny model and synthetic text, no data needed")
     device: str = _run("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
@@ -136,17 +160,23 @@ class Config:
         "auto", "attention; auto = fa3 if it works, else sdpa", choices=("auto", "fa3", "sdpa")
     )
     artifact: str = _run(
-        "", "packed model for MODE=eval and MODE=sample; empty = <OUT_DIR>/model.ptz"
+        "",
+        "packed model for MODE=eval and MODE=sample; empty = <OUT_DIR>/model.ptz",
+        needs="MODE=eval or MODE=sample",
     )
-    resume: str = _run("", "checkpoint to continue from")
+    resume: str = _run("", "checkpoint to continue from", needs="MODE=train")
     save_every: int = _run(
         0, "write a checkpoint every so many steps (also on SIGUSR1 and SIGTERM)", low=0
     )
     sample_tokens: int = _run(
         0, "length of text sample; 0 = none after training, 200 in MODE=sample", low=0
     )
-    sample_prompt: str = _run("", "text that the sample continues")
-    sample_temperature: float = _run(0.8, "temperature of the sample", low=0.01)
+    sample_prompt: str = _run(
+        "", "text that the sample continues", needs="SAMPLE_TOKENS or MODE=sample"
+    )
+    sample_temperature: float = _run(
+        0.8, "temperature of the sample", low=0.01, needs="SAMPLE_TOKENS or MODE=sample"
+    )
 
     data_path: str = _data(
         "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards"
@@ -160,7 +190,7 @@ class Config:
 
     schedule: str = _train("clock", "what drives warm-down and stop", choices=("clock", "tokens"))
     max_wallclock_seconds: float = _train(
-        600.0, "training seconds under SCHEDULE=clock; 0 = none", low=0
+        600.0, "training seconds under SCHEDULE=clock; 0 = none", low=0, needs="SCHEDULE=clock"
     )
     iterations: int = _train(20000, "training steps at most", low=0)
     warmup_steps: int = _train(
@@ -198,7 +228,7 @@ class Config:
     leaky_slope: float = _model(0.0, "MLP activation leaky_relu(x, slope)^2; 0 = relu(x)^2", low=0)
     tie_embeddings: bool = _model(True, "the embedding is also the output matrix")
     tied_embed_init_std: float = _model(
-        0.005, "standard deviation of a tied embedding at start", low=0
+        0.005, "standard deviation of a tied embedding at start", low=0, needs="TIE_EMBEDDINGS"
     )
     ortho_init: str = _model(
         "", "orthogonal start (scaled: tables less)", choices=("", "plain", "scaled")
@@ -218,37 +248,57 @@ class Config:
     bigram_vocab_size: int = _model(
         0, "rows of the hashed bigram embedding (BigramHash); 0 = none", low=0
     )
-    bigram_dim: int = _model(128, "width of the bigram table", low=1)
+    bigram_dim: int = _model(128, "width of the bigram table", low=1, needs="BIGRAM_VOCAB_SIZE")
     bigram_hash: str = _model(
-        "xor", "xor: PR 489; linear: PR 740, without scale", choices=("xor", "linear")
+        "xor",
+        "xor: PR 489; linear: PR 740, without scale",
+        choices=("xor", "linear"),
+        needs="BIGRAM_VOCAB_SIZE",
     )
     bigram_init: str = _model(
-        "zero", "its start; dead: never trains", choices=("zero", "normal", "dead")
+        "zero",
+        "its start; dead: never trains",
+        choices=("zero", "normal", "dead"),
+        needs="BIGRAM_VOCAB_SIZE",
     )
     smear: bool = _model(False, "SmearGate: a learned share of the previous token's embedding")
     smear_before_norm: bool = _model(
-        False, "SmearGate acts before the embedding's norm (PR 740), not after"
+        False, "SmearGate acts before the embedding's norm (PR 740), not after", needs="SMEAR=1"
     )
-    smear_bos_mask: bool = _model(False, "SmearGate lets nothing across a document start")
+    smear_bos_mask: bool = _model(
+        False, "SmearGate lets nothing across a document start", needs="SMEAR=1"
+    )
     bos_id: int = _model(1, "token that starts a document", low=0)
     ve_layers: tuple[int, ...] = _model(
         (), "layers whose values get token embeddings: 9,10; empty = none"
     )
-    ve_dim: int = _model(128, "width of the shared value-embedding table", low=1)
+    ve_dim: int = _model(128, "width of the shared value-embedding table", low=1, needs="VE_LAYERS")
     mixer_head: bool = _model(False, "a head that weighs network and n-gram orders (PR 859)")
 
-    embed_lr: float = _optim(0.6, "Adam rate of an untied embedding", low=0)
-    head_lr: float = _optim(0.008, "Adam rate of an untied output matrix", low=0)
+    embed_lr: float = _optim(
+        0.6, "Adam rate of an untied embedding", low=0, needs="TIE_EMBEDDINGS=0"
+    )
+    head_lr: float = _optim(
+        0.008, "Adam rate of an untied output matrix", low=0, needs="TIE_EMBEDDINGS=0"
+    )
     tied_embed_lr: float = _optim(
-        0.05, "Adam rate of a tied embedding and of the other tables", low=0
+        0.05,
+        "Adam rate of a tied embedding and of the other tables",
+        low=0,
+        needs="TIE_EMBEDDINGS or BIGRAM_VOCAB_SIZE or VE_LAYERS",
     )
     matrix_lr: float = _optim(0.04, "Muon rate of the matrices", low=0)
     scalar_lr: float = _optim(0.04, "Adam rate of vectors and scalars", low=0)
     bigram_optim: str = _optim(
-        "", "group of the bigram's matrices", choices=("", "scalars", "matrices")
+        "",
+        "group of the bigram's matrices",
+        choices=("", "scalars", "matrices"),
+        needs="BIGRAM_VOCAB_SIZE",
     )
     muon_momentum: float = _optim(0.95, "Muon momentum", low=0, high=1)
-    muon_momentum_warmup_start: float = _optim(0.85, "Muon momentum at step 0", low=0, high=1)
+    muon_momentum_warmup_start: float = _optim(
+        0.85, "Muon momentum at step 0", low=0, high=1, needs="MUON_MOMENTUM_WARMUP_STEPS"
+    )
     muon_momentum_warmup_steps: int = _optim(500, "steps until MUON_MOMENTUM is reached", low=0)
     muon_backend_steps: int = _optim(5, "Newton-Schulz iterations", low=1)
     muon_wd: float = _optim(0.0, "decoupled weight decay of the matrices", low=0)
@@ -263,11 +313,15 @@ class Config:
     ema_decay: float = _optim(
         0.0, "average the weights over steps with this decay; 0 = off", low=0, high=1
     )
-    ema_start: float = _optim(0.0, "share of the run after which that begins", low=0, high=1)
+    ema_start: float = _optim(
+        0.0, "share of the run after which that begins", low=0, high=1, needs="EMA_DECAY"
+    )
     swa_every: int = _optim(
         0, "average of every so many steps (with EMA: half of each); 0 = off", low=0
     )
-    swa_start: float = _optim(0.4, "share of the run after which that begins", low=0, high=1)
+    swa_start: float = _optim(
+        0.4, "share of the run after which that begins", low=0, high=1, needs="SWA_EVERY"
+    )
 
     quant_bits: int = _pack(8, "bits of a quantized weight, row-wise scales", low=2, high=8)
     quant_policy: str = _pack(
@@ -282,9 +336,14 @@ class Config:
     gptq_n_samples: int = _pack(
         0, "training sequences that calibrate GPTQ; 0 = plain rounding", low=0
     )
-    gptq_damp: float = _pack(0.01, "share of its mean added to the Hessian's diagonal", low=1e-6)
+    gptq_damp: float = _pack(
+        0.01, "share of its mean added to the Hessian's diagonal", low=1e-6, needs="GPTQ_N_SAMPLES"
+    )
     gptq_reserve_seconds: float = _pack(
-        0.0, "seconds of the training clock kept for calibration", low=0
+        0.0,
+        "seconds of the training clock kept for calibration",
+        low=0,
+        needs="SCHEDULE=clock",
     )
     prune_pct: float = _pack(
         0.0, "share of each quantized tensor's smallest weights set to 0", low=0, high=1
@@ -306,38 +365,74 @@ class Config:
         0, "passes of test-time training over what was scored; 0 = none", low=0
     )
     ttt_before_scoring: bool = _score(
-        False, "adapt to all tokens, then score them (PR 489): no valid score"
+        False, "adapt to all tokens, then score them (PR 489): no valid score", needs="TTT_EPOCHS"
     )
-    ttt_chunk_tokens: int = _score(32768, "targets between two adaptations", low=1)
-    ttt_lr: float = _score(5e-4, "its learning rate; a cosine over the chunks", low=0)
+    ttt_chunk_tokens: int = _score(
+        32768,
+        "targets between two adaptations",
+        low=1,
+        needs="TTT_EPOCHS, and TTT_BEFORE_SCORING=0",
+    )
+    ttt_lr: float = _score(
+        5e-4,
+        "its learning rate; a cosine over the chunks",
+        low=0,
+        needs="TTT_EPOCHS or TTT_LORA_RANK",
+    )
     ttt_optimizer: str = _score(
-        "adamw", "its optimizer; sgd has momentum 0.9", choices=("adamw", "sgd")
+        "adamw", "its optimizer; sgd has momentum 0.9", choices=("adamw", "sgd"), needs="TTT_EPOCHS"
     )
     ttt_freeze_blocks: int = _score(
-        0, "adapt the last so many blocks, scales, head; 0 = everything", low=0
+        0,
+        "adapt the last so many blocks, scales, head; 0 = everything",
+        low=0,
+        needs="TTT_EPOCHS or TTT_LORA_RANK",
     )
-    qttt: bool = _score(False, "of those blocks adapt the query matrices only")
-    byte_weighted_ttt: bool = _score(False, "weigh its loss by each target's bytes")
-    ttt_batch_seqs: int = _score(32, "sequences of each part in a step", low=1)
+    qttt: bool = _score(
+        False, "of those blocks adapt the query matrices only", needs="TTT_FREEZE_BLOCKS"
+    )
+    byte_weighted_ttt: bool = _score(
+        False, "weigh its loss by each target's bytes", needs="TTT_EPOCHS"
+    )
+    ttt_batch_seqs: int = _score(32, "sequences of each part in a step", low=1, needs="TTT_EPOCHS")
     ttt_parts: int = _score(
-        1, "equal parts of the data that a step draws from (the seeds' GPUs)", low=1
+        1,
+        "equal parts of the data that a step draws from (the seeds' GPUs)",
+        low=1,
+        needs="TTT_EPOCHS",
     )
     ttt_lora_rank: int = _score(
         0, "rank of adapters that learn each document while it is scored", low=0
     )
-    ttt_lora_alpha: float = _score(144.0, "their product is scaled by this over the rank", low=0)
-    ttt_lora_chunk: int = _score(48, "targets between two of their steps", low=1)
-    ttt_lora_keep: bool = _score(True, "a slot's A matrices stay for its next document")
-    ttt_docs: int = _score(64, "documents in a batch, each with its own adapters", low=1)
+    ttt_lora_alpha: float = _score(
+        144.0, "their product is scaled by this over the rank", low=0, needs="TTT_LORA_RANK"
+    )
+    ttt_lora_chunk: int = _score(
+        48, "targets between two of their steps", low=1, needs="TTT_LORA_RANK"
+    )
+    ttt_lora_keep: bool = _score(
+        True, "a slot's A matrices stay for its next document", needs="TTT_LORA_RANK"
+    )
+    ttt_docs: int = _score(
+        64, "documents in a batch, each with its own adapters", low=1, needs="TTT_LORA_RANK"
+    )
     ttt_temperature: float = _score(
-        1.0, "temperature of certain predictions (ttt, mixed, ngram); 1 = off", low=0
+        1.0,
+        "temperature of certain predictions (ttt, mixed, ngram); 1 = off",
+        low=0,
+        needs="TTT_EPOCHS or TTT_LORA_RANK or TILT or NGRAM",
     )
     eval_stream: int = _score(
         0, "width of the attention window of one pass over the stream; 0 = none", low=0
     )
-    stream_docs: bool = _score(False, "that pass sees no document but the target's own")
+    stream_docs: bool = _score(
+        False, "that pass sees no document but the target's own", needs="EVAL_STREAM"
+    )
     mix_chunk_tokens: int = _score(
-        16384, "targets between two updates of TILT and NGRAM=mix", low=1
+        16384,
+        "targets between two updates of TILT and NGRAM=mix",
+        low=1,
+        needs="TILT or NGRAM=mix, and TTT_LORA_RANK=0, and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
     )
     tilt: bool = _score(False, "raise the token that last followed the longest known context")
     ngram: str = _score(
@@ -346,23 +441,33 @@ class Config:
         choices=("", "mix", "fixed", "backoff", "gated"),
     )
     ngram_docs: bool = _score(
-        True, "contexts of TILT and NGRAM=mix do not reach into earlier documents"
+        True,
+        "contexts of TILT and NGRAM=mix do not reach into earlier documents",
+        needs="TILT or NGRAM=mix",
     )
-    ngram_order: int = _score(7, "highest order", low=2, high=16)
-    ngram_min_order: int = _score(2, "lowest order", low=2, high=16)
-    ngram_alpha: float = _score(0.4, "weight of NGRAM=fixed", low=0, high=1)
+    ngram_order: int = _score(7, "highest order", low=2, high=16, needs=NGRAM_TABLES)
+    ngram_min_order: int = _score(2, "lowest order", low=2, high=16, needs=NGRAM_TABLES)
+    ngram_alpha: float = _score(0.4, "weight of NGRAM=fixed", low=0, high=1, needs="NGRAM=fixed")
     ngram_ent_base: float = _score(
-        0.05, "weight of NGRAM=backoff where the network is certain", low=0
+        0.05, "weight of NGRAM=backoff where the network is certain", low=0, needs="NGRAM=backoff"
     )
-    ngram_ent_range: float = _score(0.55, "what uncertainty adds to it", low=0)
-    ngram_min_count: int = _score(2, "an order counts from so many sightings of its context", low=1)
-    ngram_buckets: int = _score(4_194_304, "counters of a table, a power of two", low=2, high=2**30)
+    ngram_ent_range: float = _score(
+        0.55, "what uncertainty adds to it", low=0, needs="NGRAM=backoff"
+    )
+    ngram_min_count: int = _score(
+        2, "an order counts from so many sightings of its context", low=1, needs=NGRAM_TABLES
+    )
+    ngram_buckets: int = _score(
+        4_194_304, "counters of a table, a power of two", low=2, high=2**30, needs=NGRAM_TABLES
+    )
     ngram_primes: tuple[int, ...] = _score(
-        (36313, 27191, 51647, 81929, 131071, 65537, 104729), "of the hash"
+        (36313, 27191, 51647, 81929, 131071, 65537, 104729), "of the hash", needs=NGRAM_TABLES
     )
-    ngram_stride: int = _score(0, "its windows advance by this; 0 = EVAL_STRIDE", low=0)
+    ngram_stride: int = _score(
+        0, "its windows advance by this; 0 = EVAL_STRIDE", low=0, needs=HASHED_NGRAM
+    )
     ngram_chunk_tokens: int = _score(
-        0, "targets between two updates; 0 = after every window", low=0
+        0, "targets between two updates; 0 = after every window", low=0, needs=HASHED_NGRAM
     )
 
     @property
@@ -440,6 +545,22 @@ OLD_NAMES = {
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
     "WEIGHT_DECAY": "MUON_WD",
     "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS",
+    "BATCH_SIZE": "TRAIN_BATCH_TOKENS",
+    "LEARNING_RATE": "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR",
+    "LR": "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR",
+    "LAYERS": "NUM_LAYERS",
+    "NLAYERS": "NUM_LAYERS",
+    "N_LAYERS": "NUM_LAYERS",
+    "N_LAYER": "NUM_LAYERS",
+    "N_HEAD": "NUM_HEADS",
+    "N_EMBD": "MODEL_DIM",
+    "D_MODEL": "MODEL_DIM",
+    "HIDDEN_SIZE": "MODEL_DIM",
+    "SEQ_LEN": "TRAIN_SEQ_LEN",
+    "STEPS": "ITERATIONS",
+    "MAX_STEPS": "ITERATIONS",
+    "NUM_STEPS": "ITERATIONS",
+    "NUM_ITERATIONS": "ITERATIONS",
     "EVAL_ONLY": "MODE=eval",
     "TTT_ONLY": "MODE=eval",
     "MAX_SUBMISSION_BYTES": "MAX_ARTIFACT_BYTES",
@@ -464,6 +585,18 @@ FAMILIES = """ADAM BIGRAM CROWN EMA EVAL GPTQ GRAD LN LOGIT MATRIX MIXER MLP MUO
 FOREIGN = tuple(
     """TORCH OMP_ MKL_ NCCL_ CUDA_ PYTHON PYTORCH SLURM_ XDG_ GITHUB_ LD_ LC_ RANK
     WORLD_SIZE LOCAL_ GROUP_ ROLE_ MASTER_ PATH GLOO_ NVIDIA_ TRITON_ HF_""".split()
+)
+
+# So were these; any other name that means nothing here is named in the log.
+SYSTEM = tuple(
+    """ALL_PROXY APPDATA AWS_ AZURE_ BASH BUILD_ CARGO CC CI CLOUD COLOR COLUMNS COMSPEC CONDA CPATH
+    CUDNN CURL_ CXX DBUS_ DEBIAN_ DESKTOP_ DISPLAY DOCKER_ EDITOR ENV FTP_ GCC GDM GIT GO GPG_ GTK_
+    HIST HOME HOST HTTP I_MPI_ INFOPATH INVOCATION JAVA JOURNAL JPY_ JUPYTER KERAS KERNEL KMP_
+    KUBERNETES LAMBDA_ LANG LESS LIBRARY LIBVA LINES LOGNAME LOGS_ LSCOLORS LS_ MAIL MALLOC MANAGER
+    MANPATH MOTD MPI NO_PROXY NODE NPM_ NUMBER_OF NUMEXPR NUM_CPU NVM_ OLDPWD OMPI_ OPAL OPENBLAS OS
+    PAGER PIP PKG_ PMI PODS POD_ POWERSHELL PROCESSOR PROGRAM PROMPT PS PUBLIC_ PWD QT_ REQUESTS_
+    RUNPOD RUST SESSION SGE SHELL SHLVL SSH SSL_ SUDO SYSTEM TEMP TERM TF_ TMP TMUX TZ UCX USER UV_
+    VAST VECLIB VIRTUAL_ENV VISUAL VSCODE WANDB WAYLAND WINDIR WINDOW XAUTH XLA_ ZSH""".split()
 )
 
 
@@ -495,86 +628,161 @@ class Assignment:
     complete: bool = True  # false: the line has no equals sign
 
 
+def _value_in(text: str) -> str | None:
+    """What stands behind the equals sign, without quotes and comment; None if quotes are open."""
+    quote = text.strip()[:1]
+    if quote not in ("'", '"'):
+        bare = re.split(r"\s#", text, maxsplit=1)[0].strip()
+        return None if "'" in bare or '"' in bare else bare
+    value, closed, rest = text.strip()[1:].partition(quote)
+    ends = closed and (not rest or re.match(r"\s+#", rest))
+    return value if ends else None
+
+
 def read_config_lines(text: str, file: str) -> list[Assignment]:
-    """The assignments of a config.env; comments and empty lines are left out."""
+    """The assignments of a config.env: quotes, comments and `export` as in a shell.
+
+    Spaces in a value need no quotes; nothing is substituted.
+    """
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            name, equals, value = (part.strip() for part in line.partition("="))
-            found.append(Assignment(f"{file} line {number}: ", name, value, bool(equals)))
+            name, equals, rest = line.partition("=")
+            name = name.strip().removeprefix("export ").strip()
+            value = _value_in(rest) if equals else None
+            where = f"{file} line {number}: "
+            found.append(Assignment(where, name, value or "", value is not None))
     return found
+
+
+def _near(name: str) -> str:
+    """The setting that a mistyped name may mean; empty if none is near."""
+    swapped = [name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)]
+    near = [other for other in swapped if other in FIELDS]
+    return next(iter(near or difflib.get_close_matches(name, FIELDS, 1, 0.85)), "")
 
 
 def _unknown(assignment: Assignment) -> str:
     """What is wrong with a name that is no setting; empty if it may be somebody else's."""
     name = assignment.name
     if not assignment.complete:
-        return f"{assignment.where}expected NAME=value"
-    if not assignment.where and (
-        name.startswith(FOREIGN) or not re.fullmatch("[A-Z][A-Z0-9_]*", name)
-    ):
+        return f"{assignment.where}expected NAME=value (in quotes if it has # or quotes)"
+    capitals = name.upper() in FIELDS
+    foreign = name.startswith(FOREIGN) or not re.fullmatch("[A-Z][A-Z0-9_]*", name)
+    if not assignment.where and foreign and not capitals:
         return ""
-    near = difflib.get_close_matches(name, FIELDS, 1, 0.85)
+    near = name.upper() if capitals else _near(name)
     if name in OLD_NAMES:
         hint = f": here it is {OLD_NAMES[name]}"
     elif near:
-        hint = f" (did you mean {near[0]}?)"
+        hint = f" (did you mean {near}?)"
     elif assignment.where or name.split("_")[0] in FAMILIES:
         hint = " (python train_gpt.py --help lists all)"
     else:
         return ""
-    return f"{assignment.where}unknown setting {name}{hint}"
+    return f"{assignment.where}unknown setting {printable(name)}{hint}"
 
 
-def _assignments(env: Mapping[str, str]) -> tuple[list[Assignment], list[str]]:
+def ignored_names(env: Mapping[str, str]) -> list[str]:
+    """Names of the environment that mean nothing here, nor to any system that is known here."""
+    other = FIELDS.keys() | {"CONFIG"}
+    names = [name for name in env if re.fullmatch("[A-Z][A-Z0-9_]*", name) and name not in other]
+    return sorted(name for name in names if not name.startswith(FOREIGN + SYSTEM))
+
+
+def _file_text(path: Path) -> str:
+    unreadable = f"CONFIG={str(path)!r}: not a text file in UTF-8"
+    with input_error_from(unreadable, OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+
+
+def _sources(env: Mapping[str, str]) -> tuple[list[list[Assignment]], list[str]]:
     """What is written in SMOKE's settings, the config file and the environment; the last holds."""
-    found, problems = [], []
-    if env.get("SMOKE", "0").strip().lower() in ("1", "true"):
-        found += read_config_lines(SMOKE_CONFIG, "SMOKE=1")
+    problems = []
+    smoke = env.get("SMOKE", "0").strip().lower() in ("1", "true")
     path = Path(env["CONFIG"]) if env.get("CONFIG") else SCRIPT.with_name("config.env")
+    text = SETTINGS_INSIDE
     if path.is_file():
-        found += read_config_lines(path.read_text(encoding="utf-8"), path.name)
+        text = _file_text(path)
     elif env.get("CONFIG"):
         problems.append(f"CONFIG={env['CONFIG']!r}: no such file")
-    else:
-        found += read_config_lines(SETTINGS_INSIDE, path.name)
-    found += [Assignment("", name, text) for name, text in env.items() if name != "CONFIG"]
-    return found, problems
+    sources = [
+        read_config_lines(SMOKE_CONFIG if smoke else "", "SMOKE=1"),
+        read_config_lines(text, path.name),
+        [Assignment("", name, value) for name, value in env.items() if name != "CONFIG"],
+    ]
+    return sources, problems
 
 
-def read_settings(env: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Everything set by SMOKE, file and environment as {field: value}, and the complaints."""
-    assignments, problems = _assignments(env)
-    texts = {}
-    for assignment in assignments:
-        if assignment.complete and assignment.name in FIELDS:
-            texts[assignment.name] = assignment.text.strip()
-        elif reason := _unknown(assignment):
-            problems.append(reason)
+def read_settings(
+    env: Mapping[str, str], below: Config | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Everything set by SMOKE, file and environment as {field: value}, and the complaints.
+
+    below: what holds where nothing is set; the defaults if it is not given. What cannot act is a
+    complaint, except in a mode whose artifact decides that and is not given.
+    """
+    sources, problems = _sources(env)
     values = {}
-    for name, text in texts.items():
-        parse, expected = PARSERS[type(FIELDS[name].default)]
-        try:
-            values[name.lower()] = parse(text)
-        except (ValueError, KeyError):
-            problems.append(f"{name}={text!r}: expected {expected}")
-    return values, problems
+    idle = []
+    for source in sources:
+        given = {}
+        for assignment in source:
+            name, text = assignment.name, assignment.text.strip()
+            if not assignment.complete or name not in FIELDS:
+                problems += filter(None, [_unknown(assignment)])
+                continue
+            parse, expected = PARSERS[type(FIELDS[name].default)]
+            try:
+                check("\0" not in text, "no text")
+                given[name] = parse(text)
+                values[name.lower()] = given[name]
+            except (ValueError, KeyError):
+                problems.append(f"{name}={printable(repr(text))}: expected {expected}")
+        idle += _idle(given, dataclasses.replace(below or Config(), **values))
+    decided = below or values.get("mode", "train") == "train"
+    return values, problems + (idle if decided else [])
 
 
-def check_config(cfg: Config, world: int = 1) -> list[str]:
-    """All complaints about the values themselves, one sentence each."""
+def _holds(cfg: Config, term: str) -> bool:
+    """Whether NAME=value is so, or NAME is on."""
+    name, _, wanted = term.partition("=")
+    value = getattr(cfg, name.lower())
+    return as_typed(value) == wanted if wanted else bool(value)
+
+
+def _idle(given: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Complaints about what was given beside its default and cannot act, as the rest is set.
+
+    A file is judged by itself, so that the environment may turn off what it configures.
+    """
+    problems = []
+    for name, value in given.items():
+        field = FIELDS[name]
+        needs = field.metadata["needs"]
+        parts = needs.split(", and ") if needs else []
+        acts = all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
+        if value and value != field.default and not acts:
+            problems.append(f"{name}={as_typed(value)} needs {needs}: as it is, it cannot act")
+    return problems
+
+
+def value_problems(cfg: Config) -> list[str]:
+    """Complaints about the values one by one."""
     problems = []
     for name, field in FIELDS.items():
         value, meta = getattr(cfg, field.name), field.metadata
         low, high = meta["low"], meta["high"]
         if meta["choices"] and value not in meta["choices"]:
-            problems.append(f"{name}={value!r}: expected one of {', '.join(meta['choices'])}")
+            choices = ", ".join(meta["choices"])
+            problems.append(f"{name}={printable(repr(value))}: expected one of {choices}")
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={value}: expected a finite number")
-        elif (low is not None and value < low) or (high is not None and value > high):
-            limit = f", {high} at most" if high else ""
-            problems.append(f"{name}={value}: expected {low} or more{limit}")
-    return problems or relation_problems(cfg, world)
+        elif low is not None and value < low:
+            problems.append(f"{name}={value}: expected {low} or more")
+        elif high is not None and value > high:
+            problems.append(f"{name}={printable(value)}: expected {high} at most")
+    return problems
 
 
 class Relations:
@@ -606,12 +814,6 @@ class Relations:
         holds = getattr(self.cfg, a) <= getattr(self.cfg, b)
         self.require(holds, f"{self.shown(a)} must be at most {self.shown(b)}")
 
-    def needs(self, a: str, b: str) -> None:
-        """The setting a acts only if b is on."""
-        wanted = f"{b.upper()}=1" if isinstance(getattr(self.cfg, b), bool) else b.upper()
-        holds = getattr(self.cfg, b) or not getattr(self.cfg, a)
-        self.require(holds, f"{self.shown(a)} needs {wanted}")
-
 
 def _check_model(c: Config, relations: Relations) -> None:
     require, shown = relations.require, relations.shown
@@ -619,8 +821,6 @@ def _check_model(c: Config, relations: Relations) -> None:
     relations.multiple("num_heads", "num_kv_heads")
     relations.at_most("xsa_last_n", "num_layers")
     relations.at_most("rope_dims", "head_dim")
-    relations.needs("smear_bos_mask", "smear")
-    relations.needs("smear_before_norm", "smear")
     rotated = c.rope_dims or c.head_dim
     last = c.num_layers - 1
     require(
@@ -676,8 +876,6 @@ def _check_scoring(c: Config, relations: Relations) -> None:
         relations.at_most("ttt_lora_chunk", "score_len")
     relations.at_most("ngram_min_order", "ngram_order")
     relations.at_most("ttt_freeze_blocks", "num_layers")
-    relations.needs("stream_docs", "eval_stream")
-    relations.needs("ttt_before_scoring", "ttt_epochs")
     power_of_two = c.ngram_buckets & (c.ngram_buckets - 1) == 0
     require(power_of_two, f"{shown('ngram_buckets')} must be a power of two")
     require(
@@ -717,11 +915,30 @@ def relation_problems(cfg: Config, world: int) -> list[str]:
     return relations.problems
 
 
-def load_config(env: Mapping[str, str]) -> Config:
-    """Default < file (CONFIG, or config.env by the script) < environment; lists all problems."""
-    values, problems = read_settings(env)
-    cfg = Config(**values)
-    raise_if(problems + check_config(cfg, int(env.get("WORLD_SIZE") or 1)))
+def check_config(cfg: Config, world: int = 1) -> list[str]:
+    """All complaints about settings, one sentence each."""
+    return value_problems(cfg) or relation_problems(cfg, world)
+
+
+def launched(env: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A number that the launcher of several processes sets."""
+    text = env.get(name) or str(default)
+    check(text.isdecimal(), f"{name}={printable(text)}: expected a whole number, as torchrun sets")
+    return int(text)
+
+
+def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Config:
+    """Default < artifact < file (CONFIG, or config.env by the script) < environment.
+
+    ConfigError lists all problems. Without the artifact's settings, those of a mode that needs
+    them are not yet checked against each other.
+    """
+    values, problems = read_settings(env, artifact)
+    cfg = dataclasses.replace(artifact or Config(), **values)
+    problems += value_problems(cfg)
+    if not problems and (artifact or cfg.mode == "train"):
+        problems = relation_problems(cfg, launched(env, "WORLD_SIZE", 1))
+    raise_if(problems)
     return cfg
 
 
@@ -745,7 +962,9 @@ def help_text() -> str:
             group = meta["group"]
             lines += ["", f"[{group}]"]
         options = f" ({'|'.join(meta['choices'])})" if meta["choices"] else ""
-        lines.append(f"{name}={as_typed(field.default)}".ljust(44) + f" {meta['doc']}{options}")
+        needs = f"; needs {meta['needs']}" if meta["needs"] else ""
+        setting = f"{name}={as_typed(field.default)}".ljust(44)
+        lines.append(f"{setting} {meta['doc']}{options}{needs}")
     return "\n".join(lines)
 
 
@@ -848,20 +1067,20 @@ class Runtime:
     """Where the program runs: device, number of processes (world), number format, kernels."""
 
     def __init__(self, cfg: Config, env: Mapping[str, str]):
-        self.rank = int(env.get("RANK") or 0)
-        self.world = int(env.get("WORLD_SIZE") or 1)
+        self.rank = launched(env, "RANK")
+        self.world = launched(env, "WORLD_SIZE", 1)
+        self.local_rank = launched(env, "LOCAL_RANK", self.rank)
         kind = self._pick_device(cfg.device)
         self.cuda = kind == "cuda"
         self.device = torch.device(kind)
         if self.cuda:
-            local = int(env.get("LOCAL_RANK") or 0)
             found = torch.cuda.device_count()
-            if local >= found:
+            if self.local_rank >= found:
                 raise ConfigError(
-                    f"LOCAL_RANK={local}: this machine has {found} GPUs; "
+                    f"LOCAL_RANK={self.local_rank}: this machine has {found} GPUs; "
                     f"--nproc_per_node may be {found} at most"
                 )
-            self.device = torch.device(kind, local)
+            self.device = torch.device(kind, self.local_rank)
         self.profile = GPU_PROFILE if self.cuda else CPU_PROFILE
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
@@ -3143,18 +3362,15 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
     """For MODE=eval and sample: the artifact's settings, and what is set here otherwise."""
     header, _ = read_header(read_artifact(cfg))
     stored = config_from(header.get("config"))
-    given, _ = read_settings(env)
+    given, _ = read_settings(env, stored)
     problems = []
     for name, value in stored.group("model").items():
         if name in given and given[name] != value:
-            reason = f"the artifact was made with {value}"
-            problems.append(f"{name.upper()}={given[name]}: {reason}")
+            reason = f"the artifact was made with {as_typed(value)}"
+            problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")
     raise_if(problems)
-    kept = {"out_dir": cfg.out_dir, "run_id": cfg.run_id}
-    settings = {**stored.group("model", "pack", "score"), **given, **kept}
-    merged = dataclasses.replace(cfg, **settings)
-    raise_if(check_config(merged))
-    return merged
+    merged = load_config(env, stored)
+    return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id)
 
 
 # ==================================================================================================

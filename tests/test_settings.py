@@ -87,7 +87,8 @@ BAD_VALUES = {
     "TOKENIZER_PATH=x.json": "expected a SentencePiece .model file or byte260",
     "QUANT_POLICY=mlp:9": "2 to 8 bits",
     "NUM_HEADS=0": "expected 1 or more",
-    "SMEAR_BOS_MASK=1": "needs SMEAR=1",
+    "SMEAR_BOS_MASK=1": "SMEAR_BOS_MASK=1 needs SMEAR=1: as it is, it cannot act",
+    "STREAM_DOCS=1": "STREAM_DOCS=1 needs EVAL_STREAM",
     "GPTQ_RESERVE_SECONDS=600": (
         "GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600.0"
     ),
@@ -102,7 +103,6 @@ def test_bad_values_are_named(setting, tmp_path):
 
 TOGETHER = {
     "chunks of no whole spans": (dict(eval_stream=24), "must be multiples of EVAL_STREAM"),
-    "documents without a stream": (dict(stream_docs=True), "STREAM_DOCS=1 needs EVAL_STREAM"),
     "adapters and training": (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"),
     "adapters and a cache": (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
     "head over too many orders": (
