@@ -45,7 +45,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +69,10 @@ SETTINGS_INSIDE = globals().get("SETTINGS_INSIDE", "")  # the config.env inside 
 
 class InputError(ValueError):
     """Something given to the program (a setting, a shard, an artifact) is unusable; it is named."""
+
+
+class AgreedError(InputError):
+    """An InputError that every process raises at the same place."""
 
 
 class ConfigError(InputError):
@@ -371,7 +375,7 @@ class Config:
         32768,
         "targets between two adaptations",
         low=1,
-        needs="TTT_EPOCHS, and TTT_BEFORE_SCORING=0",
+        needs="TTT_EPOCHS or EVAL_STREAM",
     )
     ttt_lr: float = _score(
         5e-4,
@@ -402,7 +406,7 @@ class Config:
         needs="TTT_EPOCHS",
     )
     ttt_lora_rank: int = _score(
-        0, "rank of adapters that learn each document while it is scored", low=0
+        0, "rank of adapters that learn each document while it is scored", low=0, high=65536
     )
     ttt_lora_alpha: float = _score(
         144.0, "their product is scaled by this over the rank", low=0, needs="TTT_LORA_RANK"
@@ -414,7 +418,11 @@ class Config:
         True, "a slot's A matrices stay for its next document", needs="TTT_LORA_RANK"
     )
     ttt_docs: int = _score(
-        64, "documents in a batch, each with its own adapters", low=1, needs="TTT_LORA_RANK"
+        64,
+        "documents in a batch, each with its own adapters",
+        low=1,
+        high=65536,
+        needs="TTT_LORA_RANK",
     )
     ttt_temperature: float = _score(
         1.0,
@@ -432,7 +440,7 @@ class Config:
         16384,
         "targets between two updates of TILT and NGRAM=mix",
         low=1,
-        needs="TILT or NGRAM=mix, and TTT_LORA_RANK=0, and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
+        needs="TILT or NGRAM=mix or EVAL_STREAM, and TTT_LORA_RANK=0, and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
     )
     tilt: bool = _score(False, "raise the token that last followed the longest known context")
     ngram: str = _score(
@@ -589,14 +597,15 @@ FOREIGN = tuple(
 
 # So were these; any other name that means nothing here is named in the log.
 SYSTEM = tuple(
-    """ALL_PROXY APPDATA AWS_ AZURE_ BASH BUILD_ CARGO CC CI CLOUD COLOR COLUMNS COMSPEC CONDA CPATH
-    CUDNN CURL_ CXX DBUS_ DEBIAN_ DESKTOP_ DISPLAY DOCKER_ EDITOR ENV FTP_ GCC GDM GIT GO GPG_ GTK_
-    HIST HOME HOST HTTP I_MPI_ INFOPATH INVOCATION JAVA JOURNAL JPY_ JUPYTER KERAS KERNEL KMP_
-    KUBERNETES LAMBDA_ LANG LESS LIBRARY LIBVA LINES LOGNAME LOGS_ LSCOLORS LS_ MAIL MALLOC MANAGER
-    MANPATH MOTD MPI NO_PROXY NODE NPM_ NUMBER_OF NUMEXPR NUM_CPU NVM_ OLDPWD OMPI_ OPAL OPENBLAS OS
-    PAGER PIP PKG_ PMI PODS POD_ POWERSHELL PROCESSOR PROGRAM PROMPT PS PUBLIC_ PWD QT_ REQUESTS_
-    RUNPOD RUST SESSION SGE SHELL SHLVL SSH SSL_ SUDO SYSTEM TEMP TERM TF_ TMP TMUX TZ UCX USER UV_
-    VAST VECLIB VIRTUAL_ENV VISUAL VSCODE WANDB WAYLAND WINDIR WINDOW XAUTH XLA_ ZSH""".split()
+    """ALL_PROXY APPDATA AWS_ AZURE_ BASH BUILD_ CARGO CC CI CLOUD COLOR COLUMNS COMSPEC CONDA
+    CONTAINER CPATH CUDNN CURL_ CXX DBUS_ DEBIAN_ DESKTOP_ DISPLAY DOCKER_ EDITOR ENV FTP_ GCC
+    GDM GIT GO GPG_ GRPC_ GTK_ HIST HOME HOST HTTP I_MPI_ INFOPATH INVOCATION JAVA JOURNAL JPY_
+    JUPYTER KERAS KERNEL KMP_ KUBERNETES LAMBDA_ LANG LESS LIBRARY LIBVA LINES LOGNAME LOGS_
+    LSCOLORS LS_ MAIL MALLOC MANAGER MANPATH MOTD MPI NIX_ NO_PROXY NODE NPM_ NUMBER_OF NUMEXPR
+    NUM_CPU NVM_ OLDPWD OMPI_ OPAL OPENBLAS OS PAGER PIP PKG_ PMI PODS POD_ POWERSHELL PROCESSOR
+    PROGRAM PROMPT PS PUBLIC_ PWD PYENV QT_ REQUESTS_ RUNPOD RUST SESSION SGE SHELL SHLVL SSH
+    SSL_ SUDO SYSTEM TEMP TERM TF_ TMP TMUX TZ UCX USER UV_ VAST VECLIB VIRTUAL_ENV VISUAL VSCODE
+    WANDB WAYLAND WINDIR WINDOW XAUTH XLA_ ZSH""".split()
 )
 
 
@@ -734,7 +743,7 @@ def read_settings(
                 continue
             parse, expected = PARSERS[type(FIELDS[name].default)]
             try:
-                check("\0" not in text, "no text")
+                check(b"\0" not in text.encode(), "no text")
                 given[name] = parse(text)
                 values[name.lower()] = given[name]
             except (ValueError, KeyError):
@@ -762,7 +771,8 @@ def _idle(given: Mapping[str, Any], cfg: Config) -> list[str]:
         needs = field.metadata["needs"]
         parts = needs.split(", and ") if needs else []
         acts = all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
-        if value and value != field.default and not acts:
+        chosen = value != field.default and (value or field.default is True)  # 0 is no wish
+        if chosen and not acts:
             problems.append(f"{name}={as_typed(value)} needs {needs}: as it is, it cannot act")
     return problems
 
@@ -1070,6 +1080,9 @@ class Runtime:
         self.rank = launched(env, "RANK")
         self.world = launched(env, "WORLD_SIZE", 1)
         self.local_rank = launched(env, "LOCAL_RANK", self.rank)
+        self.by_agent = "TORCHELASTIC_RUN_ID" in env  # torchrun's, which may start a run again
+        self.restarts = launched(env, "TORCHELASTIC_RESTART_COUNT")
+        check(self.rank < self.world, f"RANK={self.rank}, but WORLD_SIZE={self.world}")
         kind = self._pick_device(cfg.device)
         self.cuda = kind == "cuda"
         self.device = torch.device(kind)
@@ -1089,8 +1102,11 @@ class Runtime:
         self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
             dist.init_process_group(
                 "nccl" if self.cuda else "gloo",
+                # After a restart torchrun's store still has the addresses of the dead processes.
+                store=dist.PrefixStore(f"start_{self.restarts}", store),
                 rank=self.rank,
                 world_size=self.world,
                 timeout=datetime.timedelta(minutes=10),
@@ -1210,6 +1226,29 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def agree(self, problem: str) -> None:
+        """Raises an AgreedError on every process if one of them has a problem (others: empty)."""
+        told = [problem]
+        if self.world > 1:
+            told = [""] * self.world
+            dist.all_gather_object(told, problem)
+        for rank, text in enumerate(told):
+            if text:
+                raise AgreedError(text if self.world == 1 else f"process {rank}: {text}")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What cannot be read or written by one process in the block ends all, with its reason.
+
+        The block makes no calls that others wait for.
+        """
+        problem = ""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            problem = str(error) or type(error).__name__
+        self.agree(problem)
+
     def highest(self, number: int) -> int:
         """The highest of the processes' numbers, once all are here."""
         if self.world == 1:
@@ -1263,10 +1302,44 @@ def save_torch(path: Path, state: Any) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder: the lock ends with the process, however that ends."""
+    with input_error_from(f"OUT_DIR={str(folder)!r}: cannot be used", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import fcntl  # absent on Windows
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"OUT_DIR={str(folder)!r}: another run is writing there") from None
+            except OSError:  # some network disks know no locks
+                pass
+        yield
+
+
+def as_json(value: Any, **layout: Any) -> str:
+    """JSON as the standard has it: what is no finite number becomes null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **layout)
+
+
 class RunLog:
     """train.log, metrics.jsonl, result.json and the seconds of each phase, in one folder.
 
     Only rank 0 writes; the others keep the same seconds. A resumed run appends to what is there.
+    What cannot be written is a warning: a full disk shall not end a run.
     """
 
     def __init__(self, out_dir: Path, rt: Runtime, resumed: bool = False, silent: bool = False):
@@ -1276,34 +1349,54 @@ class RunLog:
         self.began: dict[str, float] = {}  # each phase's first second
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
         self.result["phases_began"] = self.began
+        self.unwritten: dict[str, str] = {}  # file -> why something is missing in it
         self.start = time.perf_counter()
         self._inner = 0.0  # seconds booked by phases inside the present one
         self._last_progress = self.start
         if self.writes:
             out_dir.mkdir(parents=True, exist_ok=True)
+            for draft in out_dir.glob(".*.tmp"):  # of a run that was killed
+                draft.unlink()
             if not resumed:
                 (out_dir / "train.log").write_text("")
                 (out_dir / "metrics.jsonl").write_text("")
 
+    @contextlib.contextmanager
+    def optional(self, name: str) -> Iterator[None]:
+        """Writing a file that the run does not depend on: a failure is said once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.unwritten:
+                self.unwritten[name] = error.strerror or str(error)
+                place = self.out_dir / name
+                self._show(f"WARNING: {place}: cannot be written ({self.unwritten[name]})")
+
+    def _show(self, line: str, end: str = "\n") -> None:
+        try:
+            print(line, end=end, flush=True)
+        except OSError:  # the reader of a pipe has gone, or its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def _append(self, name: str, line: str) -> None:
         if self.writes:
-            with open(self.out_dir / name, "a", encoding="utf-8") as file:
+            with self.optional(name), open(self.out_dir / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def log(self, line: str, show: bool = True) -> None:
         """A line of train.log, and of the terminal if show."""
         if self.writes and show:
-            print(line, flush=True)
+            self._show(line)
         self._append("train.log", line)
 
     def metric(self, **values: Any) -> None:
         """A line of metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(values))
+        self._append("metrics.jsonl", as_json(values))
 
     def show_progress(self, line: str, last: bool = False) -> None:
         """One rewritten line on a terminal; elsewhere a line every ten seconds."""
         if self.writes and sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if last else "", flush=True)
+            self._show(f"\r{line}\033[K", end="\n" if last else "")
         elif time.perf_counter() - self._last_progress > 10 and not last:
             self._last_progress = time.perf_counter()
             self.log(line)
@@ -1348,8 +1441,9 @@ class RunLog:
         self.result.update(fields)
         self.result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         if self.writes:
-            text = json.dumps(self.result, indent=1) + "\n"
-            atomic_write(self.out_dir / "result.json", text.encode())
+            text = as_json(self.result, indent=1) + "\n"
+            with self.optional("result.json"):
+                atomic_write(self.out_dir / "result.json", text.encode())
 
 
 # ==================================================================================================
@@ -1366,20 +1460,25 @@ SHARD_HEADER_BYTES = 1024
 
 def read_shard(path: str | Path) -> np.ndarray:
     """Tokens of a .bin shard as a read-only uint16 memory map; InputError names file and fault."""
-    with input_error_from(f"{path}: cannot be read", OSError), open(path, "rb") as file:
-        header = file.read(SHARD_HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    too_short = f"{path}: {size} bytes, shorter than the header of a shard"
-    check(size >= SHARD_HEADER_BYTES, too_short)
+    name = printable(path, 300)
+    with input_error_from(f"{name}: cannot be read", OSError):
+        size = os.stat(path).st_size
+        check(os.path.isfile(path), f"{name}: not a regular file")
+        with open(path, "rb") as file:
+            header = file.read(SHARD_HEADER_BYTES)
+    check(
+        len(header) == SHARD_HEADER_BYTES,
+        f"{name}: {size} bytes, shorter than the header of a shard",
+    )
     magic, version, count = struct.unpack("<3i", header[:12])
     check(
         magic == SHARD_MAGIC and version == SHARD_VERSION,
-        f"{path}: magic {magic}, version {version}; expected {SHARD_MAGIC}, {SHARD_VERSION}",
+        f"{name}: magic {magic}, version {version}; expected {SHARD_MAGIC}, {SHARD_VERSION}",
     )
     needed = SHARD_HEADER_BYTES + 2 * count
     check(
         count > 0 and size == needed,
-        f"{path}: {size} bytes; the header's {count} tokens need {needed}",
+        f"{name}: {size} bytes; the header's {count} tokens need {needed}",
     )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
@@ -1404,7 +1503,19 @@ def find_path(text: str) -> Path:
         if (base / text).exists():
             return base / text
     searched = f"not found from {Path.cwd()}, nor from {SCRIPT.parent} up"
-    raise InputError(f"{text}: {searched}; see data/README.md")
+    raise InputError(f"{printable(text, 300)}: {searched}; {how_to_get(text)}")
+
+
+def how_to_get(text: str) -> str:
+    """What makes the data or the tokenizer of that name."""
+    variant = re.search(r"fineweb10B_(\w+)", text)
+    pieces = re.search(r"fineweb_(\d+)_bpe", text)
+    if "sotu_sp1024" in text:
+        return "python data/prepare.py demo makes it"
+    if variant or pieces:
+        name = variant[1] if variant else f"sp{pieces[1]}"
+        return f"python data/prepare.py fineweb --variant {name} fetches it"
+    return "see data/README.md"
 
 
 def shard_name(split: str, number: int | None = None) -> str:
@@ -1424,6 +1535,12 @@ def sha256(path: Path) -> str:
     """A file's SHA-256 in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tokens(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
+    """InputError unless a shard's tokens are in the vocabulary."""
+    found = f"token {tokens.max()}, but VOCAB_SIZE={vocab_size}"
+    check(tokens.max() < vocab_size, f"{printable(path, 300)}: {found}")
 
 
 class TokenStream:
@@ -1448,8 +1565,7 @@ class TokenStream:
             first = len(shard) - int(self.ends[index]) + at
             part = shard[first : first + count].astype(np.int64)
             if part.max() >= self.vocab_size:
-                found = f"token {part.max()}, but VOCAB_SIZE={self.vocab_size}"
-                raise InputError(f"{self.paths[index]}: {found}")
+                check_tokens(part, self.paths[index], self.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -1468,13 +1584,15 @@ class TokenStream:
 def load_validation(cfg: Config) -> np.ndarray:
     """All validation tokens (uint16), or the first VAL_TOKENS + 1."""
     paths = shard_paths(cfg, "val")
-    tokens = np.concatenate([read_shard(path) for path in paths])
+    shards = [read_shard(path) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_tokens(shard, path, cfg.vocab_size)
+    tokens = np.concatenate(shards)
     if cfg.val_tokens:
         tokens = tokens[: cfg.val_tokens + 1]
-    check(len(tokens) > 1, f"{paths[0]}: {len(tokens)} validation token; scoring needs two")
-    highest = tokens.max()
-    found = f"token {highest}, but VOCAB_SIZE={cfg.vocab_size}"
-    check(highest < cfg.vocab_size, f"{paths[0]}: {found}")
+    check(
+        len(tokens) > 1, f"{printable(paths[0], 300)}: one validation token only; scoring needs two"
+    )
     return tokens
 
 
@@ -1484,9 +1602,9 @@ WORD_MARK = "\u2581"  # SentencePiece's sign for a space before a word
 class ByteTable:
     """How many bytes of text each token stands for (upstream's rule).
 
-    A token counts the UTF-8 bytes of its piece without the word mark; the mark counts one byte
-    unless the token before is control, unknown or unused. Those count nothing themselves, byte
-    pieces count one.
+    A token counts the UTF-8 bytes of its piece, a word mark in it one byte as the space that it
+    stands for; a mark in front counts nothing after a control, unknown or unused token. Those count
+    nothing themselves, byte pieces count one.
     """
 
     def __init__(
@@ -1508,18 +1626,26 @@ class ByteTable:
     def from_sentencepiece(cls, path: str | Path) -> ByteTable:
         """The table of a SentencePiece model file; InputError if it is none."""
         check(Path(path).is_file(), f"{path}: no such tokenizer file")
-        with input_error_from(f"{path}: not a SentencePiece model", RuntimeError, OSError):
+        unusable = (RuntimeError, OSError, UnicodeDecodeError)
+        with input_error_from(f"{path}: not a SentencePiece model", *unusable):
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        ids = range(sp.vocab_size())
-        pieces = [sp.id_to_piece(i) for i in ids]
+            ids = range(sp.vocab_size())
+            pieces = [sp.id_to_piece(i) for i in ids]
         boundary = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
         marked = [pieces[i].startswith(WORD_MARK) and not boundary[i] for i in ids]
+        words = {pieces[i] for i in ids if not boundary[i]}
+        spells_marks = WORD_MARK not in words and {"<0xE2>", "<0x96>", "<0x81>"} <= words
+        check(
+            not spells_marks or WORD_MARK not in sp.normalize("a b"),
+            f"{path}: no piece for the word mark U+2581; a space would be spelled in three bytes, "
+            "and charged as three",
+        )
         sizes = np.zeros(len(ids), dtype=np.int16)
         for i in ids:
             if sp.is_byte(i):
                 sizes[i] = 1
             elif not boundary[i]:
-                sizes[i] = len(pieces[i].removeprefix(WORD_MARK).encode())
+                sizes[i] = len(pieces[i].removeprefix(WORD_MARK).replace(WORD_MARK, " ").encode())
         return cls(sizes, np.array(marked), np.array(boundary), Path(path).name, sp)
 
     @classmethod
@@ -1544,7 +1670,7 @@ class ByteTable:
         check(
             made_by in (None, tokenizer_hash(cfg)),
             f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the manifest says that another tokenizer "
-            f"(sha256 {made_by!s:.16}) made the shards in {cfg.data_path}",
+            f"(sha256 {printable(made_by, 16)}) made the shards in {cfg.data_path}",
         )
         return table
 
@@ -1573,18 +1699,62 @@ def tokenizer_hash(cfg: Config) -> str:
     return sha256(find_path(cfg.tokenizer_path))
 
 
+def read_manifest(root: Path) -> dict[str, Any]:
+    """What data/prepare.py's manifest says of a data folder; empty if there is none."""
+    path = root / "manifest.json"
+    if not path.is_file():
+        return {}
+    damaged = (OSError, ValueError, RecursionError)
+    with input_error_from(f"{printable(path, 300)}: cannot be read", *damaged):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+NOT_SAID = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+)  # of a manifest that lacks something
+
+
+def _hash_in(tokenizer: Mapping[str, Any]) -> str | None:
+    """A manifest's tokenizer as tokenizer_hash gives it."""
+    return "byte260" if tokenizer.get("kind") == "byte" else tokenizer.get("sha256")
+
+
 def maker_of_shards(cfg: Config) -> str | None:
     """The hash of the tokenizer that made the shards, if data/prepare.py's manifest.json tells."""
     for resolve in (os.path.abspath, os.path.realpath):  # links may lead to or from a manifest
-        # Whatever a damaged or foreign manifest lacks means: it does not say.
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        folder = Path(resolve(cfg.data_path))
+        with contextlib.suppress(InputError):
             folder = Path(resolve(find_path(cfg.data_path)))
-            manifest = json.loads((folder.parent.parent / "manifest.json").read_text())
+        manifest = read_manifest(folder.parent.parent)
+        with contextlib.suppress(*NOT_SAID):
             (dataset,) = (entry for entry in manifest["datasets"] if entry["name"] == folder.name)
             tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-            made_by = tokenizers[dataset["tokenizer_name"]]
-            return "byte260" if made_by.get("kind") == "byte" else made_by.get("sha256")
+            return _hash_in(tokenizers[dataset["tokenizer_name"]])
     return None
+
+
+def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
+    """Settings of data_path and tokenizer_path for a tokenizer's hash, where they are not given.
+
+    As data/manifest.json tells; of several datasets with it, none is chosen.
+    """
+    places = {}
+    if tokenizer == "byte260":
+        places["tokenizer_path"] = tokenizer
+    with contextlib.suppress(*NOT_SAID):
+        root = find_path("data/manifest.json").parent
+        manifest = read_manifest(root)
+        made = {entry["name"]: entry for entry in manifest["tokenizers"]}
+        made = {name: entry for name, entry in made.items() if _hash_in(entry) == tokenizer}
+        folders = [e["name"] for e in manifest["datasets"] if e["tokenizer_name"] in made]
+        if len(folders) == 1:
+            places["data_path"] = str(root / "datasets" / folders[0])
+        for entry in made.values():
+            places["tokenizer_path"] = str(root / entry["model_path"])
+    return {name: place for name, place in places.items() if name not in given}
 
 
 # What tells data apart: fields of the result, and a log line as `data/prepare.py verify` prints it.
@@ -1600,7 +1770,7 @@ def tokenizer_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], s
 
 def shards_identity(cfg: Config, split: str, tokens: int) -> tuple[dict[str, Any], str]:
     """A split's hashes: of all validation shards, or of the first and last training shard."""
-    name = find_path(cfg.data_path).resolve().name
+    name = printable(find_path(cfg.data_path).resolve().name)
     paths = shard_paths(cfg, split)
     hashed = paths if split == "val" else sorted({paths[0], paths[-1]})
     hashes = [sha256(path) for path in hashed]
@@ -2492,6 +2662,20 @@ class WeightAverager:
             self.swa_count += 1
             torch._foreach_lerp_(self._mean("swa"), self.live, 1 / self.swa_count)
 
+    def restore(self, means: dict[str, list[Tensor]], swa_count: int) -> None:
+        """Goes on with what a checkpoint holds; InputError if that is not of this model."""
+        wanted = {"ema": self.cfg.ema_decay, "swa": self.cfg.swa_every}
+        wanted = {name for name, on in wanted.items() if on}
+        shapes = [p.shape for p in self.live]
+        fit = all([w.shape for w in weights] == shapes for weights in means.values())
+        check(fit and means.keys() <= wanted, f"its averages ({', '.join(means)}) do not fit")
+        check(means.keys() >= self.means.keys(), "has no EMA, which began with the first step")
+        check(type(swa_count) is int and swa_count >= 0, f"swa_count {swa_count!r}")
+        check(("swa" in means) == (swa_count > 0), f"{swa_count} weights averaged in {list(means)}")
+        device = self.live[0].device
+        self.means = {name: [w.to(device) for w in means[name]] for name in means}
+        self.swa_count = swa_count
+
     @torch.no_grad()
     def apply(self) -> None:
         """The model's weights become the average, if there is one yet."""
@@ -2599,7 +2783,7 @@ class RowInt:
 
     def decode(self, q: Tensor, scales: Tensor) -> Tensor:
         """The weights [R, C], float32."""
-        return q.float() * scales.float()
+        return q.float().mul_(scales.float())
 
 
 class AsFloat:
@@ -2755,21 +2939,32 @@ class Clock:
         return self.last.elapsed / self.limit if self.drives else step / self.cfg.iterations
 
 
-class Requests:
-    """What the process is asked for by signals: SIGTERM to save and stop, SIGUSR1 to save."""
+class Interrupted(BaseException):
+    """The run was asked to end by the signal that the text names."""
 
-    def __init__(self) -> None:
+
+class Requests:
+    """What signals ask for: SIGTERM and SIGINT to end, SIGUSR1 to save.
+
+    They are noted; at_once: the end is an Interrupted, raised wherever the program is.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.stop = False
         self.save = False
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop |= number == signal.SIGTERM
+        asked_before = self.stop
+        self.stop |= number in (signal.SIGTERM, signal.SIGINT)
         self.save = True
+        if self.at_once and self.stop and not asked_before:
+            raise Interrupted(signal.Signals(number).name)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Listens inside the block."""
-        names = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
         numbers = [getattr(signal, name) for name in names]
         before = [signal.signal(number, self._on_signal) for number in numbers]
         try:
@@ -2813,6 +3008,8 @@ class Trainer:
         self.steps_done = 0
         self.seconds = 0.0  # that training took
         self.faking = False  # fake quantization is on
+        self.problem = ""  # why this process could not read its tokens
+        self.last_shown = 0  # step whose loss was logged
         # Steps whose report is not read yet.
         self.in_flight: deque[tuple[int, PendingSum]] = deque()
         self.micro_batches = cfg.micro_batches  # of a step, over all processes
@@ -2844,7 +3041,14 @@ class Trainer:
         self.gradients.zero_()
         total = torch.zeros((), device=rt.device)
         for micro in self.share:
-            ids, targets = batch_of(self.steps_done * self.micro_batches + micro)
+            try:
+                ids, targets = batch_of(self.steps_done * self.micro_batches + micro)
+            except (
+                InputError
+            ) as error:  # told with the step's report: nobody waits for this process
+                self.problem = self.problem or str(error)
+                rows = cfg.micro_tokens // cfg.train_seq_len
+                ids = targets = np.zeros((rows, cfg.train_seq_len), np.int64)
             ids = rt.put(ids)
             targets = rt.put(targets)
             ratios = self.ngram_table.ratios(ids, targets) if self.ngram_table else None
@@ -2873,15 +3077,20 @@ class Trainer:
     def send_report(self, loss: Tensor) -> None:
         """Starts the sum over processes of what the last step has to tell."""
         elapsed = self.clock.elapsed() if self.rt.main else 0.0
-        values = [elapsed, loss, self.requests.stop, self.requests.save]
+        values = [elapsed, loss, self.requests.stop, self.requests.save, bool(self.problem)]
         self.requests.save = False
         self.in_flight.append((self.steps_done, self.rt.start_sum(values)))
 
     def read_reports(self, lag: int) -> StepReport:
-        """Takes in and logs the reports of all steps but the last `lag` -> the latest report."""
+        """Takes in and logs the reports of all steps but the last `lag` -> the latest report.
+
+        AgreedError if a process could not read its tokens.
+        """
         while self.in_flight and self.in_flight[0][0] <= self.steps_done - lag:
             step, pending = self.in_flight.popleft()
-            elapsed, loss, stop, save = pending.result()  # sums: one NaN or infinity shows
+            elapsed, loss, stop, save, failed = pending.result()  # sums: one NaN or infinity shows
+            if failed:
+                self.rt.agree(self.problem)
             last = self.clock.last
             report = StepReport(
                 step=step,
@@ -2892,16 +3101,23 @@ class Trainer:
                 save=last.save or save > 0,
             )
             self.clock.take(report)
-            self._log_step(report)
+            every = self.cfg.train_log_every
+            self.show(every and (step <= 10 or step % every == 0) or report.diverged)
+            seconds = round(report.elapsed, 4)
+            self.log.metric(step=step, train_loss=report.loss, train_seconds=seconds)
         return self.clock.last
 
-    def _log_step(self, report: StepReport) -> None:
-        step, milliseconds = report.step, report.elapsed * 1000
-        every = self.cfg.train_log_every
-        if (every and (step <= 10 or step % every == 0)) or report.diverged:
-            took = f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / step:.2f}ms"
-            self.log.log(f"step:{step}/{self.cfg.iterations} train_loss:{report.loss:.4f} {took}")
-        self.log.metric(step=step, train_loss=report.loss, train_seconds=round(report.elapsed, 4))
+    def show(self, logged: Any) -> None:
+        """The last report's line in the log, or as passing progress."""
+        report = self.clock.last
+        milliseconds = report.elapsed * 1000
+        took = f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / report.step:.2f}ms"
+        line = f"step:{report.step}/{self.cfg.iterations} train_loss:{report.loss:.4f} {took}"
+        if logged:
+            self.last_shown = report.step
+            self.log.log(line)
+        else:
+            self.log.show_progress(line)
 
     def reason_to_stop(self) -> str:
         """finished or wallclock_cap, which is logged; empty if another step is taken."""
@@ -2977,6 +3193,8 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
         status = training_loop(trainer, validate)
         trainer.rt.sync()
         trainer.seconds = clock.elapsed()
+    if clock.last.step > trainer.last_shown:
+        trainer.show(True)
     steps = f"step:{trainer.steps_done}/{trainer.cfg.iterations}"
     log.log(f"training {status}: {steps} train_time:{trainer.seconds * 1000:.0f}ms")
     return status
@@ -3021,28 +3239,38 @@ def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """checkpoint.pt in OUT_DIR: all that the next step depends on."""
+    """checkpoint.pt in OUT_DIR: all that the next step depends on. A failure is a warning."""
     path = trainer.log.out_dir / "checkpoint.pt"
     averager = trainer.averager
     if trainer.rt.main:
         state = {
             "settings": trainer.cfg.group("model", "train", "optim"),
+            "seed": trainer.cfg.seed,
             "model": trainer.model.state_dict(),
             "averages": averager and (averager.means, averager.swa_count),
             "step": trainer.steps_done,
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "elapsed": trainer.clock.elapsed(),
         }
-        save_torch(path, state)
-    trainer.log.log(f"checkpoint: {path} at step {trainer.steps_done}")
+        with trainer.log.optional(path.name):
+            save_torch(path, state)
+            trainer.log.log(f"checkpoint: {path} at step {trainer.steps_done}")
 
 
 def load_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Continues from a checkpoint; InputError if it is none or belongs to another model."""
-    with input_error_from(f"RESUME={path}: cannot be read", Exception):  # torch has many types
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    with input_error_from(f"RESUME={path}: unusable", Exception):
-        changed = _restore(trainer, state)
+    """Continues from a checkpoint, which rank 0 reads.
+
+    InputError if it is none, belongs to another run or lacks something.
+    """
+    rt = trainer.rt
+    with rt.together(), input_error_from(f"RESUME={path}: cannot be read", OSError):
+        blob = path.read_bytes() if rt.main else b""
+    blob = rt.broadcast_bytes(blob)
+    with rt.together():
+        with input_error_from(f"RESUME={path}: cannot be read", Exception):  # torch has many types
+            state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        with input_error_from(f"RESUME={path}: unusable", Exception):
+            changed = _restore(trainer, state)
     changes = f"changed settings: {', '.join(changed) or 'none'}"
     seconds = f"train_time:{trainer.clock.last.elapsed * 1000:.0f}ms"
     trainer.log.log(f"resumed:{path} step:{trainer.steps_done} {seconds} {changes}")
@@ -3050,21 +3278,40 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
 
 def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
     """Takes over a checkpoint's state -> the settings that have changed since."""
-    settings = trainer.cfg.group("model", "train", "optim")
+    cfg, step, elapsed = trainer.cfg, state["step"], state["elapsed"]
+    settings = cfg.group("model", "train", "optim")
     changed = [name for name, value in settings.items() if state["settings"][name] != value]
     changed = sorted(name.upper() for name in changed)
     wrong = [name for name in changed if FIELDS[name].metadata["group"] == "model"]
     check(not wrong, f"made with other values of {', '.join(wrong)}")
+    check(state["seed"] == cfg.seed, f"made with SEED={state['seed']}, here it is {cfg.seed}")
+    counted = type(step) is int and 0 <= step <= cfg.iterations
+    check(counted, f"step {step!r} is not between 0 and ITERATIONS={cfg.iterations}")
+    timed = type(elapsed) is float and 0 <= elapsed < math.inf
+    check(timed, f"elapsed is {elapsed!r}, expected seconds")
+
     trainer.model.load_state_dict(state["model"])
     for optimizer, stored in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(stored)
+        _restore_optimizer(optimizer, stored["state"], step)
     if trainer.averager:
-        means, trainer.averager.swa_count = state["averages"]
-        device = trainer.rt.device
-        trainer.averager.means = {name: [w.to(device) for w in means[name]] for name in means}
-    trainer.steps_done = state["step"]
-    trainer.clock.last = StepReport(state["step"], state["elapsed"])
+        check(state["averages"], "has no averages, which EMA_DECAY and SWA_EVERY go on with")
+        trainer.averager.restore(*state["averages"])
+    trainer.steps_done = trainer.last_shown = step
+    trainer.clock.last = StepReport(step, elapsed)
     return changed
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any], step: int) -> None:
+    """Takes over what an optimizer remembers of each parameter; the rates are the settings'."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    count = sum(len(group["params"]) for group in groups) if step else 0
+    check(len(optimizer.state) == count, f"state of {len(optimizer.state)} parameters, not {count}")
+    adam = {"step", "exp_avg", "exp_avg_sq"}
+    wanted = {"momentum"} if isinstance(optimizer, Muon) else adam
+    for p, values in optimizer.state.items():
+        fits = all(value.shape in ((), p.shape) for value in values.values())
+        check(fits and values.keys() == wanted, "an optimizer's state is not of this model")
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -3214,7 +3461,8 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
     stream = zlib.decompressobj()
     with input_error_from("artifact: unreadable header", zlib.error, ValueError, RecursionError):
         header = json.loads(stream.decompress(blob[PREFIX.size : header_end], 4 << 20))
-    check(stream.eof and isinstance(header, dict), "artifact: unreadable header (no JSON object)")
+    whole = stream.eof and not stream.unused_data and isinstance(header, dict)
+    check(whole, "artifact: unreadable header (not one JSON object)")
     return header, blob[header_end:]
 
 
@@ -3226,16 +3474,27 @@ def config_from(stored: Any) -> Config:
     check(known, f"artifact: {other_version}")
     values = {}
     for name, value in stored.items():
-        value = tuple(value) if isinstance(value, list) else value
         wanted = type(defaults[name])
-        sound = type(value) is wanted or (wanted is float and type(value) is int)
+        if isinstance(value, list):
+            value = tuple(value)
+        if wanted is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        sound = type(value) is wanted
         if isinstance(value, tuple):
             sound = sound and all(type(part) is int for part in value)
-        check(sound, f"artifact: setting {name.upper()}={value!r} has the wrong type")
+        shown = printable(f"{name.upper()}={value!r}")
+        check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
     problems = check_config(Config(**values))
     check(not problems, f"artifact: {'; '.join(problems)}")
     return Config(**values)
+
+
+def tensors_of(cfg: Config) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of the settings' model; allocates nothing."""
+    with torch.device("meta"):
+        model = GPT(cfg)
+    return {name: list(w.shape) for name, w in model.state_dict().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3248,61 +3507,76 @@ class PackedTensor:
     arrays: tuple[np.ndarray, ...]  # as the quantizer's layout says
 
 
-def _layouts(tensors: Any) -> list[tuple[Part, ...]]:
-    """The arrays of every tensor that a header's table names; InputError if the table is absurd."""
+def _layouts(tensors: Any, cfg: Config) -> list[tuple[Part, ...]]:
+    """The arrays of every tensor that a header's table names, which must be the model's tensors."""
     layouts = []
+    found = {}
     unusable = (ValueError, TypeError, KeyError, AttributeError, IndexError)
     with input_error_from("artifact: bad tensor table", *unusable):
         for name, shape, kind in tensors:
-            sizes_sound = all(type(n) is int and 0 < n < 2**31 for n in shape)
-            is_matrix = len(shape) == 2 or not kind.startswith("int")
-            check(isinstance(name, str) and sizes_sound and is_matrix, f"{name} {shape} {kind}")
+            check(name not in found, f"{name!r:.80} twice")
+            found[name] = shape
+            shown = f"{name!r:.80} {shape!r:.80} {kind!r:.20}"
+            check(len(shape) == 2 or not kind.startswith("int"), shown)
             layouts.append(QUANTIZERS[kind].layout(shape))
+    wanted = tensors_of(cfg)
+    differ = sorted(map(str, {n for n in found | wanted if found.get(n) != wanted.get(n)}))
+    names = ", ".join(printable(name, 40) for name in differ[:5])
+    fault = f"{len(differ)} names or shapes differ: {names}"
+    check(not differ, f"artifact: its tensors do not fit its settings ({fault})")
     return layouts
 
 
-def expand(blob: bytes) -> tuple[dict[str, Any], list[PackedTensor]]:
-    """An artifact's header and tensors; absurd claims allocate nothing."""
+def expand(blob: bytes) -> tuple[Config, dict[str, Any], list[PackedTensor]]:
+    """An artifact's settings, header and tensors.
+
+    Settings are checked first, then that the tensors are those of their model; only then is the
+    payload expanded, to what they need.
+    """
     header, payload = read_header(blob)
-    layouts = _layouts(header.get("tensors"))
+    cfg = config_from(header.get("config"))
+    layouts = _layouts(header.get("tensors"), cfg)
     sizes = dict.fromkeys(STREAMS, 0)
     for part in itertools.chain(*layouts):
         sizes[part.stream] += part.size
     total = sum(sizes.values())
-    limit = (64 << 20) + 256 * len(payload)  # far above what any codec makes of weights
+    limit = (64 << 20) + 64 * len(payload)  # far above what any codec makes of weights
     claim = f"claims {total} bytes of weights in {len(payload)} bytes of payload"
     check(total <= limit, f"artifact: {claim}")
     codec = header.get("codec")
     known = isinstance(codec, str) and codec in CODERS
-    check(known, f"artifact: codec {codec!r}; this program has {', '.join(CODERS)}")
+    check(known, f"artifact: codec {codec!r:.40}; this program has {', '.join(CODERS)}")
     with input_error_from(f"artifact: the {codec} payload cannot be expanded", *EXPAND_ERRORS):
         raw = CODERS[codec].expand(payload, total)
     expands = f"the payload expands to {len(raw)} bytes, the tensors need {total}"
     check(len(raw) == total, f"artifact: {expands}")
-    file = io.BytesIO(raw)
-    streams = {stream: io.BytesIO(file.read(size)) for stream, size in sizes.items()}
+    ends = itertools.accumulate(sizes.values(), initial=0)
+    offsets = dict(zip(STREAMS, ends))  # where the next array of a stream begins
     tensors = []
     for (name, shape, kind), layout in zip(header["tensors"], layouts):
-        raw_parts = [streams[part.stream].read(part.size) for part in layout]
-        arrays = [np.frombuffer(data, part.dtype) for data, part in zip(raw_parts, layout)]
-        shaped = tuple(array.reshape(part.shape) for array, part in zip(arrays, layout))
-        tensors.append(PackedTensor(name, shape, kind, shaped))
-    return header, tensors
+        arrays = []
+        for part in layout:
+            count = math.prod(part.shape)
+            array = np.frombuffer(raw, part.dtype, count, offsets[part.stream])
+            arrays.append(array.reshape(part.shape))
+            offsets[part.stream] += part.size
+        tensors.append(PackedTensor(name, shape, kind, tuple(arrays)))
+    return cfg, header, tensors
 
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     """An artifact's settings and float weights; InputError if it is damaged or not this program's.
 
-    Runs nothing that is in the file and allocates only what is there.
+    Runs nothing that is in the file and allocates only what its model needs.
     """
-    header, tensors = expand(blob)
+    cfg, _, tensors = expand(blob)
     weights = {}
     for tensor in tensors:
         arrays = [torch.from_numpy(array.copy()) for array in tensor.arrays]
         w = QUANTIZERS[tensor.kind].decode(*arrays)
         check(w.isfinite().all(), f"artifact: {tensor.name} has values that are not finite")
         weights[tensor.name] = w
-    return config_from(header.get("config")), weights
+    return cfg, weights
 
 
 def entropy_bytes(tensor: PackedTensor) -> float:
@@ -3314,7 +3588,7 @@ def entropy_bytes(tensor: PackedTensor) -> float:
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
     """Log lines: bytes of code, model and both, the margin, the five largest tensors."""
-    header, tensors = expand(blob)
+    _, header, tensors = expand(blob)
     codec = header["codec"]
     total = len(blob) + code_bytes
     over = "" if total <= cap else " OVER THE CAP"
@@ -3340,27 +3614,37 @@ def read_artifact(cfg: Config) -> bytes:
     """The file that ARTIFACT names, else OUT_DIR's."""
     path = Path(cfg.artifact or Path(cfg.out_dir) / "model.ptz")
     with input_error_from(f"ARTIFACT={str(path)!r}: cannot be read", OSError):
+        check(path.is_file() or not path.exists(), f"ARTIFACT={str(path)!r}: not a regular file")
         return path.read_bytes()
+
+
+def tokenizer_noted(header: Mapping[str, Any]) -> str:
+    """The hash of the tokenizer that an artifact was trained with; empty if it does not say."""
+    notes = header.get("notes")
+    return str(notes.get("tokenizer", "")) if isinstance(notes, dict) else ""
 
 
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     """The model in an artifact, on its device; InputError if it had another tokenizer."""
     stored, weights = unpack(blob)
     model = build_model(stored, rt, weights)
-    notes = read_header(blob)[0].get("notes")
     here = tokenizer_hash(cfg)
-    made_with = notes.get("tokenizer", here) if isinstance(notes, dict) else here
+    made_with = tokenizer_noted(read_header(blob)[0])
     check(
-        made_with == here,
+        made_with in ("", here),
         f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
-        f"(sha256 {made_with!s:.16}, here {here:.16})",
+        f"(sha256 {printable(made_with, 16)}, here {here:.16})",
     )
     return model
 
 
-def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
-    """For MODE=eval and sample: the artifact's settings, and what is set here otherwise."""
-    header, _ = read_header(read_artifact(cfg))
+def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None = None) -> Config:
+    """For MODE=eval and sample: the artifact's settings, and what is set here otherwise.
+
+    blob: what the file that ARTIFACT names holds, if it is read already. Data and tokenizer that
+    nobody names are looked for.
+    """
+    header, _ = read_header(read_artifact(cfg) if blob is None else blob)
     stored = config_from(header.get("config"))
     given, _ = read_settings(env, stored)
     problems = []
@@ -3370,7 +3654,8 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str]) -> Config:
             problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")
     raise_if(problems)
     merged = load_config(env, stored)
-    return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id)
+    places = find_data(tokenizer_noted(header), given.keys())
+    return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id, **places)
 
 
 # ==================================================================================================
@@ -4786,6 +5071,8 @@ def evaluate(
         validity=scorer.validity,
         complete=not cfg.val_tokens,
     )
+    if not score.sizes.any():
+        raise InputError(f"DATA_PATH={cfg.data_path!r}: the {targets} targets stand for no text")
     with log.phase(scorer.name):
         now = time.perf_counter
         guard = TimeGuard(scorer.name, cfg.max_eval_seconds, rt, log, now, now(), now())
@@ -4905,10 +5192,12 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     for number, p in enumerate(token_by_token(Scorer("sample", network), tokens, cfg, rt), 1):
         if number >= len(prompt):
             tempered = torch.softmax(p.log() / cfg.sample_temperature, dim=-1)
+            check(tempered.isfinite().all(), "the model predicts no numbers")
             tokens[number] = int(torch.multinomial(tempered, 1, generator=generator))
     documents = np.split(tokens, np.flatnonzero(tokens == cfg.bos_id))
     texts = [table.decode(part[part != cfg.bos_id]).decode(errors="replace") for part in documents]
-    return "\n\n".join(text for text in texts if text)
+    lines = "\n\n".join(text for text in texts if text).splitlines()
+    return "\n".join(f"| {line}" for line in lines)  # no text looks like a line of the log
 
 
 # --- stages: what a run scores, in this order -----------------------------------------------------
@@ -5082,8 +5371,10 @@ def check_bytes(
         count = counted[hi - 1] - counted[lo]
         if count != text:
             return Check("bytes", f"document at token {lo}: counted {count}, decoded {text}")
-    problem = "" if len(tokens) > 1 else "no text to compare"
-    return Check("bytes", problem, {"segments": len(edges) - 1, "bytes": int(counted[-1])})
+    problem = "" if counted[-1] else "no text to compare"
+    documents = int((tokens == bos).sum())
+    figures = {"segments": len(edges) - 1, "documents": documents, "bytes": int(counted[-1])}
+    return Check("bytes", problem, figures)
 
 
 def check_byte_algebra(score: Score, sizes: np.ndarray) -> Check:
@@ -5217,7 +5508,7 @@ BAD_INPUT = 64
 INTERRUPTED = 143
 
 
-def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
+def log_identity(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> None:
     """First lines of the log, first fields of the result: versions, machine, settings, code."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     versions |= {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
@@ -5256,12 +5547,12 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
             "notes": rt.notes,
         },
     )
-    log.identify(tokenizer_identity, cfg, ByteTable.load(cfg))
+    log.identify(tokenizer_identity, cfg, table)
 
 
 def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
     """Data, model and warmed-up (or resumed) trainer, with the log lines that say what they are."""
-    with log.phase("load"):
+    with log.phase("load"), rt.together():
         stream = TokenStream(shard_paths(cfg, "train"), cfg)
         log.identify(shards_identity, cfg, "train", stream.total)
         needed = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
@@ -5279,6 +5570,14 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
         f"micro_batches:{cfg.micro_batches} iterations:{cfg.iterations} "
         f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}"
     )
+    code, cap = code_size(), cfg.max_artifact_bytes
+    log.log(f"code_bytes:{code} size_cap:{cap} left_for_the_model:{cap - code}")
+    if cfg.warmdown_iters > cfg.iterations:
+        begin = cfg.iterations / cfg.warmdown_iters
+        log.log(
+            f"WARNING: WARMDOWN_ITERS={cfg.warmdown_iters} is more than ITERATIONS="
+            f"{cfg.iterations}: the learning rates begin at {begin:.0%} of what is set"
+        )
     with log.phase("warmup"):
         warm_up(trainer)
     if cfg.resume:
@@ -5299,9 +5598,10 @@ class Validator:
 
     def __call__(self, step: int) -> None:
         cfg, rt, log = self.trainer.cfg, self.trainer.rt, self.trainer.log
-        if self.tokens is None:
-            self.tokens = load_validation(cfg)
         seconds = self.trainer.clock.elapsed()  # without this validation's own
+        if self.tokens is None:
+            with rt.together():
+                self.tokens = load_validation(cfg)
         score = evaluate(self.scorer, self.tokens, self.table, cfg, rt, log)
         if score:
             log.log(
@@ -5311,14 +5611,12 @@ class Validator:
             log.metric(step=step, val_loss=score.loss, **{score.label: score.bpb})
 
 
-def train_model(cfg: Config, rt: Runtime, log: RunLog) -> tuple[str, bytes]:
+def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tuple[str, bytes]:
     """Trains and packs -> how training ended, and the artifact (empty if there is none)."""
-    table = ByteTable.load(cfg)
     trainer = build_trainer(cfg, rt, log)
     status = train(trainer, Validator(trainer, table))
     tokens = trainer.steps_done * cfg.train_batch_tokens
     log.save(
-        status=status,
         steps=trainer.steps_done,
         train_seconds=round(trainer.seconds, 3),
         train_tokens=tokens,
@@ -5340,33 +5638,41 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog) -> tuple[str, bytes]:
 def pack_model(
     cfg: Config, rt: Runtime, log: RunLog, model: GPT, hessians: dict[str, Tensor]
 ) -> bytes:
-    """Raw weights and artifact on disk, before anything is scored -> its bytes on every process."""
+    """Artifact and raw weights on disk, before anything is scored -> its bytes on every process.
+
+    Who asks the run to end meanwhile waits for the artifact.
+    """
     blob = None
     code = code_size()
     cap = cfg.max_artifact_bytes
-    with log.phase("pack"):
-        if rt.main:
-            state = {name: w.cpu() for name, w in model.state_dict().items()}
-            save_torch(log.out_dir / "final_model.pt", state)
-            blob = pack(
-                state, cfg, hessians, code, {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
-            )
-            atomic_write(log.out_dir / "model.ptz", blob)
-            log.log("\n".join(size_report(blob, code, cap)))
+    requests = Requests()
+    with requests.heard(), log.phase("pack"):
+        with rt.together():
+            if rt.main:
+                state = {name: w.cpu() for name, w in model.state_dict().items()}
+                notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
+                blob = pack(state, cfg, hessians, code, notes)
+                atomic_write(log.out_dir / "model.ptz", blob)
+                with log.optional("final_model.pt"):
+                    save_torch(log.out_dir / "final_model.pt", state)
+                log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
     total = code + len(blob)
     sizes = {"code": code, "model": len(blob), "total": total, "cap": cap, "margin": cap - total}
     log.save(sizes=sizes, artifact_sha256=hashlib.sha256(blob).hexdigest())
+    if rt.highest(requests.stop):
+        raise Interrupted("after the artifact was written; MODE=eval scores it")
     return blob
 
 
-def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog) -> int:
+def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: ByteTable) -> int:
     """Every scoring stage from the artifact alone, results written after each -> exit code."""
-    with log.phase("unpack"):
+    with log.phase("unpack"), rt.together():
         model = load_artifact(cfg, blob, rt)
-        table = ByteTable.load(cfg)
         tokens = load_validation(cfg)
         log.identify(shards_identity, cfg, "val", len(tokens))
+        if not (tokens == cfg.bos_id).any():
+            log.log(f"note: no validation token is BOS_ID={cfg.bos_id}: it is all one document")
     true_scores: dict[str, float] = {}
     code = OK
     for stage in STAGES.values():
@@ -5391,7 +5697,7 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog) -> int:
         log.save()
     with log.phase("sample"):
         if cfg.sample_tokens:
-            log.log(f"sample: {sample(model, table, cfg, rt)}")
+            log.log(f"sample: seed:{cfg.seed}\n{sample(model, table, cfg, rt)}")
     return code
 
 
@@ -5441,26 +5747,27 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
     log.log("\n".join(lines))
 
 
-def run_once(cfg: Config, rt: Runtime, log: RunLog) -> int:
-    """One run in one mode -> its exit code."""
-    log_identity(cfg, rt, log)
+def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
+    """One run in one mode -> its exit code. blob: the artifact, unless the mode makes it."""
+    with rt.together():
+        table = ByteTable.load(cfg)
+        log_identity(cfg, rt, log, table)
+    ended = "finished"
     if cfg.mode == "train":
-        status, blob = train_model(cfg, rt, log)
-        if not blob:
-            return DIVERGED if status == "diverged" else INTERRUPTED
-    else:
-        blob = rt.broadcast_bytes(read_artifact(cfg) if rt.main else None)
-        log.result["status"] = "finished"
+        ended, blob = train_model(cfg, rt, log, table)
+    code = {"diverged": DIVERGED, "interrupted": INTERRUPTED}.get(ended, OK)
     if cfg.mode == "sample":
         with log.phase("sample"):
-            log.log(sample(load_artifact(cfg, blob, rt), ByteTable.load(cfg), cfg, rt))
-        return OK
-    code = score_artifact(cfg, blob, rt, log)
-    if code == AUDIT_FAILED:
-        return code
-    if code_size() + len(blob) > cfg.max_artifact_bytes:
-        return OVER_SIZE
-    return OVER_TIME if over_budget(cfg, log) else code
+            text = sample(load_artifact(cfg, blob, rt), table, cfg, rt)
+            log.log(f"sample: seed:{cfg.seed}\n{text}")
+    elif blob:
+        code = score_artifact(cfg, blob, rt, log, table)
+        if code != AUDIT_FAILED and code_size() + len(blob) > cfg.max_artifact_bytes:
+            code = OVER_SIZE
+        elif code == OK and over_budget(cfg, log):
+            code = OVER_TIME
+    log.result["status"] = ended  # last of all
+    return code
 
 
 def over_budget(cfg: Config, log: RunLog) -> bool:
@@ -5469,63 +5776,139 @@ def over_budget(cfg: Config, log: RunLog) -> bool:
     return 0 < train_limit < log.train_seconds() or 0 < cfg.max_eval_seconds < log.eval_seconds()
 
 
-def guarded_run(cfg: Config, rt: Runtime) -> tuple[int, dict[str, Any]]:
+def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:
+    """The log in OUT_DIR; InputError if an artifact is there that a training would overwrite."""
+    trains = cfg.mode == "train" and not rt.restarts
+    finished = f"OUT_DIR={str(out)!r} holds an artifact, model.ptz: MODE=eval scores it; "
+    finished += "another OUT_DIR or RUN_ID trains anew"
+    check(not (trains and (out / "model.ptz").exists()), finished)
+    return RunLog(out, rt, resumed=bool(cfg.resume) or rt.restarts)
+
+
+def place_of(cfg: Config, rt: Runtime) -> Config:
+    """Settings with the run's own folders: what is there already is neither lost nor mixed up."""
+    out = Path(cfg.out_dir)
+    if cfg.mode != "train" and ((out / "model.ptz").exists() or (out / "checkpoint.pt").exists()):
+        out = out / f"{cfg.mode}_{cfg.run_id}"  # beside the log of the training
+    checkpoint = out / "checkpoint.pt"
+    resume = str(checkpoint) if rt.restarts and checkpoint.is_file() else cfg.resume
+    data = str(out.resolve() / "smoke_data") if cfg.smoke else cfg.data_path
+    return dataclasses.replace(cfg, out_dir=str(out), resume=resume, data_path=data)
+
+
+def guarded_run(cfg: Config, rt: Runtime, blob: bytes = b"") -> tuple[int, dict[str, Any]]:
     """run_once with its outcome on record, whatever happens -> exit code, result."""
-    log = RunLog(Path(cfg.out_dir), rt, resumed=bool(cfg.resume))
-    if cfg.smoke:
-        folder = Path(cfg.out_dir).resolve() / "smoke_data"
-        cfg = dataclasses.replace(cfg, data_path=str(folder))
-        if rt.main:
-            synthetic_shards(folder)
-        rt.broadcast_bytes(b"")  # the others wait for the files
-    together = False  # an error on one process: the others are somewhere else
+    cfg = place_of(cfg, rt)
+    with contextlib.ExitStack() as held:
+        with rt.together():
+            if rt.main:
+                held.enter_context(locked(Path(cfg.out_dir)))
+            log = open_log(cfg, rt, Path(cfg.out_dir))
+            if cfg.smoke and rt.local_rank == 0:
+                synthetic_shards(Path(cfg.data_path))
+        code, agreed = run_on_record(cfg, rt, log, blob)
+        with Requests().heard():  # the end itself is not interrupted
+            if code == OK and "result.json" in log.unwritten:
+                code = BAD_INPUT
+            log.save(exit_code=code)
+            result_card(cfg, log, code)
+            log.log(f"result_json: {as_json(log.result)}", show=False)  # so the log alone says all
+            if agreed:
+                code = rt.highest(code)  # the launcher ends all when one leaves with an error
+    return code, log.result
+
+
+def run_on_record(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> tuple[int, bool]:
+    """run_once -> exit code, and whether all processes are here; a bug is raised once on record."""
+    say = log.log if rt.main else functools.partial(print, f"process {rt.rank}:", file=sys.stderr)
     try:
-        code = rt.highest(run_once(cfg, rt, log))  # checks may differ by rounding
-        together = True
-    except InputError as error:
-        log.log(f"error: {error}")
+        return rt.highest(run_once(cfg, rt, log, blob)), True  # checks may differ by rounding
+    except Interrupted as reason:
+        say(f"interrupted: {reason}")
+        log.result["status"] = "interrupted"
+        return INTERRUPTED, False
+    except (InputError, OSError) as error:
+        say(f"error: {error}")
         log.result["status"] = "bad_input"
-        code = BAD_INPUT
+        return BAD_INPUT, isinstance(error, AgreedError)
     except Exception as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if not out_of_memory and "can't allocate memory" not in str(error):
+        texts = ("can't allocate memory", "Unable to allocate")  # torch's and numpy's, on CPUs
+        short = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not short and not any(text in str(error) for text in texts):
+            say(f"error: {type(error).__name__}: {error}")
             log.save(status="crashed", exit_code=BUG)
             raise
-        log.log(f"out of memory: {error}")
-        log.log(
+        say(f"out of memory: {error}")
+        say(
             f"Lower MICRO_BATCH_TOKENS={cfg.micro_tokens} (training) or EVAL_BATCH_TOKENS="
             f"{scoring_tokens(cfg, rt)} (scoring; no score depends on it)."
         )
         log.result["status"] = "out_of_memory"
-        code = OUT_OF_MEMORY
-    log.save(exit_code=code)
-    result_card(cfg, log, code)
-    log.log(f"result_json: {json.dumps(log.result)}", show=False)  # so the log alone says all
-    if together:
-        rt.highest(code)  # the launcher ends all when the first one leaves with an error
-    return code, log.result
+        return OUT_OF_MEMORY, False
 
 
 def run_seeds(cfg: Config, rt: Runtime) -> int:
     """One run a seed, then mean and standard deviation of the scores -> the highest exit code."""
-    codes, scores = [], []
+    codes, scores = {}, []
     for seed in cfg.seeds:
         folder = f"{cfg.out_dir}/seed_{seed}"
-        code, result = guarded_run(dataclasses.replace(cfg, seed=seed, out_dir=folder), rt)
-        codes.append(code)
+        try:
+            code, result = guarded_run(dataclasses.replace(cfg, seed=seed, out_dir=folder), rt)
+        except Exception as error:  # the other seeds are worth their time
+            if rt.main:
+                print(f"seed {seed}: {error}", file=sys.stderr)
+            code, result = BAD_INPUT if isinstance(error, InputError) else BUG, {}
+        codes[seed] = code
         if "val_bpb" in result.get("result", {}):
             scores.append(result["result"]["val_bpb"])
-    if rt.main and scores:
+        if code == INTERRUPTED:
+            break
+    if rt.main:
+        failed = ", ".join(
+            f"seed {seed} with exit code {code}" for seed, code in codes.items() if code
+        )
+        mean = float(np.mean(scores)) if scores else math.nan
         std = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
         print(
-            f"seeds:{as_typed(cfg.seeds)} val_bpb mean:{np.mean(scores):.6f} std:{std:.6f} "
-            f"n:{len(scores)}"
+            f"seeds:{as_typed(cfg.seeds)} val_bpb mean:{mean:.6f} std:{std:.6f} n:{len(scores)}"
+            + (f" not well ended: {failed}" if failed else "")
         )
-    return max(codes)
+    return max(codes.values())
+
+
+def name_of_run(rt: Runtime) -> str:
+    """Time and process; a run that torchrun starts again keeps its name."""
+    process = os.getppid() if rt.by_agent else os.getpid()
+    earlier = sorted(Path("logs").glob(f"*_{process}")) if rt.restarts else []
+    return earlier[-1].name if earlier else time.strftime(f"%Y%m%d_%H%M%S_{process}")
+
+
+def run_mode(env: Mapping[str, str]) -> int:
+    """The run that the environment describes -> its exit code."""
+    cfg = load_config(env)
+    with contextlib.closing(Runtime(cfg, env)) as rt:
+        ignored = ", ".join(ignored_names(env))
+        if ignored:
+            rt.notes.append(f"names in the environment that mean nothing here: {ignored}")
+        run_id = rt.broadcast_bytes((cfg.run_id or name_of_run(rt)).encode()).decode()
+        cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
+        if cfg.mode == "train":
+            return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
+        with rt.together():
+            blob = read_artifact(cfg) if rt.main else b""
+        blob = rt.broadcast_bytes(blob)
+        cfg = settings_of_artifact(cfg, env, blob)
+        if cfg.mode == "sample" and "SEED" not in env:
+            drawn = rt.broadcast_bytes(os.urandom(4))
+            cfg = dataclasses.replace(cfg, seed=int.from_bytes(drawn, "little"))
+        return guarded_run(cfg, rt, blob)[0]
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Runs the program -> its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack letters of a sample
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return OK
@@ -5533,17 +5916,14 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         raise_if(
             [f"unknown argument {a!r}: settings are environment variables (--help)" for a in argv]
         )
-        cfg = load_config(env)
-        with contextlib.closing(Runtime(cfg, env)) as rt:
-            run_id = cfg.run_id or time.strftime(f"%Y%m%d_%H%M%S_{os.getpid()}")
-            run_id = rt.broadcast_bytes(run_id.encode()).decode()
-            cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=cfg.out_dir or f"logs/{run_id}")
-            if cfg.mode != "train":
-                cfg = settings_of_artifact(cfg, env)
-            return run_seeds(cfg, rt) if cfg.seeds else guarded_run(cfg, rt)[0]
+        with Requests(at_once=True).heard():
+            return run_mode(env)
     except InputError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except Interrupted as reason:
+        print(f"interrupted: {reason}", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -60,12 +60,13 @@ def test_clip_search_is_the_best_of_what_it_tries(rng):
 def test_hessian_weighs_the_columns(rng):
     """Of an artifact's matrix: less error where the inputs are large."""
     name = "blocks.0.mlp.fc.weight"
-    cfg = config(TINY, quant_bits=3)
-    w = normal(rng, 32, 32)
+    cfg = config(TINY, quant_bits=3, mlp_mult=1.0)
+    state = tg.GPT(cfg).state_dict()
+    w = state[name] = normal(rng, 32, 32)
     h = torch.diag(torch.tensor([100.0] * 8 + [0.01] * 24))
 
     def weighted_error(hessians):
-        _, weights = tg.unpack(tg.pack({name: w}, cfg, hessians))
+        _, weights = tg.unpack(tg.pack(state, cfg, hessians))
         return ((weights[name] - w).square() * h.diagonal()).sum()
 
     assert weighted_error({name: h}) < weighted_error(None)

@@ -159,16 +159,25 @@ def test_eval_from_the_artifact_equals_eval_after_training(base, tmp_path):
         assert dict(again["stages"][stage], seconds=record["seconds"]) == record
 
 
-def test_sample_mode(base, tmp_path):
-    """The same text twice, which goes on from the prompt."""
+def sampled(base, out, **env):
+    """Seed and text of a sample, in the log of its folder."""
     sample = dict(MODE="sample", SAMPLE_TOKENS="20", SAMPLE_PROMPT="ab")
-    texts = []
-    for _ in range(2):
-        assert tg.main([], of_artifact(base, tmp_path, **sample)) == 0
-        texts.append(re.search(r"\nab.*", log_of(tmp_path))[0])
-    first, second = texts
-    assert first == second
-    assert len(first) > 10
+    assert tg.main([], of_artifact(base, out, **sample, **env)) == 0
+    return re.search(r"sample: seed:(\d+)\n((?:\| .*\n)+)", log_of(out)).groups()
+
+
+def test_a_sample_goes_on_from_the_prompt_and_repeats_with_its_seed(base, tmp_path):
+    seed, text = sampled(base, tmp_path / "a", SEED="7")
+    assert seed == "7"
+    assert text.startswith("| ab")
+    assert len(text) > 12
+    assert sampled(base, tmp_path / "b", SEED="7") == (seed, text)
+
+
+def test_a_sample_draws_a_seed_unless_one_is_given(base, tmp_path):
+    seeds, texts = zip(*(sampled(base, tmp_path / name) for name in "abc"))
+    assert len(set(seeds)) == 3
+    assert len(set(texts)) > 1
 
 
 # --- interrupted and resumed ----------------------------------------------------------------------

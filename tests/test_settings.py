@@ -61,6 +61,46 @@ PROBLEMS = [
 ]
 
 
+# Lines of a config.env as people write them, and the value of SAMPLE_PROMPT that they mean.
+WRITTEN = {
+    "SAMPLE_PROMPT=My": "My",
+    "SAMPLE_PROMPT=My fellow citizens": "My fellow citizens",
+    "SAMPLE_PROMPT='My # fellow'": "My # fellow",
+    'SAMPLE_PROMPT="it\'s"  # a comment': "it's",
+    "SAMPLE_PROMPT=My # a comment": "My",
+    "SAMPLE_PROMPT=a#b": "a#b",
+    "SAMPLE_PROMPT=  # a comment": "",
+    "SAMPLE_PROMPT=": "",
+    "  export SAMPLE_PROMPT = My\t": "My",
+    "\ufeffSAMPLE_PROMPT=My": "My",
+    "SAMPLE_PROMPT=a=b": "a=b",
+    "SAMPLE_PROMPT=x\r\nSEED=2\r": "x",
+    "SAMPLE_PROMPT=C:\\new": "C:\\new",
+}
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_lines_as_people_write_them(line, tmp_path):
+    assert load(tmp_path, f"{line}\nSAMPLE_TOKENS=5\n").sample_prompt == WRITTEN[line]
+
+
+@pytest.mark.parametrize("line", ["SEED='7", 'SEED="7" 8', "SEED=it's", "SEED", "SEED='7'8"])
+def test_lines_that_mean_nothing_are_refused_by_number(line, tmp_path):
+    assert "some.env line 2: expected NAME=value" in complaint(tmp_path, f"#\n{line}\n")
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    for text in ("SEED=7\n".encode("utf-16"), b"SAMPLE_PROMPT=caf\xe9\n"):
+        (tmp_path / "some.env").write_bytes(text)
+        with pytest.raises(tg.InputError, match="some.env.*not a text file in UTF-8"):
+            tg.load_config(dict(CONFIG=str(tmp_path / "some.env")))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "caf\udce9"])
+def test_text_that_no_file_name_can_have_is_refused(text, tmp_path):
+    assert f"OUT_DIR={text!r}" in complaint(tmp_path, OUT_DIR=text)
+
+
 def test_all_problems_at_once(tmp_path):
     """Of the file and of the environment: typing errors, wrong values, older spellings."""
     wrong = "TIE_EMBEDDINGS=perhaps NUM_LAYERS=three MUON_BETA2=0.9 WEIGHT_DECAY=0.1 SEEED=1"
@@ -130,6 +170,111 @@ def test_settings_that_go_together():
 def test_world_sizes_that_do_not_divide_eight():
     sizes = dict(TRAIN_BATCH_TOKENS="786432", MICRO_BATCH_TOKENS="65536", WORLD_SIZE="6")
     assert tg.load_config(sizes).micro_batches == 12
+
+
+# --- what is given and cannot act -----------------------------------------------------------------
+
+# Another value than the default of each setting that needs others.
+GIVEN = settings_in("""
+    SEEDS=1,2 ARTIFACT=x RESUME=x SAMPLE_PROMPT=x SAMPLE_TEMPERATURE=0.5 MAX_WALLCLOCK_SECONDS=60
+    TIED_EMBED_INIT_STD=0.02 BIGRAM_DIM=64 BIGRAM_HASH=linear BIGRAM_INIT=dead BIGRAM_OPTIM=scalars
+    SMEAR_BEFORE_NORM=1 SMEAR_BOS_MASK=1 VE_DIM=64 EMBED_LR=0.3 HEAD_LR=0.3 TIED_EMBED_LR=0.3
+    MUON_MOMENTUM_WARMUP_START=0.5 EMA_START=0.5 SWA_START=0.5 GPTQ_DAMP=0.1
+    GPTQ_RESERVE_SECONDS=9 TTT_BEFORE_SCORING=1 TTT_CHUNK_TOKENS=4096 TTT_LR=0.1 TTT_OPTIMIZER=sgd
+    TTT_FREEZE_BLOCKS=2 QTTT=1 BYTE_WEIGHTED_TTT=1 TTT_BATCH_SEQS=4 TTT_PARTS=2 TTT_LORA_ALPHA=8
+    TTT_LORA_CHUNK=64 TTT_LORA_KEEP=0 TTT_DOCS=8 TTT_TEMPERATURE=0.9 STREAM_DOCS=1
+    MIX_CHUNK_TOKENS=1024 NGRAM_DOCS=0 NGRAM_ORDER=5 NGRAM_MIN_ORDER=3 NGRAM_ALPHA=0.2
+    NGRAM_ENT_BASE=0.1 NGRAM_ENT_RANGE=0.1 NGRAM_MIN_COUNT=3 NGRAM_BUCKETS=1024 NGRAM_PRIMES=3
+    NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=1024
+""")
+# What makes them act, beside the first alternative that they name, and what keeps them idle.
+ALSO = {"QTTT": "TTT_EPOCHS=1", "NGRAM_MIN_ORDER": "NGRAM_ORDER=7"}
+IDLE = {
+    "ARTIFACT": "MODE=train",
+    "RESUME": "MODE=eval",
+    "SEEDS": "MODE=sample",
+    "MAX_WALLCLOCK_SECONDS": "SCHEDULE=tokens",
+    "GPTQ_RESERVE_SECONDS": "SCHEDULE=tokens",
+    "TIED_EMBED_INIT_STD": "TIE_EMBEDDINGS=0",
+    "TIED_EMBED_LR": "TIE_EMBEDDINGS=0",
+    "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_WARMUP_STEPS=0",
+}
+NEEDY = [name for name, field in tg.FIELDS.items() if field.metadata["needs"]]
+
+
+def made_to_act(name):
+    """The settings that a setting says that it needs, the first where it has a choice."""
+    parts = tg.FIELDS[name].metadata["needs"].split(", and ")
+    terms = [part.split(" or ")[0] for part in parts]
+    on = dict(VE_LAYERS="1", MIXER_HEAD="1", EVAL_STREAM="64", NGRAM="mix", TTT_FREEZE_BLOCKS="1")
+    pairs = [term.partition("=") for term in terms]
+    return {term: value or on.get(term, "1") for term, _, value in pairs}
+
+
+def given_and(name, text):
+    return {**settings_in(text), name: GIVEN[name]}
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_what_cannot_act_is_refused_with_what_it_needs(name):
+    with_mode = IDLE.get(name, "")
+    values, problems = tg.read_settings(given_and(name, with_mode), tg.Config())
+    (problem,) = problems
+    needs = tg.FIELDS[name].metadata["needs"]
+    assert problem.endswith(f" needs {needs}: as it is, it cannot act")
+    assert problem.startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("name", NEEDY)
+def test_what_can_act_is_accepted(name):
+    env = {**settings_in(ALSO.get(name, "")), **made_to_act(name), name: GIVEN[name]}
+    assert tg.read_settings(env, tg.Config())[1] == []
+
+
+def test_the_environment_may_turn_off_what_a_file_configures(tmp_path):
+    text = "TTT_EPOCHS=1\nTTT_LR=0.1\nSMEAR=1\nSMEAR_BOS_MASK=1\n"
+    cfg = load(tmp_path, text, TTT_EPOCHS="0", SMEAR="0")
+    assert (cfg.ttt_epochs, cfg.ttt_lr, cfg.smear) == (0, 0.1, False)
+    assert "TTT_LR=0.2 needs" in complaint(tmp_path, text, TTT_EPOCHS="0", TTT_LR="0.2")
+    assert "TTT_LR=0.1 needs" in complaint(tmp_path, "TTT_LR=0.1\n", TTT_EPOCHS="1")
+
+
+def test_every_setting_at_its_default_is_no_complaint():
+    env = {name: tg.as_typed(field.default) for name, field in tg.FIELDS.items()}
+    assert tg.load_config(env) == tg.Config()
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+MEANT = {
+    "LEARNING_RATE": "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR",
+    "LR": "MATRIX_LR",
+    "BATCH_SIZE": "TRAIN_BATCH_TOKENS",
+    "NLAYERS": "NUM_LAYERS",
+    "LAYERS": "NUM_LAYERS",
+    "SEDE": "did you mean SEED",
+    "num_layers": "did you mean NUM_LAYERS",
+    "Num_Layers": "did you mean NUM_LAYERS",
+    "ITERATOINS": "did you mean ITERATIONS",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_names_that_were_meant_for_this_program(name, tmp_path):
+    for said in (complaint(tmp_path, **{name: "3"}), complaint(tmp_path, f"{name}=3\n")):
+        assert f"unknown setting {name}" in said
+        assert MEANT[name] in said
+
+
+def test_other_names_are_listed_as_ignored():
+    env = dict(settings_in(FOREIGN), NUM_LAYERS="3", FANCY_FLAG="1", MY_SWITCH="0", lower="1")
+    assert tg.ignored_names(env) == ["FANCY_FLAG", "MY_SWITCH"]
+
+
+@pytest.mark.parametrize("setting", ["WORLD_SIZE=x", "WORLD_SIZE=-2"])
+def test_what_a_launcher_sets_is_checked(setting, capsys):
+    assert tg.main([], settings_in(setting)) == 64
+    assert f"{setting}: expected a whole number" in capsys.readouterr().err
 
 
 # Names that shells, launchers, drivers, schedulers and rented machines set.
