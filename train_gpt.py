@@ -643,7 +643,7 @@ def _value_in(text: str) -> str | None:
     if quote not in ("'", '"'):
         bare = re.split(r"\s#", text, maxsplit=1)[0].strip()
         return None if "'" in bare or '"' in bare else bare
-    value, closed, rest = text.strip()[1:].partition(quote)
+    value, closed, rest = text.strip().removeprefix(quote).partition(quote)
     ends = closed and (not rest or re.match(r"\s+#", rest))
     return value if ends else None
 
@@ -666,7 +666,7 @@ def read_config_lines(text: str, file: str) -> list[Assignment]:
 
 def _near(name: str) -> str:
     """The setting that a mistyped name may mean; empty if none is near."""
-    swapped = [name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)]
+    swapped = [name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in range(len(name))]
     near = [other for other in swapped if other in FIELDS]
     return next(iter(near or difflib.get_close_matches(name, FIELDS, 1, 0.85)), "")
 
@@ -1717,7 +1717,7 @@ NOT_SAID = (
 )  # of a manifest that lacks something
 
 
-def _hash_in(tokenizer: Mapping[str, Any]) -> str | None:
+def _digest_in(tokenizer: Mapping[str, Any]) -> str | None:
     """A manifest's tokenizer as tokenizer_hash gives it."""
     return "byte260" if tokenizer.get("kind") == "byte" else tokenizer.get("sha256")
 
@@ -1732,7 +1732,7 @@ def maker_of_shards(cfg: Config) -> str | None:
         with contextlib.suppress(*NOT_SAID):
             (dataset,) = (entry for entry in manifest["datasets"] if entry["name"] == folder.name)
             tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-            return _hash_in(tokenizers[dataset["tokenizer_name"]])
+            return _digest_in(tokenizers[dataset["tokenizer_name"]])
     return None
 
 
@@ -1748,7 +1748,7 @@ def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
         root = find_path("data/manifest.json").parent
         manifest = read_manifest(root)
         made = {entry["name"]: entry for entry in manifest["tokenizers"]}
-        made = {name: entry for name, entry in made.items() if _hash_in(entry) == tokenizer}
+        made = {name: entry for name, entry in made.items() if _digest_in(entry) == tokenizer}
         folders = [e["name"] for e in manifest["datasets"] if e["tokenizer_name"] in made]
         if len(folders) == 1:
             places["data_path"] = str(root / "datasets" / folders[0])
