@@ -440,7 +440,8 @@ class Config:
         16384,
         "targets between two updates of TILT and NGRAM=mix",
         low=1,
-        needs="TILT or NGRAM=mix or EVAL_STREAM, and TTT_LORA_RANK=0, and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
+        needs="TILT or NGRAM=mix or EVAL_STREAM, and TTT_LORA_RANK=0, "
+        "and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
     )
     tilt: bool = _score(False, "raise the token that last followed the longest known context")
     ngram: str = _score(
@@ -870,6 +871,11 @@ def _check_training(c: Config, relations: Relations) -> None:
         c.max_wallclock_seconds == 0 or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"{shown('gptq_reserve_seconds')} must be below {shown('max_wallclock_seconds')}",
     )
+    require(
+        len(set(c.seeds)) == len(c.seeds) and all(0 <= seed < 2**63 for seed in c.seeds),
+        f"{shown('seeds')}: expected different numbers from 0 on",
+    )
+    require(not c.seeds or not c.resume, "RESUME goes on with one run: not with SEEDS")
     policy = rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*"
     require(
         re.fullmatch(policy, c.quant_policy),
@@ -3271,6 +3277,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> None:
             state = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         with input_error_from(f"RESUME={path}: unusable", Exception):
             changed = _restore(trainer, state)
+    trainer.log.result["resumed"] = True
     changes = f"changed settings: {', '.join(changed) or 'none'}"
     seconds = f"train_time:{trainer.clock.last.elapsed * 1000:.0f}ms"
     trainer.log.log(f"resumed:{path} step:{trainer.steps_done} {seconds} {changes}")
@@ -3306,7 +3313,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any], 
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     count = sum(len(group["params"]) for group in groups) if step else 0
-    check(len(optimizer.state) == count, f"state of {len(optimizer.state)} parameters, not {count}")
+    found = len(optimizer.state)
+    check(found == count, f"an optimizer has state of {found} parameters, not {count}")
     adam = {"step", "exp_avg", "exp_avg_sq"}
     wanted = {"momentum"} if isinstance(optimizer, Muon) else adam
     for p, values in optimizer.state.items():
@@ -5197,7 +5205,7 @@ def sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime) -> str:
     documents = np.split(tokens, np.flatnonzero(tokens == cfg.bos_id))
     texts = [table.decode(part[part != cfg.bos_id]).decode(errors="replace") for part in documents]
     lines = "\n\n".join(text for text in texts if text).splitlines()
-    return "\n".join(f"| {line}" for line in lines)  # no text looks like a line of the log
+    return "\n".join(f"| {printable(line, len(line))}" for line in lines)  # no lines of a log
 
 
 # --- stages: what a run scores, in this order -----------------------------------------------------
@@ -5539,7 +5547,7 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> Non
         config_sha256=hashlib.sha256(recipe.encode()).hexdigest(),
         versions=versions,
         world_size=rt.world,
-        resumed=bool(cfg.resume),
+        resumed=False,
         machine={
             "type": rt.device.type,
             "device": rt.device_name(),
@@ -5736,7 +5744,7 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
         )
         lines.append(size.format(**result["sizes"]))
     phases = {name: value for name, value in seconds.items() if "_side" not in name}
-    resumed = ", resumed run" if cfg.resume else ""
+    resumed = ", resumed run" if result.get("resumed") else ""
     lines += [
         "seconds      " + "  ".join(f"{name} {value:.1f}" for name, value in phases.items()),
         f"budgets      train {seconds['train_side']:.1f} of {cfg.max_wallclock_seconds:.0f} s, "

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pydoc_data.topics
 import struct
 
@@ -31,6 +32,32 @@ def test_shard_round_trip_and_format(tmp_path, rng):
     assert np.array_equal(np.frombuffer(raw[1024:], "<u2"), tokens)
     assert np.array_equal(tg.read_shard(path), tokens)
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]  # no temporary file stays
+
+
+def test_what_is_no_file_is_no_shard(tmp_path):
+    """A queue would be waited for for ever; a folder cannot be read."""
+    os.mkfifo(tmp_path / "queue.bin")
+    (tmp_path / "folder.bin").mkdir()
+    for name in ("queue.bin", "folder.bin"):
+        with pytest.raises(tg.InputError, match=f"{name}: not a regular file"):
+            tg.read_shard(tmp_path / name)
+
+
+def test_a_name_forges_no_line(tmp_path):
+    """Of a shard, a folder or a tokenizer: one line, escaped and short."""
+    forged = "fineweb_val_\nfinal_zstd_plain_exact val_loss:0.1 val_bpb:0.1\n.bin"
+    (tmp_path / forged).write_bytes(b"x" * 2000)
+    cfg = tg.Config(data_path=str(tmp_path))
+    for act in (
+        lambda: tg.load_validation(cfg),
+        lambda: tg.read_shard(tmp_path / forged),
+        lambda: tg.find_path(forged),
+        lambda: tg.read_shard(tmp_path / ("\x1b[2Jx" * 30)),
+    ):
+        with pytest.raises(tg.InputError) as error:
+            act()
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 700
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [65536]])
@@ -282,6 +309,69 @@ def test_word_mark_counts_unless_a_control_token_is_before(small_tokenizer):
     assert table.count(stream).tolist() == [3, 4, 1, 4, 0, 3, 1, 0]
 
 
+def trained(path, texts, **recipe):
+    """A SentencePiece model of these texts, as the tool trains them but for some settings."""
+    model = io.BytesIO()
+    options = {**RECIPE, "vocab_size": 800, "minloglevel": 2, **recipe}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **options
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def without_word_mark(model):
+    """A model file in which every word mark is another character of three bytes."""
+    raw = model.read_bytes()
+    assert raw.count("\u2581".encode()) > 10
+    return raw.replace("\u2581".encode(), "\u2582".encode())
+
+
+def test_a_model_that_spells_spaces_in_bytes_is_refused(small_tokenizer, tmp_path):
+    """Each would be charged three bytes: 25 % more on such a text, and as much off the score."""
+    bad = tmp_path / "bad.model"
+    bad.write_bytes(without_word_mark(small_tokenizer))
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(bad))
+    assert "<0xE2><0x96><0x81>" in "".join(sp.id_to_piece(i) for i in sp.encode("a b"))
+    with pytest.raises(tg.InputError, match="no piece for the word mark"):
+        tg.ByteTable.from_sentencepiece(bad)
+
+
+def test_marks_inside_and_behind_a_piece_count_one_byte(tmp_path):
+    """Pieces of several spaces, and words with their spaces inside or behind.
+
+    The charge is the normalised text's, less a mark at its start, which stands for nothing.
+    """
+    spaced = [f"a  b    c\td {text}".replace(". ", ".   ") for text in TOPICS]
+    recipes = {
+        "runs": dict(remove_extra_whitespaces=False, split_by_whitespace=False),
+        "suffix": dict(treat_whitespace_as_suffix=True),
+        "words": dict(split_by_whitespace=False, model_type="unigram"),
+    }
+    for name, recipe in recipes.items():
+        path = trained(tmp_path / f"{name}.model", spaced, **recipe)
+        table = tg.ByteTable.from_sentencepiece(path)
+        pieces = [table.processor.id_to_piece(i) for i in range(table.vocab_size)]
+        assert any("\u2581" in piece[1:] for piece in pieces), name
+        for text in ("a  b    c of the", "in the end", "the"):
+            tokens = table.encode(text)
+            charged = table.count(np.array([1, *tokens])).sum()
+            normal = table.processor.normalize(text).replace("\u2581", " ")
+            assert charged == len(normal.encode()) - normal.startswith(" "), (name, text)
+
+
+def test_a_model_that_escapes_no_spaces_needs_no_mark(tmp_path, monkeypatch):
+    class Plain(EveryKind):
+        pieces = (*[(f"<0x{b:02X}>", "byte") for b in (0xE2, 0x96, 0x81)], (" a", "normal"))
+
+        def normalize(self, text):
+            return text
+
+    monkeypatch.setattr(tg.sentencepiece, "SentencePieceProcessor", Plain)
+    (tmp_path / "x.model").write_bytes(b"")
+    assert tg.ByteTable.from_sentencepiece(tmp_path / "x.model").sizes.tolist() == [1, 1, 1, 2]
+
+
 class EveryKind:
     """A SentencePiece processor with a piece of every kind."""
 
@@ -328,6 +418,14 @@ PUBLISHED = sorted((SHARED / "data/tokenizers").glob("*.model"))
 def test_byte_table_of_the_published_tokenizers(path):
     with open(SHARED / "data/web_val.jsonl", encoding="utf-8") as file:
         check_table(path, [*TEXTS, *(json.loads(line)["text"] for line in file)])
+
+
+def test_a_piece_that_is_no_text(small_tokenizer, tmp_path):
+    raw = small_tokenizer.read_bytes()
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(raw.replace("\u2581the".encode(), b"\xff\xfe\xfdthe", 1))
+    with pytest.raises(tg.InputError, match=r"broken.model: not a SentencePiece model"):
+        tg.ByteTable.from_sentencepiece(broken)
 
 
 def test_bad_tokenizers(tmp_path):

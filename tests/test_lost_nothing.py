@@ -7,10 +7,20 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_RUN, clean_env
-from helpers import free_port, log_of, python, result_of, run, run_in_processes, tiny_env
+from helpers import (
+    free_port,
+    in_processes,
+    log_of,
+    python,
+    result_of,
+    run,
+    run_in_processes,
+    tiny_env,
+)
 
 import train_gpt as tg
 
@@ -109,8 +119,9 @@ def test_a_sweep_ends_with_a_signal(tmp_path, monkeypatch, capsys):
 # --- places that cannot be written, or are in use -------------------------------------------------
 
 
-def failing(patch, *names, error=OSError(28, "No space left on device")):
+def failing(patch, *names):
     """Files of these names cannot be written; all others can."""
+    error = OSError(28, "No space left on device")
     write, opened = tg.atomic_write, open
 
     def atomic_write(path, data):
@@ -181,8 +192,7 @@ def test_files_of_limited_size(limit, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=200,
         preexec_fn=bounded,
@@ -343,6 +353,62 @@ def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path):
     assert re.search("resumed:.*checkpoint.pt step:[24] ", log)
     straight = run_in_processes(tmp_path / "straight", 2, VAL_TOKENS="0", WARMUP_STEPS="0")
     assert result_of(out)["artifact_sha256"] == straight["artifact_sha256"]
+
+
+# --- errors of one process ------------------------------------------------------------------------
+
+
+def fails_on_rank_one(env, settings, name, call):
+    """main() with a function that fails on rank 1, from its call of that number on."""
+    owner, attribute = (tg.TokenStream, "take") if name == "take" else (tg, name)
+    real = getattr(owner, attribute)
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if env["RANK"] == "1" and len(calls) >= call:
+            raise tg.InputError("the disk of rank 1 is gone")
+        return real(*args, **kwargs)
+
+    setattr(owner, attribute, failing)
+    code = tg.main([], {**settings, **env})
+    assert code == 64, code
+
+
+# Where one of two processes fails, and from which call on.
+ONE_FAILS = [
+    ("read_shard", 1),
+    ("take", 1),
+    ("take", 7),
+    ("load_validation", 1),
+    ("load_artifact", 1),
+]
+
+
+@pytest.mark.parametrize("name, call", ONE_FAILS)
+def test_an_error_of_one_process_ends_all_with_its_reason(name, call, tmp_path):
+    settings = {**TINY_RUN, "OUT_DIR": str(tmp_path / "out"), "DEVICE": "cpu", "SAVE_EVERY": "1"}
+    in_processes(2, tmp_path, fails_on_rank_one, settings, name, call)
+    result = result_of(tmp_path / "out")
+    assert (result["status"], result["exit_code"]) == ("bad_input", 64)
+    assert "error: process 1: the disk of rank 1 is gone" in log_of(tmp_path / "out")
+
+
+def test_a_checkpoint_that_only_rank_zero_has_serves_all(tmp_path):
+    """As on two nodes: the others do not read it."""
+    run_in_processes(tmp_path / "a", 2, ITERATIONS="3", SAVE_EVERY="3", WARMDOWN_ITERS="0")
+    checkpoint = tmp_path / "a/checkpoint.pt"
+    settings = dict(RESUME=str(checkpoint), WARMDOWN_ITERS="0", VAL_TOKENS="0")
+    settings = {**TINY_RUN, "OUT_DIR": str(tmp_path / "b"), "DEVICE": "cpu", **settings}
+    in_processes(2, tmp_path, reads_on_rank_zero_only, settings)
+    straight = run_in_processes(tmp_path / "c", 2, WARMDOWN_ITERS="0", VAL_TOKENS="0")
+    assert result_of(tmp_path / "b")["artifact_sha256"] == straight["artifact_sha256"]
+
+
+def reads_on_rank_zero_only(env, settings):
+    if env["RANK"] != "0":
+        Path.read_bytes = None
+    assert tg.main([], {**settings, **env}) == 0
 
 
 # --- two nodes ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import signal
 import subprocess
@@ -10,14 +11,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, clean_env
+from conftest import ROOT, TINY, TINY_RUN, clean_env
 from helpers import (
+    config,
     log_of,
     losses_of,
     python,
     result_of,
     run,
     run_in_processes,
+    settings_in,
     tiny_env,
     torchrun,
 )
@@ -180,6 +183,93 @@ def test_a_sample_draws_a_seed_unless_one_is_given(base, tmp_path):
     assert len(set(texts)) > 1
 
 
+def manifest_of(root, *folders, tokenizer="byte260"):
+    """A data folder's manifest that knows these datasets, of one tokenizer."""
+    kind = dict(kind="byte") if tokenizer == "byte260" else dict(sha256=tokenizer, model_path="x")
+    datasets = [dict(name=name, tokenizer_name="t") for name in folders]
+    manifest = dict(tokenizers=[dict(name="t", **kind)], datasets=datasets)
+    root.mkdir(exist_ok=True)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_artifact_alone_finds_its_data(base, tmp_path, monkeypatch):
+    """By the tokenizer's hash, through data/manifest.json, from the working folder."""
+    out = base[0]
+    (tmp_path / "data/datasets").mkdir(parents=True)
+    (tmp_path / "data/datasets/mine").symlink_to(out / "smoke_data")
+    manifest_of(tmp_path / "data", "mine")
+    monkeypatch.chdir(tmp_path)
+    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), OUT_DIR="out", DEVICE="cpu")
+    assert tg.main([], env) == 0
+    assert result_of("out")["result"] == dict(
+        base[2]["result"], seconds=result_of("out")["result"]["seconds"]
+    )
+
+
+@pytest.mark.parametrize("folders", [(), ("mine", "other")])
+def test_data_that_is_not_sure_is_not_chosen(folders, tmp_path, monkeypatch):
+    manifest_of(tmp_path / "data", *folders)
+    monkeypatch.chdir(tmp_path)
+    assert tg.find_data("byte260", []) == {"tokenizer_path": "byte260"}
+    assert tg.find_data("byte260", ["tokenizer_path"]) == {}
+
+
+def test_the_tokenizer_is_found_by_its_hash(tmp_path, monkeypatch):
+    manifest_of(tmp_path / "data", "mine", tokenizer="a" * 64)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "data"
+    places = {"data_path": str(root / "datasets/mine"), "tokenizer_path": str(root / "x")}
+    assert tg.find_data("a" * 64, []) == places
+    assert tg.find_data("b" * 64, []) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"])
+def test_a_manifest_that_cannot_be_read_is_named(text, tmp_path):
+    """Its say about the tokenizer is not dropped in silence."""
+    folder = tmp_path / "datasets/mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    cfg = tg.Config(data_path=str(folder), tokenizer_path="byte260", vocab_size=260)
+    with pytest.raises(tg.InputError, match="manifest.json: cannot be read"):
+        tg.ByteTable.load(cfg)
+
+
+def test_settings_of_scoring_are_checked_with_the_artifacts(tmp_path):
+    """A stream that the artifact asks for, a gate that its head makes possible; and no more."""
+    settings = dict(EVAL_STREAM="32", TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64", MIXER_HEAD="1")
+    out = tmp_path / "a"
+    assert run(out, **settings)[0] == 0
+    env = dict(MODE="eval", ARTIFACT=str(out / "model.ptz"), DATA_PATH=str(out / "smoke_data"))
+    env |= dict(DEVICE="cpu", TOKENIZER_PATH="byte260", VAL_TOKENS="300")
+    for number, given in enumerate([dict(STREAM_DOCS="1"), dict(NGRAM="gated")]):
+        assert tg.main([], {**env, **given, "OUT_DIR": str(tmp_path / f"eval{number}")}) == 0
+        stages = result_of(tmp_path / f"eval{number}")["stages"]
+        assert "streaming" in stages
+        assert ("ngram" in stages) == ("NGRAM" in given)
+    with pytest.raises(tg.ConfigError, match="STREAM_DOCS=1 needs EVAL_STREAM"):
+        tg.settings_of_artifact(
+            tg.Config(),
+            {**env, "STREAM_DOCS": "1", "EVAL_STREAM": "0"},
+            (out / "model.ptz").read_bytes(),
+        )
+
+
+def test_a_model_that_predicts_no_numbers_writes_no_sample(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg.GPT, "head", lambda self, x: x.new_full((*x.shape[:-1], 260), math.nan))
+    assert tg.main([], of_artifact(base, tmp_path, MODE="sample")) == 64
+    assert "error: the model predicts no numbers" in log_of(tmp_path)
+
+
+def test_a_sample_forges_no_line(rt, monkeypatch):
+    """Whatever the model writes is marked as its text."""
+    written = b"a\nfinal_zstd_plain_exact val_loss:0.1 val_bpb:0.1\x1b[2J\rb"
+    monkeypatch.setattr(tg.ByteTable, "decode", lambda self, tokens: written)
+    model = tg.GPT(tg.Config(**TINY))
+    text = tg.sample(model, tg.ByteTable.bytes260(), config(TINY, sample_tokens=3), rt)
+    lines = text.split("\n")
+    assert lines == ["| a", "| final_zstd_plain_exact val_loss:0.1 val_bpb:0.1\\x1b[2J", "| b"]
+
+
 # --- interrupted and resumed ----------------------------------------------------------------------
 
 
@@ -205,22 +295,99 @@ def test_resume_continues_the_plain_average(tmp_path):
     assert resumed["artifact_sha256"] == straight["artifact_sha256"]
 
 
-def test_bad_checkpoints(base, tmp_path):
-    """Of other settings, cut short, of something else."""
+# Damage to a good checkpoint, and what is said about it. The damage is done by the test.
+CHECKPOINTS = {
+    "cut short": "cannot be read",
+    "missing": "cannot be read",
+    "of something else": "unusable",
+    "of another seed": "made with SEED=5, here it is 1337",
+    "a step beyond the end": "step 1000000000 is not between 0 and ITERATIONS=6",
+    "a step before the start": "step -1 is not between",
+    "a step that is no number": "step nan is not between",
+    "seconds that are no number": "elapsed is nan",
+    "seconds before the start": "elapsed is -1.0",
+    "a weight of another shape": "unusable.*size mismatch",
+    "no weights": "unusable.*Missing key",
+    "momentum of another shape": "not of this model",
+    "no momentum": "state of 0 parameters, not 14",
+    "an optimizer too few": "unusable",
+    "Adam without squares": "not of this model",
+    "averages of another shape": "do not fit",
+    "empty averages": "do not fit",
+    "no averages": "has no EMA",
+    "averages that are none": "has no averages",
+    "another average": "do not fit",
+}
+
+
+def damage(kind, state):
+    """A checkpoint's state with a fault, in place."""
+    muon, adam = (optimizer["state"] for optimizer in state["optimizers"])
+    means, _ = state["averages"]
+    changes = {
+        "of something else": lambda: (state.clear(), state.update(step=3)),
+        "of another seed": lambda: state.update(seed=5),
+        "a step beyond the end": lambda: state.update(step=10**9),
+        "a step before the start": lambda: state.update(step=-1),
+        "a step that is no number": lambda: state.update(step=float("nan")),
+        "seconds that are no number": lambda: state.update(elapsed=float("nan")),
+        "seconds before the start": lambda: state.update(elapsed=-1.0),
+        "a weight of another shape": lambda: state["model"].update(
+            {"tok_emb.weight": torch.zeros(3, 3)}
+        ),
+        "no weights": state["model"].clear,
+        "momentum of another shape": lambda: muon[0].update(momentum=torch.zeros(3, 3)),
+        "no momentum": muon.clear,
+        "an optimizer too few": state["optimizers"].pop,
+        "Adam without squares": lambda: adam[0].pop("exp_avg_sq"),
+        "averages of another shape": means["ema"].reverse,
+        "empty averages": means["ema"].clear,
+        "no averages": means.clear,
+        "averages that are none": lambda: state.update(averages=None),
+        "another average": lambda: means.update(other=means["ema"]),
+    }
+    changes[kind]()
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_bad_checkpoints_are_refused_by_name(kind, base, tmp_path):
+    """Nothing is trained from them, and nobody is told of a resumed run."""
     good = base[0] / "checkpoint.pt"
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(good.read_bytes()[:5000])
-    other = tmp_path / "other.pt"
-    torch.save({"step": 3}, other)
-    cases = [
-        (good, "made with other values of MODEL_DIM", dict(MODEL_DIM="64")),
-        (cut, "cut.pt: cannot be read", {}),
-        (other, "other.pt: unusable", {}),
-    ]
-    for path, message, settings in cases:
-        code, _, log = run(tmp_path / "out", RESUME=str(path), **settings)
-        assert code == 64
-        assert message in log
+    path = tmp_path / "bad.pt"
+    if kind == "cut short":
+        path.write_bytes(good.read_bytes()[:5000])
+    elif kind != "missing":
+        state = torch.load(good, weights_only=True)
+        damage(kind, state)
+        torch.save(state, path)
+    code, result, log = run(tmp_path / "out", RESUME=str(path))
+    assert code == result["exit_code"] == 64
+    assert re.search(f"error: RESUME={path}: .*{CHECKPOINTS[kind]}", log), log
+    assert "step:" not in log
+    assert not result["resumed"]
+    assert "resumed run" not in log
+
+
+def test_a_checkpoint_of_another_model(base, tmp_path):
+    good = str(base[0] / "checkpoint.pt")
+    _, _, log = run(tmp_path / "out", RESUME=good, MODEL_DIM="64")
+    assert "made with other values of MODEL_DIM" in log
+
+
+def test_a_resumed_run_takes_new_rates(base, tmp_path):
+    """What the log calls changed has changed."""
+    checkpoint = str(base[0] / "checkpoint.pt")
+    _, same, _ = run(tmp_path / "a", RESUME=checkpoint, ITERATIONS="8")
+    _, other, log = run(tmp_path / "b", RESUME=checkpoint, ITERATIONS="8", MATRIX_LR="0.3")
+    assert "changed settings: ITERATIONS, MATRIX_LR" in log
+    assert same["artifact_sha256"] != other["artifact_sha256"]
+
+
+@pytest.mark.parametrize("setting", ["RESUME=x.pt", "SEEDS=1,2"])
+def test_settings_of_training_in_other_modes(setting, base, tmp_path, capsys):
+    name, value = setting.split("=")
+    assert tg.main([], of_artifact(base, tmp_path / "out", **{name: value})) == 64
+    assert f"{setting} needs MODE=train" in capsys.readouterr().err
 
 
 def step_of(folder):
@@ -323,13 +490,94 @@ def test_a_bug_is_exit_code_one_and_on_record(tmp_path, monkeypatch):
     assert result_of(tmp_path)["exit_code"] == 1
 
 
+# --- data that is none ----------------------------------------------------------------------------
+
+
+def validation_of(folder, *shards):
+    """A data folder with the training shard of synthetic text and these validation shards."""
+    tg.synthetic_shards(folder)
+    for number, tokens in enumerate(shards):
+        tg.write_shard(folder / tg.shard_name("val", number), np.array(tokens))
+    settings = {name: text for name, text in TINY_RUN.items() if name != "SMOKE"}
+    model = settings_in("VOCAB_SIZE=260 TOKENIZER_PATH=byte260 SCHEDULE=tokens VE_DIM=16")
+    return {**settings, **model, "DATA_PATH": str(folder), "DEVICE": "cpu", "VAL_TOKENS": "0"}
+
+
+BAD_VALIDATION = {
+    "documents without text": ([[1] * 300], "stand for no text"),
+    "one token": ([[5]], "one validation token only"),
+    "a token above the vocabulary in the second shard": (
+        [[1, 5, 6] * 50, [1, 300, 6] * 50],
+        "fineweb_val_000001.bin: token 300, but VOCAB_SIZE=260",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALIDATION)
+def test_validation_that_cannot_be_scored(kind, tmp_path):
+    shards, message = BAD_VALIDATION[kind]
+    env = validation_of(tmp_path / "data", *shards)
+    assert tg.main([], {**env, "OUT_DIR": str(tmp_path / "out")}) == 64
+    assert message in log_of(tmp_path / "out")
+    assert (tmp_path / "out/model.ptz").exists()
+
+
+def test_a_stream_without_document_starts_is_said(tmp_path):
+    env = validation_of(tmp_path / "data", list(range(4, 260)) * 3)
+    assert tg.main([], {**env, "OUT_DIR": str(tmp_path / "out")}) == 0
+    assert "note: no validation token is BOS_ID=1" in log_of(tmp_path / "out")
+    figures = result_of(tmp_path / "out")["stages"]["plain"]["audit"]["bytes"]
+    assert (figures["verdict"], figures["segments"], figures["documents"]) == ("PASS", 1, 0)
+
+
+HINTS = {
+    "./data/datasets/sotu_sp1024": "python data/prepare.py demo makes it",
+    "data/datasets/fineweb10B_sp8192": "python data/prepare.py fineweb --variant sp8192 fetches it",
+    "some/folder": "see data/README.md",
+}
+
+
+@pytest.mark.parametrize("place", HINTS)
+def test_missing_data_names_the_command_that_makes_it(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "SCRIPT", tmp_path / "train_gpt.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tg.InputError, match=HINTS[place]):
+        tg.find_path(place)
+
+
 # --- several seeds --------------------------------------------------------------------------------
 
 
-def test_several_seeds_end_with_the_highest_code(rt, tmp_path, monkeypatch):
+def test_several_seeds_end_with_the_highest_code(rt, tmp_path, monkeypatch, capsys):
     codes = {1: 0, 2: 5, 3: 2}
     monkeypatch.setattr(tg, "guarded_run", lambda cfg, rt: (codes[cfg.seed], {}))
     assert tg.run_seeds(tg.Config(seeds=(1, 2, 3), out_dir=str(tmp_path)), rt) == 5
+    assert "seed 2 with exit code 5, seed 3 with exit code 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault, code", [(tg.InputError("no data"), 64), (KeyError("bug"), 1)])
+def test_a_sweep_goes_on_after_a_fault(fault, code, rt, tmp_path, monkeypatch, capsys):
+    def guarded_run(cfg, rt):
+        if cfg.seed == 2:
+            raise fault
+        return 0, {"result": {"val_bpb": 1.0 + cfg.seed}}
+
+    monkeypatch.setattr(tg, "guarded_run", guarded_run)
+    assert tg.run_seeds(tg.Config(seeds=(1, 2, 3), out_dir=str(tmp_path)), rt) == code
+    said = capsys.readouterr()
+    assert (
+        f"mean:3.000000 std:1.414214 n:2 not well ended: seed 2 with exit code {code}" in said.out
+    )
+    assert f"seed 2: {fault}" in said.err
+
+
+SWEEPS = {"SEEDS=7,7": "different", "SEEDS=-1": "different", "SEEDS=1 RESUME=x": "one run"}
+
+
+@pytest.mark.parametrize("text", SWEEPS)
+def test_sweeps_that_are_none(text):
+    with pytest.raises(tg.ConfigError, match=SWEEPS[text]):
+        tg.load_config(settings_in(text))
 
 
 def test_seeds_print_mean_and_deviation(tmp_path, capsys):
