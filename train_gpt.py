@@ -358,10 +358,12 @@ class Config:
         16_000_000, "cap on code + model; over it the exit code is 2", low=0
     )
 
-    eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0)
+    eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20)
     eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
     eval_stride: int = _score(64, "sliding windows advance by this; 0 = plain windows only", low=0)
-    eval_batch_tokens: int = _score(0, "tokens a scoring batch; 0 = as the device likes", low=0)
+    eval_batch_tokens: int = _score(
+        0, "tokens a scoring batch; 0 = as the device likes", low=0, high=1 << 24
+    )
     max_eval_seconds: float = _score(
         600.0, "scoring seconds; a stage that cannot finish is skipped", low=0
     )
@@ -403,10 +405,11 @@ class Config:
         1,
         "equal parts of the data that a step draws from (the seeds' GPUs)",
         low=1,
+        high=65536,
         needs="TTT_EPOCHS",
     )
     ttt_lora_rank: int = _score(
-        0, "rank of adapters that learn each document while it is scored", low=0, high=65536
+        0, "rank of adapters that learn each document while it is scored", low=0
     )
     ttt_lora_alpha: float = _score(
         144.0, "their product is scaled by this over the rank", low=0, needs="TTT_LORA_RANK"
@@ -431,7 +434,10 @@ class Config:
         needs="TTT_EPOCHS or TTT_LORA_RANK or TILT or NGRAM",
     )
     eval_stream: int = _score(
-        0, "width of the attention window of one pass over the stream; 0 = none", low=0
+        0,
+        "width of the attention window of one pass over the stream; 0 = none",
+        low=0,
+        high=1 << 20,
     )
     stream_docs: bool = _score(
         False, "that pass sees no document but the target's own", needs="EVAL_STREAM"
@@ -890,6 +896,7 @@ def _check_scoring(c: Config, relations: Relations) -> None:
     relations.at_most("ngram_stride", "score_len")
     if c.ttt_lora_rank:
         relations.at_most("ttt_lora_chunk", "score_len")
+        relations.at_most("ttt_lora_rank", "model_dim")
     relations.at_most("ngram_min_order", "ngram_order")
     relations.at_most("ttt_freeze_blocks", "num_layers")
     power_of_two = c.ngram_buckets & (c.ngram_buckets - 1) == 0
@@ -3471,6 +3478,8 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
         header = json.loads(stream.decompress(blob[PREFIX.size : header_end], 4 << 20))
     whole = stream.eof and not stream.unused_data and isinstance(header, dict)
     check(whole, "artifact: unreadable header (not one JSON object)")
+    others = header.keys() - {"config", "tensors", "codec", "code_bytes", "notes"}
+    check(not others, f"artifact: unknown fields in its header: {printable(sorted(others))}")
     return header, blob[header_end:]
 
 
@@ -4423,11 +4432,12 @@ class WindowNetwork:
 
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
         """The batches that score a stream, in chunks of so many targets; 0 = one chunk."""
+        targets = len(tokens) - 1
         return Windows(
-            targets=len(tokens) - 1,
+            targets=targets,
             seq_len=self.seq_len,
             stride=self.stride,
-            batch_rows=self.batch_rows,
+            batch_rows=min(self.batch_rows, -(-targets // self.stride)),  # no more than there are
             chunk_targets=chunk_targets,
             fixed_rows=self.rt.profile.fixed_rows,
         )
@@ -4697,8 +4707,10 @@ class TestTimeTraining:
         gradients = bind_flat_gradients(self.params)
         parts = self.parts(tokens)
         longest = max(rows for _, rows in parts)
-        steps = [*range(0, longest, size)] * cfg.ttt_epochs if progress < 1 else []
-        for number, at in enumerate(steps, 1):
+        starts = range(0, longest, size)
+        steps = len(starts) * cfg.ttt_epochs if progress < 1 else 0
+        for number in range(steps):
+            at = starts[number % len(starts)]
             gradients.zero_()
             units = [(lo + at * length, min(size, rows - at)) for lo, rows in parts if rows > at]
             for first, rows in units[self.rt.rank :: self.rt.world]:
@@ -4708,7 +4720,7 @@ class TestTimeTraining:
             if not self.first:
                 clip_gradients(gradients, 1.0)
             self.optimizer.step()
-            if go_on and not go_on(number / len(steps)):
+            if go_on and not go_on((number + 1) / steps):
                 return False
         return True
 
