@@ -24,6 +24,7 @@ import manifest
 import numpy as np
 from corpora import Corpus, file_corpus
 from export import TokenizerPlan, bos_of, document_hash
+from shown import LONGEST_LINE, printable, shortened, shown
 from tqdm import tqdm
 
 import train_gpt as tg
@@ -31,7 +32,7 @@ from train_gpt import ByteTable, Check, InputError, sha256, shard_name
 
 SPLITS = ("val", "train")
 # What an entry that lacks something ends in.
-DAMAGED = (KeyError, TypeError, AttributeError, IndexError)
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError)
 # Of the published validation set: the first 50,000 documents of FineWeb.
 VAL_DOCS = 50_000
 VAL_BYTES = 151_080_891
@@ -214,7 +215,7 @@ def check_manifest(data: Dataset) -> str:
         for key, value in found.items():
             told = stats.get(f"{key}_{split}", value)  # not every exporter counts documents
             if value != told:
-                raise Fault(f"{split} has {value} {key}, the manifest says {told}")
+                raise Fault(f"{split} has {value} {key}, the manifest says {shown(told)}")
     here = len(data.shards["train"])
     return f"counts agree ({here} of {stats['files_train']} training shards are here)"
 
@@ -230,13 +231,15 @@ def check_hashes(data: Dataset) -> str:
             raise Fault(f"{path} is not in the manifest's files")
     cut = manifest.cut(data.root, known)
     if cut:
-        raise Fault(f"{cut[0]}: missing, or not of the recorded {known[cut[0]]['size']} bytes")
+        size = shown(known[cut[0]]["size"])
+        raise Fault(f"{shown(cut[0], 100)}: missing, or not of the recorded {size} bytes")
     with ThreadPoolExecutor() as pool:
         found = pool.map(sha256, [data.root / path for path in known])
         for path, digest in zip(known, found):
             recorded = known[path]["sha256"]
             if digest != recorded:
-                raise Fault(f"{path}: SHA-256 {digest}, the manifest says {recorded}")
+                told = f"SHA-256 {digest}, the manifest says {shown(recorded, 64)}"
+                raise Fault(f"{shown(path, 100)}: {told}")
     return f"{len(known)} files have the recorded SHA-256"
 
 
@@ -275,12 +278,12 @@ def check_tokenizer(data: Dataset) -> str:
         if (size, bos) != (entry["vocab_size"], entry["bos_id"]):
             raise Fault(
                 f"{path}: {size} tokens, document start {bos}; "
-                f"the manifest says {entry['vocab_size']}, {entry['bos_id']}"
+                f"the manifest says {shown(entry['vocab_size'])}, {shown(entry['bos_id'])}"
             )
     here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
     for recorded in recorded_hashes(data, told):
         if here != recorded:
-            raise Fault(f"{path}: SHA-256 {here}, the manifest says {recorded}")
+            raise Fault(f"{path}: SHA-256 {here}, the manifest says {shown(recorded, 64)}")
     if "sha256" not in told and here != "byte260":
         raise NotTested(f"the manifest records no hash of {path}; its {size} tokens agree")
     return f"{table.name}, {size} tokens, sha256 {here:.16}"
@@ -312,7 +315,7 @@ def check_bytes(data: Dataset) -> str:
     entry = data.entry or {}
     told = entry.get("charged_bytes", {}).get("val")
     if told not in (None, data.charged):
-        raise Fault(f"validation charges {data.charged} bytes, {told} when it was made")
+        raise Fault(f"validation charges {data.charged} bytes, {shown(told)} when it was made")
     found = f"validation charges {data.charged} bytes"
     text = entry.get("text_bytes", {}).get("val")
     return f"{found}, its raw text has {text}" if text else found
@@ -463,10 +466,11 @@ def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) ->
         file_corpus(documents, val_docs=1)
     data = dataset_at(folder, tokenizer, documents)
     for line in identities(data):
-        print(line)
+        print(printable(line))
     good = True
     for name in CHECKS:
         check = outcome(name, data)
-        print(f"{check.name:10} {check.word:8} {check.problem or check.found}", flush=True)
+        told = printable(shortened(check.problem or check.found, LONGEST_LINE))
+        print(f"{check.name:10} {check.word:8} {told}", flush=True)
         good = good and not check.failed
     return good
