@@ -141,6 +141,10 @@ class Dataset:
                 raise NotTested("there are tokens beyond the tokenizer's")
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
+    def body(self, part: np.ndarray) -> np.ndarray:
+        """A document without its start; what stands before the first start has none."""
+        return part[1:] if part[0] == self.bos else part
+
     @functools.cached_property
     def documents_in(self) -> dict[str, int]:
         """Split -> number of document starts."""
@@ -204,6 +208,8 @@ def check_manifest(data: Dataset) -> str:
         raise NotTested(f"no entry {data.folder.name} in {data.root / 'manifest.json'}")
     stats = data.entry["stats"]
     published = "made_from" not in data.entry
+    if not {"files_val", "tokens_val", "docs_val"} & stats.keys():
+        raise NotTested(f"the entry {data.folder.name} counts nothing of validation")
     for split, shards in data.shards.items():
         found = {
             "files": len(shards),
@@ -312,6 +318,9 @@ def check_bytes(data: Dataset) -> str:
         outcome = tg.check_bytes(tokens, data.table, data.bos, len(tokens))
         if len(tokens) and outcome.problem:  # training shards may be elsewhere
             raise Fault(f"{split} {outcome.problem}")
+        refuse_marks_in_bytes(tokens, data.table, split)
+    if not data.charged:
+        raise Fault("validation charges no bytes: there is no text to compare")
     entry = data.entry or {}
     told = entry.get("charged_bytes", {}).get("val")
     if told not in (None, data.charged):
@@ -319,6 +328,45 @@ def check_bytes(data: Dataset) -> str:
     found = f"validation charges {data.charged} bytes"
     text = entry.get("text_bytes", {}).get("val")
     return f"{found}, its raw text has {text}" if text else found
+
+
+def marks_spaces(table: ByteTable) -> bool:
+    """Whether U+2581 stands for a space; else it is a character like others."""
+    return bool(table.processor) and tg.WORD_MARK in table.processor.normalize("a b")
+
+
+def refuse_marks_in_bytes(tokens: np.ndarray, table: ByteTable, split: str) -> None:
+    """Fault if a word mark is spelled in byte pieces: three bytes are charged for one space.
+
+    That is what a model does that has no piece for its own mark. Decoded, the mark stays a mark, so
+    that charged and decoded bytes agree.
+    """
+    if not marks_spaces(table):
+        return
+    sp = table.processor
+    pieces = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in tg.WORD_MARK.encode()]
+    if not all(map(sp.is_byte, pieces)):
+        return
+    found = np.ones(max(0, len(tokens) - 2), bool)
+    for place, piece in enumerate(pieces):
+        found &= tokens[place : place + len(found)] == piece
+    if found.any():
+        raise Fault(
+            f"{split} token {int(found.argmax())}: the word mark is spelled in three byte pieces "
+            f"({int(found.sum())} times), so that each space is charged as three bytes"
+        )
+
+
+def most_bytes(table: ByteTable, text: str) -> int:
+    """The bytes of a text as the tokenizer normalises it, each word mark but the first a space.
+
+    No tokens of it stand for more: a mark at a document's start is not charged.
+    """
+    if table.processor:
+        text = table.processor.normalize(text)
+    if marks_spaces(table):
+        text = text.removeprefix(tg.WORD_MARK).replace(tg.WORD_MARK, " ")
+    return len(text.encode())
 
 
 def check_published(data: Dataset) -> str:
@@ -342,12 +390,15 @@ def check_disjoint(data: Dataset) -> str:
     """No training document is a validation document, too (M3), by a hash of each one's tokens."""
     if not data.shards["train"]:
         raise NotTested("there are no training shards")
-    seen = {document_hash(part[1:]) for part in data.split_documents("val") if len(part) > 1}
+    bodies = (data.body(part) for part in data.split_documents("val"))
+    seen = {document_hash(body) for body in bodies if len(body)}
+    if not seen:
+        raise NotTested("there is no validation document with text")
     documents = data.split_documents("train")
     shared = []
     count = 0
     for part in tqdm(documents, desc="documents", unit="doc", mininterval=1):
-        if document_hash(part[1:]) in seen:
+        if document_hash(data.body(part)) in seen:
             shared.append(count)
         count += 1
     if shared:
@@ -393,8 +444,15 @@ def check_documents(data: Dataset) -> str:
                 f"validation document {number} is not the text's {number}. document, tokenized: "
                 f"{text[:60]!r}"
             )
+        count = int(data.table.count(part).sum(dtype=np.int64))
+        most = most_bytes(data.table, text)
+        if count > most:
+            raise Fault(
+                f"validation document {number} is charged {count} bytes; its text, normalised, "
+                f"has {most}"
+            )
         raw += len(text.encode())
-        charged += int(data.table.count(part).sum(dtype=np.int64))
+        charged += count
     if next(parts, None) is not None:
         raise Fault(f"validation has more documents than the text's {number}")
     return (
