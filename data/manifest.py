@@ -172,7 +172,10 @@ def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
             others = [old for old in manifest[kind] if old["name"] != new["name"]]
             manifest[kind] = [*others, new]
         text = json.dumps(manifest, indent=1) + "\n"
-        atomic_write((root / "manifest.json").resolve(), text.encode())
+        place = (root / "manifest.json").resolve()
+        for draft in place.parent.glob(".manifest.json.*.tmp"):  # of killed processes
+            draft.unlink(missing_ok=True)
+        atomic_write(place, text.encode())
 
 
 @contextlib.contextmanager
