@@ -104,10 +104,20 @@ def known(request, tmp_path_factory):
             command = fineweb_command(stack.enter_context(new_world(folder)))
         else:
             command = {"demo": demo_command, "text": text_command}[request.param](folder)
-        begun = time.monotonic()
-        command.finish(folder / "whole", folder / "log")
-        seconds = time.monotonic() - begun
-        yield command, results(folder / "whole"), seconds
+        took = []
+        for root in (folder / "whole", folder / "again"):  # the second finds its modules cached
+            begun = time.monotonic()
+            command.finish(root, folder / "log")
+            took.append(time.monotonic() - begun)
+        yield command, results(folder / "whole"), min(took)
+
+
+@pytest.fixture
+def interruptible():
+    """A shell lets what runs in the background ignore SIGINT; processes started here do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def lives(group):
@@ -146,14 +156,14 @@ def finished(root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_interruption_at_random_moments(number, known, tmp_path):
+def test_interruption_at_random_moments(number, known, tmp_path, interruptible):
     command, whole, seconds = known
     moments = random.Random(int(number))
     codes = []
     for turn in range(TIMES):
         root = tmp_path / f"root{turn}"
         log = tmp_path / f"log{turn}"
-        share = moments.uniform(0, 1.1) if turn % 3 == 0 else moments.uniform(0.5, 1.1)
+        share = moments.uniform(0, 1) if turn % 3 == 0 else moments.uniform(0.5, 1)
         process = command.start(root, log)
         code = interrupt(process, number, share * seconds)
         codes.append(code)
