@@ -33,6 +33,7 @@ import manifest
 import numpy as np
 import sentencepiece
 from corpora import Corpus
+from shown import shown
 from tqdm import tqdm
 
 from train_gpt import (
@@ -404,7 +405,8 @@ class Export:
         known = tokenizer.get("sha256")
         check(
             path.is_file() and sha256(path) == known,
-            f"{path}: missing, or not the tokenizer that made {self.final} (SHA-256 {known})",
+            f"{shown(path, 300)}: missing, or not the tokenizer that made {self.final} "
+            f"(SHA-256 {shown(known, 64)})",
         )
         return needed
 
@@ -422,7 +424,8 @@ class Export:
             cut = manifest.cut(self.root, entry["files"])
             if cut:
                 raise InputError(
-                    f"{self.root / cut[0]}: missing or cut; remove {self.final} and run this again"
+                    f"{shown(self.root / cut[0], 300)}: missing or cut; remove {self.final} "
+                    "and run this again"
                 )
             return self.settings()
 

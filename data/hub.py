@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import manifest
+from shown import names, shown
 from transfer import (
     Downloads,
     Progress,
@@ -42,6 +43,7 @@ VARIANT = r"byte260|sp[1-9]\d*"
 OFFICIAL = "willdepueoai/parameter-golf"
 REPOSITORIES = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 TRAIN_SHARDS = 80  # as the official helper
+MOST_SHARDS = 10**6  # of a split: a name has six digits
 # A tokenizer's files that nothing here needs: fetched if they are there.
 EXTRAS = ("vocab_path", "path")
 # Of the remote manifest, worth keeping.
@@ -237,7 +239,7 @@ def recorded(request: Request) -> Settings | None:
         needed = manifest.settings(request.root, dataset, tokenizer)
         commit = dataset["published"]["revision"]
         place = request.root / request.folder
-        print(f"{place}: already there ({request.repo} at {commit:.12})")
+        print(f"{place}: already there ({request.repo} at {shown(commit):.12})")
         return needed
     return None
 
@@ -247,6 +249,10 @@ def complete(request: Request, dataset: manifest.Entry, tokenizer: manifest.Entr
     published = dataset["published"]
     if request.revision not in ("main", published["revision"], published["asked_for"]):
         return False
+    if max(published["files_train"], dataset["stats"]["files_val"]) > MOST_SHARDS:
+        return False
+    if (request.train_shards or 0) > published["files_train"]:
+        return False  # the hub may have more by now, or says how many there are
     files = records_of(dataset)
     wanted = set(request.paths(dataset, tokenizer, published["files_train"]))
     wanted.update(request.shards_here())
@@ -278,7 +284,17 @@ def read_manifest(
     file = top["manifest.json"]
     job = Downloads(source, request.partial, [file])
     job.obtain(file)
-    return manifest.parsed(job.partial(file).read_bytes(), name)
+    text = job.partial(file).read_bytes()
+    job.partial(file).unlink()
+    remove_empty(request.partial, request.partial.parent)
+    return manifest.parsed(text, name)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Removes folders, one after the other, unless something is in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def entries(
@@ -292,8 +308,8 @@ def entries(
     if dataset is None:
         there = sorted(entry["name"].removeprefix("fineweb10B_") for entry in remote["datasets"])
         raise InputError(
-            f"--variant {request.variant}: {where} has {', '.join(there)}; other tokenizations are "
-            "made from the documents (--with-docs) by `prepare.py export`"
+            f"--variant {request.variant}: {where} has {names(there) or 'none'}; other "
+            "tokenizations are made from the documents (--with-docs) by `prepare.py export`"
         )
     tokenizer = manifest.entry(remote, "tokenizers", dataset.get("tokenizer_name")) or {}
     stats = dataset.get("stats", {})
@@ -305,7 +321,7 @@ def entries(
         )
     check(
         request.variant == "byte260" or tokenizer.get("model_path"),
-        f"{where}: the manifest's tokenizer {tokenizer['name']} has no model_path",
+        f"{where}: the manifest's tokenizer {shown(tokenizer.get('name'))} has no model_path",
     )
     return dataset, tokenizer
 
@@ -329,7 +345,7 @@ def check_totals(
         check(
             found == expected,
             f"{request.repo}: the {split} shards of {request.name} have {found} tokens, the "
-            f"manifest says {expected}",
+            f"manifest says {shown(expected)}",
         )
 
 
@@ -511,8 +527,7 @@ def download(request: Request, workers: int, replace: bool) -> Settings:
     sums.update(fetch_missing(request, source, todo, offer.tokenizer["vocab_size"], workers))
     record(request, offer, sums)
     shutil.rmtree(request.partial, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not empty: another variant is under way
-        request.partial.parent.rmdir()
+    remove_empty(request.partial.parent)  # not where another variant is under way
     return manifest.settings(request.root, offer.dataset, offer.tokenizer)
 
 

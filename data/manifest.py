@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from shown import names, shown
 
-from train_gpt import InputError, atomic_write, check, shard_name
+from train_gpt import InputError, atomic_write, check, input_error_from, shard_name
 
 Entry = dict[str, Any]
+DEEPEST = 50  # objects and lists inside each other
 # What is read from entries, if it is there, and its type in JSON.
 FIELDS = {
     "tokenizers": {
@@ -62,10 +64,9 @@ def parsed(text: bytes, name: str) -> Entry:
 
     InputError with its name unless it has the two lists of named entries.
     """
-    try:
+    with input_error_from(f"{name}: not JSON", ValueError, RecursionError):
         manifest = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{name}: not JSON ({error})") from None
+    check(not deeper(manifest, DEEPEST), f"{name}: nested more than {DEEPEST} deep")
     expected = f"{name}: expected an object with the lists tokenizers and datasets of named entries"
     check(isinstance(manifest, dict), expected)
     for kind in FIELDS:
@@ -79,13 +80,27 @@ def parsed(text: bytes, name: str) -> Entry:
     return manifest
 
 
+def deeper(value: Any, limit: int) -> bool:
+    """Whether objects and lists of a JSON value are nested deeper than that."""
+    level = [value]
+    for _ in range(limit + 1):
+        inner = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+        level = inner
+    return bool(level)
+
+
 def check_types(found: Entry, kind: str, name: str) -> None:
     """InputError unless the fields of an entry that are read have their types."""
     for field, wanted in FIELDS[kind].items():
         value = found.get(field)
         check(
             field not in found or isinstance(value, wanted),
-            f"{name}: {field} of {found['name']!r} in {kind} is {value!r:.60}, "
+            f"{name}: {field} of {shown(found['name'])} in {kind} is {shown(value)}, "
             f"expected {wanted.__name__}",
         )
 
@@ -137,8 +152,8 @@ def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None
             differ.append(key)
     if users and differ:
         raise InputError(
-            f"{root / 'manifest.json'}: {', '.join(users)} was made with another tokenizer named "
-            f"{name} (another {' and '.join(differ)}); give the new one another name"
+            f"{root / 'manifest.json'}: {names(users)} was made with another tokenizer named "
+            f"{shown(name)} (another {' and '.join(differ)}); give the new one another name"
         )
 
 
@@ -157,7 +172,10 @@ def adding(root: Path, dataset: Entry, tokenizer: Entry) -> Iterator[None]:
             others = [old for old in manifest[kind] if old["name"] != new["name"]]
             manifest[kind] = [*others, new]
         text = json.dumps(manifest, indent=1) + "\n"
-        atomic_write((root / "manifest.json").resolve(), text.encode())
+        place = (root / "manifest.json").resolve()
+        for draft in place.parent.glob(".manifest.json.*.tmp"):  # of killed processes
+            draft.unlink(missing_ok=True)
+        atomic_write(place, text.encode())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import argparse
 import dataclasses
 import os
 import re
-import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +27,15 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for the modules, too: all of them import train_gpt
+on_interrupt = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__" and on_interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while seconds of imports last: a quiet end
 try:
     import corpora
     import export
     import hub
     import verify
+    from shown import paragraph, shell_word
 
     from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, check
 except ModuleNotFoundError as missing:
@@ -187,13 +191,13 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
             good = verify.verify(args.folder, args.tokenizer, args.documents)
             return OK if good else AUDIT_FAILED
         needed = fetch(args, env) if args.command == "fineweb" else exporter(args).run()
-        print(" ".join(f"{name}={shlex.quote(str(value))}" for name, value in needed.items()))
+        print(" ".join(f"{name}={shell_word(value)}" for name, value in needed.items()))
         return OK
     except BrokenPipeError:  # the reader has seen enough (verify ... | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {paragraph(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(
@@ -204,5 +208,6 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

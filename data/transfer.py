@@ -42,6 +42,7 @@ from huggingface_hub.utils import (
     logging,
     parse_ratelimit_headers,
 )
+from shown import LONGEST_LINE, printable, shortened
 from tqdm import tqdm
 
 import train_gpt as tg
@@ -72,7 +73,7 @@ class Stopped(Exception):
 
 def say(text: str) -> None:
     """A line on stderr, above the bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(shortened(text, LONGEST_LINE)), file=sys.stderr)
 
 
 def is_transient(error: Exception) -> bool:
@@ -253,7 +254,8 @@ class Progress:
         self.stopped.set()
         deadline = time.monotonic() + STOP_SECONDS
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # not one that an interrupt kept from starting
+                thread.join(max(0.0, deadline - time.monotonic()))
         self.bar.close()
 
 

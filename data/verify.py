@@ -24,6 +24,7 @@ import manifest
 import numpy as np
 from corpora import Corpus, file_corpus
 from export import TokenizerPlan, bos_of, document_hash
+from shown import LONGEST_LINE, printable, shortened, shown
 from tqdm import tqdm
 
 import train_gpt as tg
@@ -31,7 +32,7 @@ from train_gpt import ByteTable, Check, InputError, sha256, shard_name
 
 SPLITS = ("val", "train")
 # What an entry that lacks something ends in.
-DAMAGED = (KeyError, TypeError, AttributeError, IndexError)
+DAMAGED = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError)
 # Of the published validation set: the first 50,000 documents of FineWeb.
 VAL_DOCS = 50_000
 VAL_BYTES = 151_080_891
@@ -140,6 +141,10 @@ class Dataset:
                 raise NotTested("there are tokens beyond the tokenizer's")
         return np.concatenate([np.empty(0, np.uint16), *parts])
 
+    def body(self, part: np.ndarray) -> np.ndarray:
+        """A document without its start; what stands before the first start has none."""
+        return part[1:] if part[0] == self.bos else part
+
     @functools.cached_property
     def documents_in(self) -> dict[str, int]:
         """Split -> number of document starts."""
@@ -203,6 +208,8 @@ def check_manifest(data: Dataset) -> str:
         raise NotTested(f"no entry {data.folder.name} in {data.root / 'manifest.json'}")
     stats = data.entry["stats"]
     published = "made_from" not in data.entry
+    if not {"files_val", "tokens_val", "docs_val"} & stats.keys():
+        raise NotTested(f"the entry {data.folder.name} counts nothing of validation")
     for split, shards in data.shards.items():
         found = {
             "files": len(shards),
@@ -214,7 +221,7 @@ def check_manifest(data: Dataset) -> str:
         for key, value in found.items():
             told = stats.get(f"{key}_{split}", value)  # not every exporter counts documents
             if value != told:
-                raise Fault(f"{split} has {value} {key}, the manifest says {told}")
+                raise Fault(f"{split} has {value} {key}, the manifest says {shown(told)}")
     here = len(data.shards["train"])
     return f"counts agree ({here} of {stats['files_train']} training shards are here)"
 
@@ -230,13 +237,15 @@ def check_hashes(data: Dataset) -> str:
             raise Fault(f"{path} is not in the manifest's files")
     cut = manifest.cut(data.root, known)
     if cut:
-        raise Fault(f"{cut[0]}: missing, or not of the recorded {known[cut[0]]['size']} bytes")
+        size = shown(known[cut[0]]["size"])
+        raise Fault(f"{shown(cut[0], 100)}: missing, or not of the recorded {size} bytes")
     with ThreadPoolExecutor() as pool:
         found = pool.map(sha256, [data.root / path for path in known])
         for path, digest in zip(known, found):
             recorded = known[path]["sha256"]
             if digest != recorded:
-                raise Fault(f"{path}: SHA-256 {digest}, the manifest says {recorded}")
+                told = f"SHA-256 {digest}, the manifest says {shown(recorded, 64)}"
+                raise Fault(f"{shown(path, 100)}: {told}")
     return f"{len(known)} files have the recorded SHA-256"
 
 
@@ -275,12 +284,12 @@ def check_tokenizer(data: Dataset) -> str:
         if (size, bos) != (entry["vocab_size"], entry["bos_id"]):
             raise Fault(
                 f"{path}: {size} tokens, document start {bos}; "
-                f"the manifest says {entry['vocab_size']}, {entry['bos_id']}"
+                f"the manifest says {shown(entry['vocab_size'])}, {shown(entry['bos_id'])}"
             )
     here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
     for recorded in recorded_hashes(data, told):
         if here != recorded:
-            raise Fault(f"{path}: SHA-256 {here}, the manifest says {recorded}")
+            raise Fault(f"{path}: SHA-256 {here}, the manifest says {shown(recorded, 64)}")
     if "sha256" not in told and here != "byte260":
         raise NotTested(f"the manifest records no hash of {path}; its {size} tokens agree")
     return f"{table.name}, {size} tokens, sha256 {here:.16}"
@@ -309,13 +318,55 @@ def check_bytes(data: Dataset) -> str:
         outcome = tg.check_bytes(tokens, data.table, data.bos, len(tokens))
         if len(tokens) and outcome.problem:  # training shards may be elsewhere
             raise Fault(f"{split} {outcome.problem}")
+        refuse_marks_in_bytes(tokens, data.table, split)
+    if not data.charged:
+        raise Fault("validation charges no bytes: there is no text to compare")
     entry = data.entry or {}
     told = entry.get("charged_bytes", {}).get("val")
     if told not in (None, data.charged):
-        raise Fault(f"validation charges {data.charged} bytes, {told} when it was made")
+        raise Fault(f"validation charges {data.charged} bytes, {shown(told)} when it was made")
     found = f"validation charges {data.charged} bytes"
     text = entry.get("text_bytes", {}).get("val")
     return f"{found}, its raw text has {text}" if text else found
+
+
+def marks_spaces(table: ByteTable) -> bool:
+    """Whether U+2581 stands for a space; else it is a character like others."""
+    return bool(table.processor) and tg.WORD_MARK in table.processor.normalize("a b")
+
+
+def refuse_marks_in_bytes(tokens: np.ndarray, table: ByteTable, split: str) -> None:
+    """Fault if a word mark is spelled in byte pieces: three bytes are charged for one space.
+
+    That is what a model does that has no piece for its own mark. Decoded, the mark stays a mark, so
+    that charged and decoded bytes agree.
+    """
+    if not marks_spaces(table):
+        return
+    sp = table.processor
+    pieces = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in tg.WORD_MARK.encode()]
+    if not all(map(sp.is_byte, pieces)):
+        return
+    found = np.ones(max(0, len(tokens) - 2), bool)
+    for place, piece in enumerate(pieces):
+        found &= tokens[place : place + len(found)] == piece
+    if found.any():
+        raise Fault(
+            f"{split} token {int(found.argmax())}: the word mark is spelled in three byte pieces "
+            f"({int(found.sum())} times), so that each space is charged as three bytes"
+        )
+
+
+def most_bytes(table: ByteTable, text: str) -> int:
+    """The bytes of a text as the tokenizer normalises it, each word mark but the first a space.
+
+    No tokens of it stand for more: a mark at a document's start is not charged.
+    """
+    if table.processor:
+        text = table.processor.normalize(text)
+    if marks_spaces(table):
+        text = text.removeprefix(tg.WORD_MARK).replace(tg.WORD_MARK, " ")
+    return len(text.encode())
 
 
 def check_published(data: Dataset) -> str:
@@ -339,12 +390,15 @@ def check_disjoint(data: Dataset) -> str:
     """No training document is a validation document, too (M3), by a hash of each one's tokens."""
     if not data.shards["train"]:
         raise NotTested("there are no training shards")
-    seen = {document_hash(part[1:]) for part in data.split_documents("val") if len(part) > 1}
+    bodies = (data.body(part) for part in data.split_documents("val"))
+    seen = {document_hash(body) for body in bodies if len(body)}
+    if not seen:
+        raise NotTested("there is no validation document with text")
     documents = data.split_documents("train")
     shared = []
     count = 0
     for part in tqdm(documents, desc="documents", unit="doc", mininterval=1):
-        if document_hash(part[1:]) in seen:
+        if document_hash(data.body(part)) in seen:
             shared.append(count)
         count += 1
     if shared:
@@ -390,8 +444,15 @@ def check_documents(data: Dataset) -> str:
                 f"validation document {number} is not the text's {number}. document, tokenized: "
                 f"{text[:60]!r}"
             )
+        count = int(data.table.count(part).sum(dtype=np.int64))
+        most = most_bytes(data.table, text)
+        if count > most:
+            raise Fault(
+                f"validation document {number} is charged {count} bytes; its text, normalised, "
+                f"has {most}"
+            )
         raw += len(text.encode())
-        charged += int(data.table.count(part).sum(dtype=np.int64))
+        charged += count
     if next(parts, None) is not None:
         raise Fault(f"validation has more documents than the text's {number}")
     return (
@@ -463,10 +524,11 @@ def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) ->
         file_corpus(documents, val_docs=1)
     data = dataset_at(folder, tokenizer, documents)
     for line in identities(data):
-        print(line)
+        print(printable(line))
     good = True
     for name in CHECKS:
         check = outcome(name, data)
-        print(f"{check.name:10} {check.word:8} {check.problem or check.found}", flush=True)
+        told = printable(shortened(check.problem or check.found, LONGEST_LINE))
+        print(f"{check.name:10} {check.word:8} {told}", flush=True)
         good = good and not check.failed
     return good

@@ -2,14 +2,16 @@
 
 What a scorer claims in bits, an arithmetic coder writes in bits.
 
-    export ARTIFACT=logs/run/model.ptz TOKENIZER_PATH=... DATA_PATH=...
+    export ARTIFACT=logs/run/model.ptz
     python records/codec.py compress speech.txt                         # -> speech.txt.pgolf
     python records/codec.py decompress speech.txt.pgolf -o copy.txt
-    python records/codec.py verify                                      # the proof
+    DATA_PATH=... python records/codec.py verify                        # the proof
 
-Settings are those of train_gpt.py, from the environment: EVAL_STREAM, TTT_*, TILT, NGRAM=mix choose
-the scorer (the last true stage that a run with them would score). The artifact is not part of
-the compressed file; its hash is.
+Settings are the artifact's, unless the environment has others, as for train_gpt.py: EVAL_STREAM,
+TTT_*, TILT, NGRAM=mix choose the scorer (the last true stage that a run with them would score). The
+tokenizer is found by its hash through data/manifest.json; TOKENIZER_PATH names it otherwise. The
+artifact is not part of the compressed file; its hash is. No file that is there is overwritten
+without --force.
 
 `verify` compresses documents of the validation set, decompresses them in a fresh process, compares
 the text byte for byte and the size with the bits that the harness of train_gpt.py charges for the
@@ -22,12 +24,14 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import contextlib
 import dataclasses
 import hashlib
 import json
 import lzma
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -40,12 +44,19 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from tool.arithmetic import Decoder, Encoder, frequencies
+from tool.arithmetic import Decoder, Encoder, OtherCode, frequencies, most_symbols
+from tool.progress import Progress
+from tool.shown import shown
 from tool.spelling import documents_of, tokens_of
+from tool.tokenizer import find_tokenizer
 
 import train_gpt as tg
 
 MAGIC = b"PGOLFTXT"  # a file begins with it
+INTERRUPTED = 130
+# What a header has beyond what must be the same for the decoder, and its type in JSON.
+OWN_FIELDS = {"machine": str, "targets": int, "first": int, "text_sha256": str}
+NAMED = 5  # fields that a complaint names at most
 
 
 # --- one token at a time --------------------------------------------------------------------------
@@ -56,21 +67,29 @@ def encode(scorer: tg.Scorer, tokens: np.ndarray, cfg: tg.Config, rt: tg.Runtime
     coder = Encoder()
     written = np.zeros(len(tokens), np.uint16)
     written[0] = tokens[0]
-    for number, p in enumerate(tg.token_by_token(scorer, written, cfg, rt), 1):
-        coder.encode(frequencies(p.log()), int(tokens[number]))
-        written[number] = tokens[number]
+    with Progress("encoding", len(tokens) - 1) as progress:
+        for number, p in enumerate(tg.token_by_token(scorer, written, cfg, rt), 1):
+            coder.encode(frequencies(p.log()), int(tokens[number]))
+            written[number] = tokens[number]
+            progress.show(number)
     return coder.finish()
 
 
 def decode(
     scorer: tg.Scorer, data: bytes, count: int, first: int, cfg: tg.Config, rt: tg.Runtime
 ) -> np.ndarray:
-    """The tokens of encode, of which there are `count` after the first."""
+    """The tokens of encode, of which there are `count` after the first.
+
+    OtherCode if the code is too short or too long for them: as soon as it has ended.
+    """
     coder = Decoder(data)
     tokens = np.zeros(count + 1, np.uint16)
     tokens[0] = first
-    for number, p in enumerate(tg.token_by_token(scorer, tokens, cfg, rt), 1):
-        tokens[number] = coder.decode(frequencies(p.log()))
+    with Progress("decoding", count) as progress:
+        for number, p in enumerate(tg.token_by_token(scorer, tokens, cfg, rt), 1):
+            tokens[number] = coder.decode(frequencies(p.log()))
+            progress.show(number)
+    coder.finish()
     return tokens
 
 
@@ -103,29 +122,61 @@ class Packed:
         start = blob[: len(MAGIC)]
         tg.check(start == MAGIC, f"not a compressed text: begins with {start!r}")
         rest = blob[len(MAGIC) :]
-        try:
+        with tg.input_error_from("unreadable header", struct.error):
             (size,) = struct.unpack_from("<I", rest)
-            text = rest[4 : 4 + size]
-            header = json.loads(text)
-        except (ValueError, RecursionError, struct.error) as error:
-            raise tg.InputError(f"compressed text: unreadable header ({error})") from None
+        header = header_from(rest[4 : 4 + size])
         digest = rest[4 + size : 36 + size]
         code = rest[36 + size :]
-        whole = hashlib.sha256(text + code).digest() == digest
-        tg.check(whole, "compressed text: wrong checksum, it is damaged")
+        whole = hashlib.sha256(rest[4 : 4 + size] + code).digest() == digest
+        tg.check(whole, "wrong checksum, it is damaged")
+        check_fields(header)
         return Packed(header, code)
 
 
+def header_from(text: bytes) -> dict[str, Any]:
+    """A header from its JSON; InputError if it is no object, or names a field twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        tg.check(len(found) == len(pairs), "a field stands there twice")
+        return found
+
+    with tg.input_error_from("unreadable header", ValueError, RecursionError):
+        header = json.loads(text, object_pairs_hook=unique)
+    tg.check(isinstance(header, dict), "unreadable header (no object)")
+    return header
+
+
+def check_fields(header: dict[str, Any]) -> None:
+    """InputError unless the fields that every header has are there, and can be what they say."""
+    for name, kind in OWN_FIELDS.items():
+        tg.check(name in header, f"its header has no field {name}")
+        value = header[name]
+        expected = f"its header says {name} {shown(value)}, expected"
+        tg.check(type(value) is kind, f"{expected} {'a number' if kind is int else 'text'}")
+        if kind is int:
+            tg.check(value >= 0, f"{expected} 0 or more")
+    digest = header["text_sha256"]
+    tg.check(
+        re.fullmatch("[0-9a-f]{64}", digest),
+        f"its header says text_sha256 {shown(digest)}, expected 64 hexadecimal digits",
+    )
+
+
 class Codec:
-    """Artifact, tokenizer and scorer that the settings name."""
+    """Artifact and scorer that the settings name, and the artifact's tokenizer."""
 
     def __init__(self, env: Mapping[str, str]):
         torch.set_num_threads(1)  # sums must not depend on the machine's load
         cfg = tg.load_config({"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"})
-        self.cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
+        cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
+        self.blob = tg.read_artifact(cfg)
+        given, _ = tg.read_settings(env)
+        if "tokenizer_path" not in given:
+            cfg = with_tokenizer(cfg, self.blob)
+        self.cfg = cfg
         self.rt = tg.Runtime(self.cfg, {})
-        self.table = tg.ByteTable.load(self.cfg)
-        self.blob = tg.read_artifact(self.cfg)
+        self.table = table_of(cfg)
 
     def scorer(self) -> tg.Scorer:
         """A fresh one: the last true stage of a run with these settings."""
@@ -168,22 +219,49 @@ class Codec:
     def decompress(self, packed: Packed) -> bytes:
         """The text, checked."""
         header = packed.header
-        told = [
-            f"{name}: {tg.as_typed(header.get(name))}; here it is {tg.as_typed(here)}"
-            for name, here in self.identity().items()
-            if header.get(name) != here
-        ]
-        tg.check(not told, f"compressed with another {', another '.join(told)}")
+        self.refuse_other_identity(header)
         count = header["targets"]
-        tokens = decode(self.scorer(), packed.code, count, header["first"], self.cfg, self.rt)
-        text = self.text(tokens)
+        first = header["first"]
+        vocab = self.cfg.vocab_size
+        tg.check(first < vocab, f"its header says first {shown(first)}; there are {vocab} tokens")
+        most = most_symbols(len(packed.code), vocab)
         tg.check(
-            hashlib.sha256(text).hexdigest() == header["text_sha256"],
+            0 < count <= most,
+            f"its header says targets {shown(count)}; {len(packed.code)} bytes of code hold 1 to "
+            f"{most} tokens",
+        )
+        try:
+            tokens = decode(self.scorer(), packed.code, count, first, self.cfg, self.rt)
+            text = self.text(tokens)
+            same = hashlib.sha256(text).hexdigest() == header["text_sha256"]
+        except OtherCode:
+            same = False
+        except MemoryError:
+            raise tg.InputError(f"too little memory for {count} tokens") from None
+        tg.check(
+            same,
             "decoded to another text: this machine "
             f"({self.rt.device_name()}) computes other probabilities than the one that compressed "
-            f"it ({header['machine']})",
+            f"it ({shown(header['machine'])})",
         )
         return text
+
+    def refuse_other_identity(self, header: dict[str, Any]) -> None:
+        """InputError unless all that must be the same for the decoder is, and is all there is."""
+        identity = self.identity()
+        told = []
+        for name, here in identity.items():
+            if name not in header:
+                told.append(f"{name}: none; here it is {tg.as_typed(here)}")
+            elif (type(header[name]), header[name]) != (type(here), here):
+                told.append(f"{name}: {shown(header[name])}; here it is {tg.as_typed(here)}")
+        more = f" and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        tg.check(not told, f"compressed with another {', another '.join(told[:NAMED])}{more}")
+        unknown = [shown(name) for name in header.keys() - identity.keys() - OWN_FIELDS.keys()]
+        tg.check(
+            not unknown,
+            f"its header has what this version does not know: {', '.join(sorted(unknown)[:NAMED])}",
+        )
 
     def claimed_bits(self, tokens: np.ndarray) -> float:
         """What the harness charges for the same tokens."""
@@ -194,6 +272,38 @@ class Codec:
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
 
 
+def with_tokenizer(cfg: tg.Config, blob: bytes) -> tg.Config:
+    """The settings with the tokenizer that an artifact says it was made with, if it says so."""
+    notes = tg.read_header(blob)[0].get("notes")
+    digest = notes.get("tokenizer") if isinstance(notes, dict) else None
+    if not isinstance(digest, str):
+        return cfg
+    found = find_tokenizer(digest)
+    if found is None:
+        with contextlib.suppress(tg.InputError):  # the default may be it
+            found = cfg.tokenizer_path if tg.tokenizer_hash(cfg) == digest else None
+    tg.check(
+        found,
+        f"the artifact's tokenizer (SHA-256 {shown(digest, 64)}) is in no manifest.json of "
+        f"{Path.cwd()} or above, nor of {tg.SCRIPT.parent}; TOKENIZER_PATH names its file",
+    )
+    return dataclasses.replace(cfg, tokenizer_path=found)
+
+
+def table_of(cfg: tg.Config) -> tg.ByteTable:
+    """The tokenizer's table, whatever made the shards of DATA_PATH: files of one's own need none.
+
+    InputError if it does not fit the settings.
+    """
+    if cfg.tokenizer_path == "byte260":
+        table = tg.ByteTable.bytes260()
+    else:
+        table = tg.ByteTable.from_sentencepiece(tg.find_path(cfg.tokenizer_path))
+    has = f"the tokenizer {table.name} has {table.vocab_size} tokens"
+    tg.check(table.vocab_size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}, but {has}")
+    return table
+
+
 def others(text: bytes) -> str:
     """How many bytes well-known compressors make of a text."""
     zstd = len(zstandard.ZstdCompressor(level=22).compress(text))
@@ -202,7 +312,8 @@ def others(text: bytes) -> str:
     return f"zstd -22 {zstd}, xz -9e {xz}, bzip2 -9 {bzip2} bytes"
 
 
-def compress_file(codec: Codec, source: Path, target: Path) -> None:
+def compress_file(codec: Codec, source: Path, target: Path, force: bool) -> None:
+    """Compresses a text file, and says how well."""
     begun = time.perf_counter()
     text = source.read_bytes()
     try:
@@ -216,7 +327,7 @@ def compress_file(codec: Codec, source: Path, target: Path) -> None:
     )
     packed = codec.compress(tokens)
     blob = packed.to_bytes()
-    tg.atomic_write(target, blob)
+    write(target, blob, force)
     seconds = time.perf_counter() - begun
     print(
         f"{source}: {len(text)} bytes, {len(tokens) - 1} tokens -> {len(packed.code)} bytes of "
@@ -229,6 +340,7 @@ def sampled_documents(codec: Codec, count: int, limit: int) -> np.ndarray:
     """Tokens of so many validation documents, spread over the set; at most `limit` targets."""
     tg.check(count > 0 and limit > 0, "--documents and --tokens: expected 1 or more")
     bos = codec.cfg.bos_id
+    tg.ByteTable.load(codec.cfg)  # which says if another tokenizer made them
     stream = tg.load_validation(codec.cfg)
     starts = np.flatnonzero(stream == bos)
     documents = [part for part in np.split(stream, starts)[1:] if len(part) > 1]
@@ -283,27 +395,55 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("file", type=Path)
         command.add_argument("-o", "--output", type=Path)
+        command.add_argument("--force", action="store_true", help="overwrite a file that is there")
     command = commands.add_parser("verify")
     command.add_argument("--documents", type=int, default=4)
     command.add_argument("--tokens", type=int, default=2000, help="at most so many")
     return top
 
 
+def target_of(options: argparse.Namespace) -> Path:
+    """Where the result goes; InputError if that is not known, or not free."""
+    target = options.output
+    if target is None and options.command == "compress":
+        target = options.file.with_name(f"{options.file.name}.pgolf")
+    if target is None:
+        named = options.file.suffix == ".pgolf"
+        tg.check(named, f"{options.file}: no .pgolf to take off; name -o")
+        target = options.file.with_suffix("")
+    refuse_taken(target, options.force)
+    return target
+
+
+def refuse_taken(target: Path, force: bool) -> None:
+    """InputError if a file is there, unless it may be overwritten; always if it is no file."""
+    if os.path.lexists(target):
+        tg.check(target.is_file(), f"{target}: is there, and no file; name another with -o")
+        tg.check(force, f"{target}: is there already; --force overwrites it, -o names another")
+
+
+def write(target: Path, data: bytes, force: bool) -> None:
+    """Writes the whole file or nothing; InputError if somebody has written it meanwhile."""
+    refuse_taken(target, force)
+    tg.atomic_write(target.resolve(), data)
+
+
+def decompress_file(codec: Codec, source: Path, target: Path, force: bool) -> None:
+    """Writes the text that a file holds; InputError with its name."""
+    try:
+        text = codec.decompress(Packed.from_bytes(source.read_bytes()))
+    except tg.InputError as error:
+        raise tg.InputError(f"{source}: {error}") from None
+    write(target, text, force)
+
+
 def run(options: argparse.Namespace, env: Mapping[str, str]) -> bool:
     """What the command line asks for; False if a proof fails."""
-    codec = Codec(env)
     if options.command == "verify":
-        return verify(codec, env, options.documents, options.tokens)
-    if options.command == "compress":
-        beside = options.file.with_name(f"{options.file.name}.pgolf")
-        compress_file(codec, options.file, options.output or beside)
-        return True
-    tg.check(
-        options.output or options.file.suffix == ".pgolf",
-        f"{options.file}: no .pgolf to take off; name -o",
-    )
-    packed = Packed.from_bytes(options.file.read_bytes())
-    tg.atomic_write(options.output or options.file.with_suffix(""), codec.decompress(packed))
+        return verify(Codec(env), env, options.documents, options.tokens)
+    target = target_of(options)
+    job = compress_file if options.command == "compress" else decompress_file
+    job(Codec(env), options.file, target, options.force)
     return True
 
 
@@ -314,6 +454,9 @@ def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)
         return tg.BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

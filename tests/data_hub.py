@@ -261,7 +261,7 @@ class World:
             "HF_HUB_DOWNLOAD_TIMEOUT": "600",  # longer than a test waits for the client
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
         for name, text in clean_env().items():
             if not name.startswith(("HF_", "MATCHED_")):

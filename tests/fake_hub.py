@@ -2,7 +2,7 @@
 
 It serves dataset repositories from memory the way huggingface_hub 2.4 asks for them: revision ->
 commit, folder listings in pages, files by HEAD and (ranged) GET; .bin, .model and .jsonl are large
-files (LFS) behind a redirect, with SHA-256.
+files (LFS) behind a redirect to another host, with SHA-256.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class FakeHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.large_url = f"http://localhost:{self.server.server_port}"  # a host of its own
 
     def __enter__(self) -> FakeHub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -196,7 +197,9 @@ class Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(content)),
         }
         if large:
-            return self.send(302, {**headers, "Location": f"{self.hub.url}/content/{repo}/{path}"})
+            return self.send(
+                302, {**headers, "Location": f"{self.hub.large_url}/content/{repo}/{path}"}
+            )
         return self.content(repo, files, path, headers)
 
     def content(

@@ -1,5 +1,8 @@
 """The arithmetic coder: any symbols come back, and the code is as long as the probabilities say."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +70,58 @@ def test_intervals_around_the_middle(edge):
     """Symbols on both sides of one half: bits stay open for long."""
     log_p = torch.tensor([0.5 - 1e-6, 2e-6, 0.5 - 1e-6], dtype=torch.float64).log()
     there_and_back([log_p] * 300, [1] * 299 + [2 * edge])
+
+
+@pytest.mark.parametrize("vocab, count", [(4096, 2_000_000), (65536, 300_000)])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_most_symbols_of_a_code(vocab, count, last):
+    """Certain tokens, nothing else: no code is denser, and the bound lies close above it."""
+    symbol = vocab - 1 if last else 0
+    log_p = torch.full((vocab,), -torch.inf, dtype=torch.float64)
+    log_p[symbol] = 0.0
+    cumulative = arithmetic.frequencies(log_p)
+    encoder = arithmetic.Encoder()
+    for _ in range(count):
+        encoder.encode(cumulative, symbol)
+    data = encoder.finish()
+    most = arithmetic.most_symbols(len(data), vocab)
+    assert count <= most
+    spare = 9 / (8 * len(data) - 9)  # the last byte, and a bit that was not yet due
+    assert most <= count * (1 + spare) * 1.01
+    assert arithmetic.most_symbols(0, vocab) == 0
+
+
+def test_the_most_symbols_in_exact_figures():
+    """Against fractions: the largest share of an interval that `narrow` can leave."""
+    vocab = 1024
+    share = Fraction(arithmetic.SCALE + 1, arithmetic.SCALE + vocab)
+    most = arithmetic.most_symbols(1, vocab)
+    assert share**10_000 > Fraction(1, 2**8)
+    assert most == pytest.approx(-8 / math.log2(share), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [uniform, skewed, near_certain, common])
+def test_a_code_of_another_length_is_found(kind, rng):
+    """A decoder ends with its code: it neither reads on in zeros nor leaves a byte."""
+    logs = [torch.from_numpy(np.log(kind(rng, 64))) for _ in range(3000)]
+    symbols = [int(rng.choice(64, p=log_p.exp().numpy())) for log_p in logs]
+    encoder = arithmetic.Encoder()
+    for log_p, symbol in zip(logs, symbols):
+        encoder.encode(arithmetic.frequencies(log_p), symbol)
+    data = encoder.finish()
+
+    def decoded(code):
+        decoder = arithmetic.Decoder(code)
+        found = [decoder.decode(arithmetic.frequencies(log_p)) for log_p in logs]
+        decoder.finish()
+        return found
+
+    assert decoded(data) == symbols
+    with pytest.raises(arithmetic.OtherCode, match="goes on after"):
+        decoded(data + b"\0")
+    if len(data) > 1:
+        with pytest.raises(arithmetic.OtherCode, match="ends before"):
+            decoded(data[:-1])
 
 
 def test_frequencies(rng):

@@ -1,14 +1,19 @@
 """The text compressor in real processes: files, errors, other settings, and its own proof."""
 
+import hashlib
 import json
+import resource
+import signal
 import struct
 
 import codec
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, clean_env
-from helpers import python
+from conftest import ROOT, TINY, TINY_RUN, clean_env
+from data_hub import small_model
+from helpers import FakeClock, python
+from tool import progress, tokenizer
 
 import train_gpt as tg
 
@@ -204,6 +209,308 @@ def test_a_text_that_cannot_be_spelled_is_refused(refused, tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text("bo dake")
     monkeypatch.setattr(codec, "tokens_of", one_less)
     refused("a.txt: the tokenizer byte260 cannot spell", "compress", tmp_path / "a.txt")
+
+
+# --- files that were made to harm -----------------------------------------------------------------
+
+
+def header_of(blob):
+    """A file's header, and its code."""
+    (size,) = struct.unpack_from("<I", blob, 8)
+    return json.loads(blob[12 : 12 + size]), blob[44 + size :]
+
+
+def signed(text, code):
+    """A file with any header text and the checksum that belongs to it."""
+    digest = hashlib.sha256(text + code).digest()
+    return codec.MAGIC + struct.pack("<I", len(text)) + text + digest + code
+
+
+def with_field(blob, name, text):
+    """The file with another JSON text as the value of a field; signed."""
+    header, code = header_of(blob)
+    header[name] = "@@"
+    return signed(json.dumps(header).replace('"@@"', text, 1).encode(), code)
+
+
+ODD_VALUES = {
+    "null": "null",
+    "true": "true",
+    "negative": "-1",
+    "huge": "1" + 400 * "0",
+    "too long a number": 5000 * "9",
+    "fraction": "0.5",
+    "NaN": "NaN",
+    "infinite": "1e999",
+    "empty": '""',
+    "other text": '"x"',
+    "lines": '"a\\nfinal_exact val_bpb:0.1\\u001b[2J"',
+    "surrogate": '"\\ud800"',
+    "long text": json.dumps("x" * 100_000),
+    "list": "[1, 2]",
+    "nested": "[" * 900 + "]" * 900,
+    "nested deeper": "[" * 100_000 + "]" * 100_000,
+    "object": '{"a": {"b": 1}}',
+}
+# Values that are as good as the right ones: what a header says of the machine is for its reader.
+HARMLESS = {
+    ("machine", kind) for kind in ("empty", "other text", "lines", "surrogate", "long text")
+}
+
+
+@pytest.fixture(scope="module")
+def decoder(env):
+    return codec.Codec(env)
+
+
+def complaint_about(decoder, blob, tmp_path):
+    """The one line that a file is refused with; empty if it is decoded."""
+    path = tmp_path / "odd.txt.pgolf"
+    path.write_bytes(blob)
+    target = tmp_path / "odd.txt"
+    try:
+        codec.decompress_file(decoder, path, target, force=False)
+    except tg.InputError as error:
+        assert not target.exists()
+        line = str(error)
+        assert line.startswith(f"{path}: ")
+        assert len(line) < 1000
+        assert line.isprintable()
+        return line.removeprefix(f"{path}: ")
+    assert target.read_bytes() == TEXT.encode()
+    target.unlink()
+    return ""
+
+
+@pytest.mark.parametrize("kind", ODD_VALUES)
+def test_odd_values_in_a_header(kind, decoder, packed, tmp_path):
+    """In every field: refused by one line that names the field."""
+    header, _ = header_of(packed)
+    for name in header:
+        blob = with_field(packed, name, ODD_VALUES[kind])
+        complaint = complaint_about(decoder, blob, tmp_path)
+        if (name, kind) in HARMLESS or ODD_VALUES[kind] == json.dumps(header[name]):
+            assert not complaint
+        else:
+            assert name in complaint or "unreadable header" in complaint, (name, complaint)
+
+
+def test_fields_that_are_missing_too_many_or_twice(decoder, packed, tmp_path):
+    header, code = header_of(packed)
+    text = json.dumps(header)
+    for name in header:
+        fewer = {key: value for key, value in header.items() if key != name}
+        complaint = complaint_about(decoder, signed(json.dumps(fewer).encode(), code), tmp_path)
+        assert name in complaint
+        again = f"{text[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}"
+        complaint = complaint_about(decoder, signed(again.encode(), code), tmp_path)
+        assert "a field stands there twice" in complaint
+    more = json.dumps({**header, "SOME\nTHING": 0}).encode()
+    told = r"does not know: SOME\nTHING"
+    assert told in complaint_about(decoder, signed(more, code), tmp_path)
+    for other in ("[]", "3", "null", "", "{", '{"a":', "\xff", "[" * 100_000):
+        complaint = complaint_about(decoder, signed(other.encode("latin-1"), code), tmp_path)
+        assert "unreadable header" in complaint
+
+
+@pytest.mark.parametrize("code", [b"", bytes(30), b"\xff" * 30], ids=["none", "zeros", "ones"])
+@pytest.mark.parametrize("count", [10**9, 10**8, 10**5, 0])
+def test_a_count_that_the_code_does_not_hold(count, code, decoder, packed, tmp_path):
+    """Refused at once, or where the code ends: long before so many tokens are decoded."""
+    decoded = []
+    header, _ = header_of(packed)
+    blob = codec.Packed({**header, "targets": count}, code).to_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        real = codec.frequencies
+        patch.setattr(codec, "frequencies", lambda log_p: decoded.append(1) or real(log_p))
+        complaint = complaint_about(decoder, blob, tmp_path)
+    if count in (0, 10**9) or not code:
+        assert complaint.startswith(f"its header says targets {count}; {len(code)} bytes of code")
+        assert not decoded
+    else:
+        assert "decoded to another text" in complaint
+        assert 0 < len(decoded) < 1000
+
+
+def test_any_changed_byte(decoder, packed, tmp_path, rng):
+    """Cut, extended, or bytes changed, with a wrong and with the right checksum."""
+    header, code = header_of(packed)
+    text = json.dumps(header).encode()
+    blobs = []
+    for _ in range(25):
+        at = int(rng.integers(len(packed)))
+        byte = bytes([packed[at] ^ int(rng.integers(1, 256))])
+        blobs += [changed(packed, at, byte), packed[:at], packed[at:], packed[:at] + byte]
+        inside = int(rng.integers(len(code)))
+        bits = bytes([code[inside] ^ int(rng.integers(1, 256))])
+        blobs.append(signed(text, changed(code, inside, bits)))
+        blobs.append(signed(text, code[:inside]))
+        blobs.append(signed(text, code + byte))
+        place = int(rng.integers(len(text)))
+        odd = signed(changed(text, place, byte), code)
+        blobs += [odd] if text[place : place + 1] not in b'abcdefghijklmnopqrstuvwxyz "' else []
+    for blob in blobs:
+        complaint = complaint_about(decoder, blob, tmp_path)
+        assert complaint or header_of(blob)[0].keys() == header.keys()
+
+
+# --- what is there is not overwritten -------------------------------------------------------------
+
+
+def test_a_file_that_is_there_is_kept_without_force(env, packed, refused, tmp_path):
+    speech = tmp_path / "speech.txt"
+    small = tmp_path / "speech.txt.pgolf"
+    link = tmp_path / "link"
+    speech.write_text("mine")
+    small.write_bytes(packed)
+    link.symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    taken = "speech.txt: is there already; --force overwrites it"
+    refused(taken, "decompress", small)
+    refused(taken, "decompress", small, "-o", speech)
+    refused("speech.txt.pgolf: is there already; --force", "compress", speech)
+    refused("link: is there, and no file", "decompress", small, "-o", link)
+    refused("folder: is there, and no file", "decompress", small, "-o", tmp_path / "folder")
+    refused(
+        "folder: is there, and no file", "compress", speech, "--force", "-o", tmp_path / "folder"
+    )
+    refused("/dev/null: is there, and no file", "compress", speech, "--force", "-o", "/dev/null")
+    assert (speech.read_text(), small.read_bytes()) == ("mine", packed)
+    assert codec.main(["decompress", "--force", str(small)], env) == 0
+    assert speech.read_bytes() == TEXT.encode()
+    small.write_bytes(b"old")
+    assert codec.main(["compress", "--force", str(speech)], env) == 0
+    assert small.read_bytes() == packed
+    link.unlink()
+    link.symlink_to(speech)
+    speech.write_text("older")
+    assert codec.main(["decompress", "--force", str(small), "-o", str(link)], env) == 0
+    assert link.is_symlink() and speech.read_bytes() == TEXT.encode()
+
+
+def test_a_file_written_meanwhile_is_kept(packed, refused, tmp_path, monkeypatch):
+    small = tmp_path / "a.pgolf"
+    small.write_bytes(packed)
+    target = tmp_path / "a"
+    real = codec.Codec.decompress
+
+    def slow(self, packed):
+        target.write_text("somebody else's")
+        return real(self, packed)
+
+    monkeypatch.setattr(codec.Codec, "decompress", slow)
+    with pytest.raises(AssertionError):  # a new file: the other one's
+        refused("a: is there already", "decompress", small)
+    assert target.read_text() == "somebody else's"
+
+
+def test_a_full_disk_leaves_no_half_file(env, packed, tmp_path, monkeypatch):
+    """The text is written under another name, which goes away."""
+    small = tmp_path / "a.pgolf"
+    small.write_bytes(packed)
+
+    def little_room():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+    command = [ROOT / "records/codec.py", "decompress", small]
+    done = python(command, clean_env(**env), preexec_fn=little_room)
+    assert done.returncode == 64
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pgolf"]
+
+
+# --- the artifact alone is enough, and the wait is told -------------------------------------------
+
+
+def model_artifact(folder, model):
+    """A tiny artifact of a SentencePiece tokenizer, with its hash, as a training writes it."""
+    cfg = tg.Config(**{**TINY, "vocab_size": 400, "tokenizer_path": str(model)})
+    weights = tg.GPT(cfg).state_dict()
+    blob = tg.pack(weights, cfg, notes={"tokenizer": tg.sha256(model)})
+    (folder / "model.ptz").write_bytes(blob)
+    return str(folder / "model.ptz")
+
+
+@pytest.mark.parametrize("place", ["data/manifest.json", "manifest.json", "../data/manifest.json"])
+def test_the_tokenizer_is_found_by_its_hash(place, tmp_path, monkeypatch):
+    """From the working folder up; other files of its name and damaged manifests do not matter."""
+    here = tmp_path / "work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    manifest = here / place
+    models = manifest.parent / "tokenizers"
+    models.mkdir(parents=True)
+    (models / "right.model").write_bytes(small_model())
+    (models / "wrong.model").write_bytes(b"of the right name")
+    names = ["tokenizers/wrong.model", "tokenizers/none.model", "tokenizers/right.model"]
+    entries = [{"name": "bytes"}, *({"name": "x", "model_path": name} for name in names)]
+    manifest.write_text(json.dumps({"datasets": [], "tokenizers": entries}))
+    artifact = model_artifact(tmp_path, models / "right.model")
+    (here / "a.txt").write_text("the tokenizer is found")
+    assert codec.main(["compress", "a.txt"], {"ARTIFACT": artifact}) == 0
+    assert codec.main(["decompress", "a.txt.pgolf", "-o", "b.txt"], {"ARTIFACT": artifact}) == 0
+    assert (here / "b.txt").read_text() == "the tokenizer is found"
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"tokenizers": [3]}', '{"tokenizers": 1}'])
+def test_a_tokenizer_that_is_not_found_is_named(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizer, "SCRIPT", tmp_path / "train_gpt.py")
+    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "right.model").write_bytes(small_model())
+    artifact = model_artifact(tmp_path, tmp_path / "right.model")
+    (tmp_path / "a.txt").write_text("x")
+    assert codec.main(["compress", "a.txt"], {"ARTIFACT": artifact}) == 64
+    told = capsys.readouterr().err
+    assert tg.sha256(tmp_path / "right.model") in told
+    assert "TOKENIZER_PATH names its file" in told
+    given = {"ARTIFACT": artifact, "TOKENIZER_PATH": str(tmp_path / "right.model")}
+    assert codec.main(["compress", "a.txt"], given) == 0
+
+
+def test_the_artifact_alone_is_enough(env, packed, tmp_path):
+    """Its settings and its tokenizer, in a process of its own; a DATA_PATH of others is ignored."""
+    (tmp_path / "speech.txt").write_bytes(TEXT.encode())
+    done = tool({"ARTIFACT": env["ARTIFACT"]}, "compress", tmp_path / "speech.txt")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "speech.txt.pgolf").read_bytes() == packed
+
+
+def test_progress_is_told(capsys, monkeypatch):
+    """A line every ten seconds; on a terminal one that is rewritten, and taken away."""
+    clock = FakeClock()
+    monkeypatch.setattr(progress.time, "perf_counter", clock)
+
+    def told():
+        with progress.Progress("encoding", 100) as shown:
+            for done in range(1, 101):
+                clock.advance(0.5)
+                shown.show(done)
+        return capsys.readouterr()
+
+    lines = told()
+    assert lines.out == ""
+    told_lines = lines.err.splitlines()
+    assert told_lines[0] == "encoding: 20 of 100 tokens, about 40 s left"
+    assert len(told_lines) == 5
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    on_terminal = told().err
+    assert on_terminal.count("\n") == 0
+    assert on_terminal.count("\r") == 101
+    assert on_terminal.endswith("tokens, about 0 s left\033[K\r\033[K")
+
+
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_both_directions_tell_their_progress(command, env, packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    (tmp_path / "a").write_bytes(TEXT.encode())
+    (tmp_path / "b.pgolf").write_bytes(packed)
+    file = {"compress": "a", "decompress": "b.pgolf"}[command]
+    assert codec.main([command, str(tmp_path / file)], env) == 0
+    count = len(TEXT.encode())
+    assert capsys.readouterr().err.count(f" of {count} tokens") == count
 
 
 # --- the scorer, and the proof --------------------------------------------------------------------

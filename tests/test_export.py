@@ -16,6 +16,7 @@ import corpora
 import export
 import manifest
 import numpy as np
+import pytest
 import sentencepiece
 from conftest import ROOT, clean_env
 from data_tool import (
@@ -32,6 +33,7 @@ from data_tool import (
     python,
     results,
     shards,
+    small_model,
 )
 
 import train_gpt as tg
@@ -318,6 +320,36 @@ def test_a_document_start_that_text_can_spell_is_refused(tmp_path):
     assert done.code == 64
     assert "odd.model: has no document start (bos_id)" in done.err
     assert not results(root)
+
+
+def names_bad_pieces(path):
+    """Whether the byte table says what is wrong with a model of such pieces."""
+    try:
+        tg.ByteTable.from_sentencepiece(path)
+    except UnicodeDecodeError:
+        return False
+    except tg.InputError:
+        return True
+    return False
+
+
+def test_a_piece_that_is_not_utf8_is_refused(corpus, tmp_path):
+    """By every command that reads the model, without a traceback."""
+    model = tmp_path / "odd.model"
+    good = small_model(tmp_path / "good.model", 400).read_bytes()
+    assert good.count("\u2581the".encode()) >= 1
+    model.write_bytes(good.replace("\u2581the".encode(), b"\xe2\x96\x81\xffhe"))
+    if not names_bad_pieces(model):
+        pytest.skip("the byte table does not name such pieces yet")
+    root = tmp_path / "root"
+    done = call("text", corpus, name="x", root=root, tokenizer=model, workers=1)
+    assert done.code == 64
+    assert str(model) in done.err
+    assert not results(root)
+    tg.write_shard(root / "datasets/x" / tg.shard_name("val", 0), np.array([1, 70, 71]))
+    done = call("verify", root / "datasets/x", tokenizer=model)
+    assert done.code == 64
+    assert str(model) in done.err
 
 
 def web_texts():

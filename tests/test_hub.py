@@ -102,15 +102,61 @@ def test_number_of_training_shards(world):
     world.run(train_shards=2)
     assert world.here == world.wanted(train_shards=2)
     source = f"{world.hub.url}/datasets/{OFFICIAL}"
-    assert f"--train-shards 6: {source} has {TRAIN}" in world.refused(train_shards=6)
+    too_many = f"--train-shards 6: {source} has {TRAIN} of fineweb10B_sp1024"
+    assert too_many in world.refused(train_shards=6)
+    assert not (world.root / "datasets/.partial").exists()
     assert_nobody_is_asked(world, train_shards=1)  # fewer than there are
     world.run()
+    before = world.dataset()
+    assert too_many in world.refused(train_shards=6)  # although all that there are are here
+    assert (world.here, world.dataset()) == (world.wanted(), before)
     world.run(train_shards=0)
     wanted = world.wanted()
     assert world.here == wanted
     assert world.dataset()["files"].keys() == wanted.keys()
     for path in wanted:
         assert world.ranges(path) == [None]
+
+
+def test_a_repository_that_has_grown(world):
+    """More than it had, and has by now: fetched; what is here is not fetched again."""
+    world.run()
+    world.serve(published(train=[*TRAIN_SIZES, 105, 106]))
+    world.run(train_shards=TRAIN + 1)
+    assert world.here == world.wanted(train_shards=TRAIN + 1)
+    assert world.ranges(train(0)) == [None]
+
+
+def test_a_record_of_absurd_counts_is_none(world):
+    """It is not counted to its end, but asked for again."""
+    world.run(train_shards=1)
+    told = world.manifest()
+    told["datasets"][0]["published"]["files_train"] = 10**15
+    told["datasets"][0]["stats"]["files_val"] = 10**15
+    (world.root / "manifest.json").write_text(json.dumps(told))
+    world.run(train_shards=1)
+    assert world.dataset()["published"]["files_train"] == TRAIN
+    assert world.ranges(train(0)) == [None]
+
+
+HF_DOWNLOAD = """
+import sys
+from huggingface_hub import hf_hub_download
+for name in sys.argv[2:]:
+    print(hf_hub_download(sys.argv[1], name, repo_type="dataset"))
+"""
+
+
+def test_the_clients_own_download_understands_this_hub(world):
+    """The hub of these tests is like the real one: large files are on another host."""
+    names = [remote(path) for path in (train(0), MODEL, "manifest.json")]
+    done = python("-c", HF_DOWNLOAD, OFFICIAL, *names, env=world.env)
+    assert done.code == 0, done.err
+    for name, path in zip(names, done.out.splitlines()):
+        assert Path(path).read_bytes() == world.hub.repositories[OFFICIAL][name]
+    world.run(train_shards=1)
+    assert world.here == world.wanted(train_shards=1)
+    assert [len(world.hub.gets(name)) for name in names] == [1, 1, 1]  # its cache is used
 
 
 def test_eighty_training_shards_by_default(world):
@@ -302,6 +348,8 @@ def test_what_is_not_tried_again(world, case):
     for word in case.words:
         assert word in message
     assert len(world.ranges(train(0))) == (1 if case.fault else 0)
+    assert case.fault or not (world.root / "datasets/.partial").exists()
+    assert not (world.root / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -320,6 +368,38 @@ def test_a_manifest_that_contradicts_the_files(world, changes, words):
         assert word in message
     assert not world.finished
     assert not (world.root / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"[" * 100_000, ("not JSON", "RecursionError")),
+        (b'{"tokenizers": [], "datasets": ' + b"[" * 100 + b"]" * 100 + b"}", ("nested more",)),
+        (b"{", ("not JSON",)),
+        (b'{"tokenizers": [], "datasets": []}', ("--variant sp1024", "has none; other")),
+    ],
+    ids=["too deep to read", "deep", "cut", "empty"],
+)
+def test_a_published_manifest_that_is_none(world, text, words):
+    world.hub.repositories[OFFICIAL][remote("manifest.json")] = text
+    message = world.refused()
+    for word in words:
+        assert word in message
+    assert not world.here
+
+
+def test_names_of_a_published_manifest_are_escaped_and_short(world):
+    """None of them can look like a line of the tool's own."""
+    manifest = json.loads(world.remote["manifest.json"])
+    forged = "x\nerror: nothing is wrong\033[2K"
+    manifest["datasets"] += [{"name": f"{forged}{number}" + 900 * "y"} for number in range(30)]
+    manifest["datasets"][0]["name"] = "fineweb10B_other"
+    files = {**world.remote, "manifest.json": json.dumps(manifest).encode()}
+    world.hub.repositories[OFFICIAL] = below(files)
+    message = world.refused()
+    assert r"has other, x\nerror: nothing is wrong\x1b[2K" in message
+    assert "and 11 more" in message
+    assert len(message) < 2500
 
 
 def test_a_tokenizer_of_another_vocabulary(world):

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import subprocess
 import threading
 
 import export
 import manifest
+import numpy as np
 import pytest
+import shown
 from data_tool import (
     DOCUMENTS,
     MINE,
@@ -26,12 +29,94 @@ import train_gpt as tg
         ("[]", "expected an object"),
         ('{"datasets": [1]}', "expected an object"),
         ('{"datasets": [1], "tokenizers": []}', "expected an object"),
+        ("[" * 100_000, "not JSON .RecursionError"),
+        ('{"a":' * 100_000, "not JSON .RecursionError"),
+        (f"[{'9' * 5000}]", "not JSON"),
+        ('{"datasets": [{"name": 3}], "tokenizers": []}', "name of 3 in datasets is 3, expected"),
+        ("[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ('{"a":' * 300 + "1" + "}" * 300, "nested more than 50 deep"),
     ],
 )
-def test_a_manifest_that_is_none_is_named(text, message, tmp_path):
+def test_a_manifest_that_is_none_is_named(text, message, tmp_path, corpus):
+    """By every command that reads it, in one line; nothing is made."""
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(tg.InputError, match=f"manifest.json: {message}"):
         manifest.read(tmp_path)
+    tg.write_shard(tmp_path / "datasets/mine" / tg.shard_name("val", 0), np.array([1, 5, 6]))
+    before = results(tmp_path)
+    for done in (
+        call("verify", tmp_path / "datasets/mine", tokenizer="byte260"),
+        call("text", corpus, name="other", root=tmp_path, tokenizer="byte260", workers=1),
+        call("fineweb", root=tmp_path),
+    ):
+        assert done.code == 64
+        assert re.match(f"error: .*manifest.json: {message}", done.err)
+        assert len(done.err) < 500
+    assert results(tmp_path) == before
+
+
+FORGED = "x\nbytes      PASS     all is well\r\033[31m" + 500 * "y"
+
+
+@pytest.mark.parametrize(
+    "kind, key, value",
+    [
+        ("datasets", "files", {FORGED: {"size": 3, "sha256": ""}}),
+        ("datasets", "files", {"datasets/mine/fineweb_val_000000.bin": {"size": FORGED}}),
+        ("datasets", "stats", {"files_train": 1, "docs_val": FORGED}),
+        ("datasets", "charged_bytes", {"val": FORGED}),
+        ("datasets", "made_from", {"tokenizer_sha256": FORGED}),
+        ("datasets", "tokenizer_name", FORGED),
+        ("datasets", "bos_id", FORGED),
+        ("datasets", FORGED, 3),
+        ("tokenizers", "sha256", FORGED),
+        ("tokenizers", "model_path", FORGED),
+        ("tokenizers", "model_path", "nul\0"),
+        ("tokenizers", "name", FORGED),
+        ("tokenizers", "vocab_size", 10**4000),
+    ],
+    ids=[f"case {number}" for number in range(13)],
+)
+def test_names_from_a_manifest_forge_no_line(kind, key, value, prepared, corpus, tmp_path):
+    """Whatever is printed of them is escaped and short."""
+    root = shutil.copytree(prepared, tmp_path / "data")
+    path = root / "manifest.json"
+    told = json.loads(path.read_text())
+    told[kind][0][key] = value
+    path.write_text(json.dumps(told))
+    checked = call("verify", root / "datasets/mine")
+    assert checked.code in (0, 6, 64)
+    begin = r"val_bpb:|val_loader:|train_loader:|\w+ +(PASS|FAIL|SKIPPED) "
+    for line in checked.out.splitlines():
+        assert re.match(begin, line), line
+        assert line.isprintable()
+        assert len(line) < 1000
+    assert "all is well" not in re.findall("^bytes.*", checked.out, re.M)
+    done = call("text", corpus, root=root, **MINE)
+    assert len(done.err.splitlines()) <= 1
+    assert len(done.err) < 1000
+    assert done.err.removesuffix("\n").isprintable()
+
+
+def test_shards_of_odd_names_forge_no_line(prepared, tmp_path):
+    root = shutil.copytree(prepared, tmp_path / "data")
+    (root / "datasets/mine" / "fineweb_val_0\nhashes     PASS     x.bin").write_bytes(b"")
+    checked = call("verify", root / "datasets/mine")
+    assert checked.code == 6
+    assert len(re.findall("^hashes ", checked.out, re.M)) == 1
+    assert r"fineweb_val_0\nhashes     PASS     x.bin" in checked.out
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "it's", "a\nb", "tab\t'\\n", "\x1b[2J\u2028é"]
+)
+def test_the_last_line_is_one_that_a_shell_reads(name):
+    """Also with names that nobody should give."""
+    word = shown.shell_word(name)
+    assert word.isprintable()
+    line = f"printf %s {word}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout.decode() == name
 
 
 @pytest.mark.parametrize(

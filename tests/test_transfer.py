@@ -82,6 +82,41 @@ def test_a_thread_that_waits_is_woken_by_the_end():
         progress.wait(0)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "while it starts"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_an_interrupt_while_threads_start(number, late, monkeypatch):
+    """It is passed on; the threads that have begun end, and no file is worked on."""
+    started = []
+    worked = []
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread._target != progress.worker:  # the bar's own
+            return real(thread)
+        interrupted = len(started) == number
+        if not interrupted or late:
+            real(thread)
+            started.append(thread)
+        if interrupted:
+            thread._started.clear() if late else None
+            raise KeyboardInterrupt
+
+    progress = transfer.Progress("nothing", 0)
+
+    def work(item):
+        progress.wait(60)
+        worked.append(item)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", start)
+        progress.run(work, list(range(9)), 4, lambda item, result: None)
+    for thread in started:
+        thread._started.set()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not worked
+
+
 def test_a_file_that_may_not_grow(world):
     """The disk is full in mid-file (here: the process's limit); it goes on when there is room."""
     world.resize(1, 200_000)

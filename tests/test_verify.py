@@ -3,15 +3,18 @@
 Each is found, by the check that is meant to find it.
 """
 
+import io
 import json
 import re
 import shutil
 from dataclasses import dataclass
 
 import corpora
+import data_hub
 import export
 import numpy as np
 import pytest
+import sentencepiece
 import verify
 from conftest import SHARED
 from data_tool import DOCUMENTS, call, jsonl, needs_web, shards, small_model
@@ -366,6 +369,176 @@ def test_a_wrong_byte_table_is_found(folder, monkeypatch):
 
     monkeypatch.setattr(tg.ByteTable, "from_sentencepiece", wrong)
     assert_fault(folder, "bytes", "counted")
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes that no table of the tokenizer's own making shows
+# --------------------------------------------------------------------------------------------------
+
+MARK = tg.WORD_MARK.encode()
+SPACED = ["some words of a text", "and  others, with   more \u00bd spaces", "x y z"]
+
+
+def folder_of(root, val, train=(1, 70, 71)):
+    """Shards of these tokens below a data folder without a manifest."""
+    folder = root / "datasets/made"
+    for split, tokens in (("val", val), ("train", train)):
+        if len(tokens):
+            tg.write_shard(folder / tg.shard_name(split, 0), np.asarray(tokens))
+    return folder
+
+
+def model_with(path, model):
+    """A model file, and SentencePiece's own reading of it."""
+    path.write_bytes(model)
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+@pytest.mark.parametrize("character", ["\u2582", "\u4e2d"])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_word_mark_of_three_bytes_is_found(with_documents, character, tmp_path):
+    """A model without a piece for its mark: decoded bytes are as many as charged, the text's less.
+
+    Refused as a tokenizer or found in the shards; never passed.
+    """
+    path = tmp_path / "odd.model"
+    sp = model_with(path, data_hub.small_model().replace(MARK, character.encode()))
+    documents = [sp.encode(text) for text in SPACED]
+    folder = folder_of(tmp_path, [token for ids in documents for token in (1, *ids)])
+    text = jsonl(tmp_path / "docs.jsonl", SPACED)
+    places = dict(documents=text) if with_documents else {}
+    assert sum(map(len, documents)) > sum(len(text.encode()) for text in SPACED)
+    done = call("verify", folder, tokenizer=path, **places)
+    if done.code == 64:
+        assert str(path) in done.err
+        return
+    assert done.code == 6
+    assert re.search(r"^bytes +FAIL .*\(14 times\), so that each space is charged", done.out, re.M)
+    if with_documents:
+        assert re.search(r"^documents +FAIL .* 1 is charged 31 bytes; .* has 20$", done.out, re.M)
+
+
+def test_a_mark_in_bytes_is_found_in_training_shards(tmp_path):
+    path = tmp_path / "odd.model"
+    no_first_mark = b"\x1a\x02\x18\x00"  # add_dummy_prefix = false
+    model = data_hub.small_model().replace(MARK, "\u2582".encode())
+    sp = model_with(path, model + no_first_mark)
+    folder = folder_of(tmp_path, [1, *sp.encode("word")], [1, *sp.encode("a b")])
+    done = call("verify", folder, tokenizer=path)
+    assert done.code == 64 or re.search(
+        "^bytes +FAIL +train token 2: the word mark", done.out, re.M
+    )
+
+
+def test_a_tokenizer_that_keeps_spaces_may_meet_the_character(tmp_path):
+    """U+2581 in a text is three bytes of that text where it stands for no space."""
+    written = io.BytesIO()
+    recipe = dict(export.RECIPE, normalization_rule_name="identity")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=written, vocab_size=400, minloglevel=2, **recipe
+    )
+    normalizer = b"\x28\x00"  # escape_whitespaces = false, the message's field 5
+    model = written.getvalue().replace(MARK, "\u2582".encode()) + b"\x1a\x02" + normalizer
+    sp = model_with(tmp_path / "kept.model", model)
+    text = "a b \u2581 c"
+    pieces = sp.encode(text, out_type=str)
+    assert "<0xE2> <0x96> <0x81>" in " ".join(pieces)
+    assert sp.decode(pieces) == text
+    folder = folder_of(tmp_path, [1, *sp.encode(text)])
+    path = jsonl(tmp_path / "docs.jsonl", [text])
+    done = call("verify", folder, tokenizer=tmp_path / "kept.model", documents=path)
+    assert re.search("^bytes +PASS", done.out, re.M), done.out
+    assert re.search("^documents +PASS .* 9 bytes charged, 9 raw", done.out, re.M), done.out
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("\u2581the", "the\u2581"),
+        ("\u2581of", "o\u2581f"),
+        ("\u2581assign", "\u2581\u2581\u2581"),
+    ],
+)
+def test_marks_inside_and_behind_a_piece(old, new, tmp_path):
+    """Each is one byte of text: `verify` passes if they are charged so, and only then."""
+    assert len(old.encode()) == len(new.encode())  # the file's fields have lengths
+    path = tmp_path / "odd.model"
+    sp = model_with(path, data_hub.small_model().replace(old.encode(), new.encode()))
+    pieces = (["\u2581a", new, "in", new], [new, "in", "\u2581a"], ["in", new], [new])
+    documents = [[sp.piece_to_id(piece) for piece in document] for document in pieces]
+    assert sp.unk_id() not in sum(documents, [])
+    table = tg.ByteTable.from_sentencepiece(path)
+    charged = [int(table.count(np.array([1, *ids])).sum()) for ids in documents]
+    folder = folder_of(tmp_path, [token for ids in documents for token in (1, *ids)])
+    done = call("verify", folder, tokenizer=path)
+    right = charged == [len(sp.decode(ids).encode()) for ids in documents]
+    word = re.search(r"^bytes +(\w+)", done.out, re.M)[1]
+    assert word == ("PASS" if right else "FAIL"), done.out
+
+
+BAD = 100  # a token that the table of these tests counts twice
+
+
+@pytest.fixture
+def miscounting(monkeypatch):
+    real = tg.ByteTable.bytes260
+
+    def wrong():
+        table = real()
+        table.sizes = table.sizes + (np.arange(260) == BAD)
+        return table
+
+    monkeypatch.setattr(tg.ByteTable, "bytes260", wrong)
+
+
+SEGMENTS = {
+    "head": ([90, BAD, 91, 1, 92], True),
+    "last": ([1, 90, 1, 91, 92, BAD], True),
+    "only": ([1, 90, BAD], True),
+    "only, without a start": ([90, BAD, 91], True),
+    "last of one without a start": ([90, BAD], True),
+    "behind an empty document": ([1, 1, BAD], True),
+    "first token of a head": ([BAD, 90, 91], False),  # context only: it is not charged
+}
+
+
+@pytest.mark.parametrize("tokens, charged", SEGMENTS.values(), ids=SEGMENTS)
+def test_every_segment_is_compared(tokens, charged, tmp_path, miscounting):
+    done = call("verify", folder_of(tmp_path, tokens), tokenizer="byte260")
+    word = re.search(r"^bytes +(\w+)", done.out, re.M)[1]
+    assert word == ("FAIL" if charged else "PASS")
+    begins = re.search(r"^tokens +(\w+) +(.*)", done.out, re.M)
+    if tokens[0] == 1:
+        assert begins[1] == "PASS"
+    else:
+        assert begins[1] == "FAIL"
+        assert f"begins with token {tokens[0]}, not the document start 1" in begins[2]
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 1, 1], [90], [0, 0, 2]], ids=str)
+def test_nothing_passes_on_nothing(tokens, tmp_path):
+    """A stream without a byte of text is no validation set."""
+    done = call("verify", folder_of(tmp_path, tokens), tokenizer="byte260")
+    assert done.code == 6
+    assert re.search(r"^bytes +FAIL +.*no text to compare", done.out, re.M)
+    assert not re.search(r"PASS .*(among 0|^0 )", done.out)
+    if set(tokens) == {1}:
+        assert re.search("^disjoint +SKIPPED +there is no validation document", done.out, re.M)
+
+
+def test_a_stream_without_starts_is_a_document_that_may_train(tmp_path):
+    folder = folder_of(tmp_path, [90, 91, 92], [1, 80, 81, 1, 90, 91, 92, 1, 93])
+    done = call("verify", folder, tokenizer="byte260")
+    assert re.search(r"^disjoint +FAIL +1 training documents .*document 1\)", done.out, re.M)
+
+
+def test_a_manifest_without_counts_is_not_passed(folder):
+    def forget_counts(dataset):
+        dataset["stats"] = {"files_train": dataset["stats"]["files_train"]}
+
+    edit_manifest(folder, forget_counts)
+    _, found = outcomes(folder)
+    assert found["manifest"] == ("SKIPPED", "the entry mine counts nothing of validation")
 
 
 @needs_web

