@@ -1752,22 +1752,31 @@ def maker_of_shards(cfg: Config) -> str | None:
 def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
     """Settings of data_path and tokenizer_path for a tokenizer's hash, where they are not given.
 
-    As data/manifest.json tells; of several datasets with it, none is chosen.
+    As data/manifest.json tells; of several datasets with it, none is chosen. InputError if the
+    tokenizer is not found.
     """
-    places = {}
-    if tokenizer == "byte260":
-        places["tokenizer_path"] = tokenizer
+    places = {"tokenizer_path": tokenizer} if tokenizer in ("", "byte260") else {}
     with contextlib.suppress(*NOT_SAID):
         root = find_path("data/manifest.json").parent
         manifest = read_manifest(root)
-        made = {entry["name"]: entry for entry in manifest["tokenizers"]}
-        made = {name: entry for name, entry in made.items() if _digest_in(entry) == tokenizer}
+        entries = [e for e in manifest["tokenizers"] if _digest_in(e) == tokenizer]
+        paths = [root / entry.get("model_path", "") for entry in entries]
+        for path in (path for path in paths if path.is_file() and sha256(path) == tokenizer):
+            places["tokenizer_path"] = str(path)
+        made = [entry["name"] for entry in entries]
         folders = [e["name"] for e in manifest["datasets"] if e["tokenizer_name"] in made]
         if len(folders) == 1:
             places["data_path"] = str(root / "datasets" / folders[0])
-        for entry in made.values():
-            places["tokenizer_path"] = str(root / entry["model_path"])
-    return {name: place for name, place in places.items() if name not in given}
+    with contextlib.suppress(InputError):
+        if sha256(find_path(Config.tokenizer_path)) == tokenizer:
+            places.setdefault("tokenizer_path", Config.tokenizer_path)
+    found = {name: place for name, place in places.items() if place and name not in given}
+    check(
+        {"tokenizer_path"} & {*places, *given},
+        f"the artifact's tokenizer (SHA-256 {printable(tokenizer)}) is in no data/manifest.json; "
+        "TOKENIZER_PATH names its file, and DATA_PATH the shards that it made",
+    )
+    return found
 
 
 # What tells data apart: fields of the result, and a log line as `data/prepare.py verify` prints it.

@@ -6,22 +6,9 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from train_gpt import printable
+
 LONGEST_LINE = 2000  # characters of a line that is printed
-
-
-def printable(text: str) -> str:
-    """The text with everything escaped that is not printable: no line of it ends another."""
-    parts = []
-    for character in text:
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        parts.append(character)
-    return "".join(parts)
-
-
-def shortened(text: str, limit: int) -> str:
-    """At most so many characters of a text, and a sign that there are more."""
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def shown(value: Any, limit: int = 60) -> str:
@@ -30,7 +17,7 @@ def shown(value: Any, limit: int = 60) -> str:
         return "an object"
     if isinstance(value, list):
         return "a list"
-    return printable(shortened(str(value), limit))
+    return printable(value, limit)
 
 
 def names(found: Iterable[Any], most: int = 20) -> str:
@@ -45,7 +32,7 @@ def paragraph(text: str) -> str:
 
     What is not printable is escaped.
     """
-    lines = [printable(shortened(line, LONGEST_LINE)) for line in text.split("\n")]
+    lines = [printable(line, LONGEST_LINE) for line in text.split("\n")]
     return "\n  ".join(lines)
 
 
@@ -54,5 +41,6 @@ def shell_word(value: Any) -> str:
     text = str(value)
     if text.isprintable():
         return shlex.quote(text)
-    escaped = printable(text.replace("\\", "\\\\")).replace("'", "\\'")
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    escaped = printable(escaped, len(escaped))
     return f"$'{escaped}'"

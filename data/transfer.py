@@ -42,11 +42,11 @@ from huggingface_hub.utils import (
     logging,
     parse_ratelimit_headers,
 )
-from shown import LONGEST_LINE, printable, shortened
+from shown import LONGEST_LINE
 from tqdm import tqdm
 
 import train_gpt as tg
-from train_gpt import InputError, check
+from train_gpt import InputError, check, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,7 +73,7 @@ class Stopped(Exception):
 
 def say(text: str) -> None:
     """A line on stderr, above the bar."""
-    tqdm.write(printable(shortened(text, LONGEST_LINE)), file=sys.stderr)
+    tqdm.write(printable(text, LONGEST_LINE), file=sys.stderr)
 
 
 def is_transient(error: Exception) -> bool:

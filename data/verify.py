@@ -24,11 +24,11 @@ import manifest
 import numpy as np
 from corpora import Corpus, file_corpus
 from export import TokenizerPlan, bos_of, document_hash
-from shown import LONGEST_LINE, printable, shortened, shown
+from shown import LONGEST_LINE, shown
 from tqdm import tqdm
 
 import train_gpt as tg
-from train_gpt import ByteTable, Check, InputError, sha256, shard_name
+from train_gpt import ByteTable, Check, InputError, printable, sha256, shard_name
 
 SPLITS = ("val", "train")
 # What an entry that lacks something ends in.
@@ -524,11 +524,11 @@ def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) ->
         file_corpus(documents, val_docs=1)
     data = dataset_at(folder, tokenizer, documents)
     for line in identities(data):
-        print(printable(line))
+        print(printable(line, LONGEST_LINE))
     good = True
     for name in CHECKS:
         check = outcome(name, data)
-        told = printable(shortened(check.problem or check.found, LONGEST_LINE))
+        told = printable(check.problem or check.found, LONGEST_LINE)
         print(f"{check.name:10} {check.word:8} {told}", flush=True)
         good = good and not check.failed
     return good

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,9 +45,7 @@ import torch
 import zstandard
 from tool.arithmetic import Decoder, Encoder, OtherCode, frequencies, most_symbols
 from tool.progress import Progress
-from tool.shown import shown
 from tool.spelling import documents_of, tokens_of
-from tool.tokenizer import find_tokenizer
 
 import train_gpt as tg
 
@@ -57,6 +54,11 @@ INTERRUPTED = 130
 # What a header has beyond what must be the same for the decoder, and its type in JSON.
 OWN_FIELDS = {"machine": str, "targets": int, "first": int, "text_sha256": str}
 NAMED = 5  # fields that a complaint names at most
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A header's value as one would type it, fit to be printed."""
+    return tg.printable(tg.as_typed(value), most)
 
 
 # --- one token at a time --------------------------------------------------------------------------
@@ -171,9 +173,6 @@ class Codec:
         cfg = tg.load_config({"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"})
         cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
         self.blob = tg.read_artifact(cfg)
-        given, _ = tg.read_settings(env)
-        if "tokenizer_path" not in given:
-            cfg = with_tokenizer(cfg, self.blob)
         self.cfg = cfg
         self.rt = tg.Runtime(self.cfg, {})
         self.table = table_of(cfg)
@@ -270,24 +269,6 @@ class Codec:
             cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
             score = tg.evaluate(self.scorer(), tokens, self.table, cfg, self.rt, run_log)
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
-
-
-def with_tokenizer(cfg: tg.Config, blob: bytes) -> tg.Config:
-    """The settings with the tokenizer that an artifact says it was made with, if it says so."""
-    notes = tg.read_header(blob)[0].get("notes")
-    digest = notes.get("tokenizer") if isinstance(notes, dict) else None
-    if not isinstance(digest, str):
-        return cfg
-    found = find_tokenizer(digest)
-    if found is None:
-        with contextlib.suppress(tg.InputError):  # the default may be it
-            found = cfg.tokenizer_path if tg.tokenizer_hash(cfg) == digest else None
-    tg.check(
-        found,
-        f"the artifact's tokenizer (SHA-256 {shown(digest, 64)}) is in no manifest.json of "
-        f"{Path.cwd()} or above, nor of {tg.SCRIPT.parent}; TOKENIZER_PATH names its file",
-    )
-    return dataclasses.replace(cfg, tokenizer_path=found)
 
 
 def table_of(cfg: tg.Config) -> tg.ByteTable:

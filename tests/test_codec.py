@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, TINY_RUN, clean_env
 from data_hub import small_model
 from helpers import FakeClock, python
-from tool import progress, tokenizer
+from tool import progress
 
 import train_gpt as tg
 
@@ -433,19 +433,20 @@ def model_artifact(folder, model):
     return str(folder / "model.ptz")
 
 
-@pytest.mark.parametrize("place", ["data/manifest.json", "manifest.json", "../data/manifest.json"])
-def test_the_tokenizer_is_found_by_its_hash(place, tmp_path, monkeypatch):
-    """From the working folder up; other files of its name and damaged manifests do not matter."""
+def test_the_tokenizer_is_found_by_its_hash(tmp_path, monkeypatch):
+    """Other files of its name do not matter."""
     here = tmp_path / "work"
     here.mkdir()
     monkeypatch.chdir(here)
-    manifest = here / place
+    manifest = here / "data/manifest.json"
     models = manifest.parent / "tokenizers"
     models.mkdir(parents=True)
     (models / "right.model").write_bytes(small_model())
     (models / "wrong.model").write_bytes(b"of the right name")
     names = ["tokenizers/wrong.model", "tokenizers/none.model", "tokenizers/right.model"]
-    entries = [{"name": "bytes"}, *({"name": "x", "model_path": name} for name in names)]
+    digest = hashlib.sha256(small_model()).hexdigest()
+    entries = [{"name": "x", "model_path": name, "sha256": digest} for name in names]
+    entries = [{"name": "bytes", "kind": "byte"}, *entries]
     manifest.write_text(json.dumps({"datasets": [], "tokenizers": entries}))
     artifact = model_artifact(tmp_path, models / "right.model")
     (here / "a.txt").write_text("the tokenizer is found")
@@ -457,8 +458,9 @@ def test_the_tokenizer_is_found_by_its_hash(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[" * 100_000, '{"tokenizers": [3]}', '{"tokenizers": 1}'])
 def test_a_tokenizer_that_is_not_found_is_named(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizer, "SCRIPT", tmp_path / "train_gpt.py")
-    (tmp_path / "manifest.json").write_text(text)
+    monkeypatch.setattr(tg, "SCRIPT", tmp_path / "train_gpt.py")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text(text)
     (tmp_path / "right.model").write_bytes(small_model())
     artifact = model_artifact(tmp_path, tmp_path / "right.model")
     (tmp_path / "a.txt").write_text("x")

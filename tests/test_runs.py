@@ -1,6 +1,7 @@
 """Whole runs (section 12), as users start them: in one process, in two, interrupted, damaged."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -215,12 +216,17 @@ def test_data_that_is_not_sure_is_not_chosen(folders, tmp_path, monkeypatch):
 
 
 def test_the_tokenizer_is_found_by_its_hash(tmp_path, monkeypatch):
-    manifest_of(tmp_path / "data", "mine", tokenizer="a" * 64)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tg, "SCRIPT", tmp_path / "train_gpt.py")
     root = tmp_path / "data"
+    digest = hashlib.sha256(b"a model").hexdigest()
+    manifest_of(root, "mine", tokenizer=digest)
+    with pytest.raises(tg.InputError, match=f"{digest}.*TOKENIZER_PATH names its file"):
+        tg.find_data(digest, [])
+    assert tg.find_data(digest, ["tokenizer_path"]) == {"data_path": str(root / "datasets/mine")}
+    (root / "x").write_bytes(b"a model")
     places = {"data_path": str(root / "datasets/mine"), "tokenizer_path": str(root / "x")}
-    assert tg.find_data("a" * 64, []) == places
-    assert tg.find_data("b" * 64, []) == {}
+    assert tg.find_data(digest, []) == places
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "\udcff"])

@@ -6,8 +6,7 @@ check and its track), `package` and `accounting` (P1 to P9, AUDIT), `source` (S5
 `heuristics` (S1 to S4), `static` (the ten of them), `rerun` (R6, R10, R12, under `watch`), `checks`
 (all in order). Making: `runs` (seeds in processes of their own), `submission` (its JSON), `page`
 (README and plot), `compare` (is one record better than another). For the codec: `arithmetic` (the
-coder), `spelling` (exact text as tokens), `tokenizer` (found by its hash), `progress`, `shown`
-(text from files, fit to be printed).
+coder), `spelling` (exact text as tokens) and `progress`.
 
 Importing the package puts the repository root on the path, where train_gpt.py is.
 """
