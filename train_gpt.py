@@ -818,7 +818,7 @@ class Relations:
         """A setting, or what follows from several, as the user would recognise it."""
         names = {"micro_tokens": "MICRO_BATCH_TOKENS=", "head_dim": "the head size "}
         names["score_len"] = "EVAL_SEQ_LEN="
-        return names.get(name, f"{name.upper()}=") + as_typed(getattr(self.cfg, name))
+        return names.get(name, f"{name.upper()}=") + printable(as_typed(getattr(self.cfg, name)))
 
     def multiple(self, a: str, b: str) -> None:
         """The setting a must be a multiple of b."""
@@ -851,7 +851,7 @@ def _check_model(c: Config, relations: Relations) -> None:
     )
     require(
         len(set(c.ve_layers)) == len(c.ve_layers),
-        f"VE_LAYERS={c.ve_layers} names a layer twice",
+        f"{shown('ve_layers')} names a layer twice",
     )
     require(
         all(0 <= layer <= last for layer in c.ve_layers),
@@ -885,8 +885,7 @@ def _check_training(c: Config, relations: Relations) -> None:
     policy = rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*"
     require(
         re.fullmatch(policy, c.quant_policy),
-        f"QUANT_POLICY={c.quant_policy!r}: expected role:bits with roles {', '.join(ROLES)}, "
-        "2 to 8 bits",
+        f"{shown('quant_policy')}: expected role:bits with roles {', '.join(ROLES)}, 2 to 8 bits",
     )
 
 

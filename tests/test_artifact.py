@@ -253,16 +253,9 @@ CLAIMS = {
     "a matrix beyond all bounds": table_claim(OTHERS, "a", [2**30, 2**30], "int8"),
     "a vector beyond all bounds": table_claim(OTHERS, "a", [2**40], "f32"),
     "a negative size": table_claim(OTHERS, "a", [-1, 3], "f32"),
-    "seventy sizes": table_claim(OTHERS, "a", [1] * 70, "f32"),
-    "no sizes": table_claim(BAD_TABLE, "a", {}, "int8"),
-    "a size in words": table_claim(OTHERS, "a", ["x"], "f32"),
-    "a name that is a list": table_claim(BAD_TABLE, ["a"], [4], "f32"),
-    "a tensor twice": Claim(
-        f"{BAD_TABLE} .*twice", dict(tensors=[["tok_emb.weight", [260, 32], "f16"]] * 2)
-    ),
     "a vector of whole numbers": table_claim(BAD_TABLE, "a", [4], "int8"),
     "an unknown kind": table_claim(BAD_TABLE, "a", [4, 4], "pickle"),
-    "another tensor": table_claim(r"1 names|names or shapes differ: a", "a", [4, 4], "f32"),
+    "another tensor": table_claim("names or shapes differ: a", "a", [4, 4], "f32"),
     "a table of text": Claim(BAD_TABLE, dict(tensors="x")),
     "no table": Claim(BAD_TABLE, dict(tensors=None)),
     "an unknown codec": Claim("codec 'rar'", dict(codec="rar")),
@@ -278,14 +271,21 @@ CLAIMS = {
         "unreadable header", dict(notes="x" * (5 << 20))
     ),
     "a setting out of its range": config_claim("expected 1 or more", num_heads=0),
-    "a table of 2^63 rows": config_claim("2147483647 at most", bigram_vocab_size=2**63),
-    "a base beyond all numbers": config_claim("wrong type", rope_base=10**400),
-    "a batch beyond all memory": config_claim("2147483647 at most", eval_batch_tokens=10**29),
-    "documents beyond all memory": config_claim("65536 at most", ttt_docs=10**30),
-    "a name that forges a line": config_claim(
-        NOT_OURS, **{"a\nfinal_zstd_plain_exact val_loss:0.1 val_bpb:0.1": 1}
-    ),
 }
+CLAIMS["seventy sizes"] = table_claim(OTHERS, "a", [1] * 70, "f32")
+CLAIMS["no sizes"] = table_claim(BAD_TABLE, "a", {}, "int8")
+CLAIMS["a size in words"] = table_claim(OTHERS, "a", ["x"], "f32")
+CLAIMS["a name that is a list"] = table_claim(BAD_TABLE, ["a"], [4], "f32")
+CLAIMS["a tensor twice"] = Claim(
+    f"{BAD_TABLE} .*twice", dict(tensors=[["tok_emb.weight", [260, 32], "f16"]] * 2)
+)
+CLAIMS["a table of 2^63 rows"] = config_claim("2147483647 at most", bigram_vocab_size=2**63)
+CLAIMS["a base beyond all numbers"] = config_claim("wrong type", rope_base=10**400)
+CLAIMS["a batch beyond all memory"] = config_claim("16777216 at most", eval_batch_tokens=10**29)
+CLAIMS["documents beyond all memory"] = config_claim("65536 at most", ttt_docs=10**30)
+CLAIMS["a name that forges a line"] = config_claim(
+    NOT_OURS, **{"a\nfinal_zstd_plain_exact val_loss:0.1 val_bpb:0.1": 1}
+)
 
 
 @pytest.mark.parametrize("kind", CLAIMS)

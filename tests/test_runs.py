@@ -302,77 +302,68 @@ def test_resume_continues_the_plain_average(tmp_path):
     assert resumed["artifact_sha256"] == straight["artifact_sha256"]
 
 
-# Damage to a good checkpoint, and what is said about it. The damage is done by the test.
+ODD = torch.zeros(3, 3)  # a tensor that no part of the model has the shape of
+NAN = float("nan")
+# Where a good checkpoint is changed, to what, and what is said about it.
 CHECKPOINTS = {
-    "cut short": "cannot be read",
-    "missing": "cannot be read",
-    "of something else": "unusable",
-    "of another seed": "made with SEED=5, here it is 1337",
-    "a step beyond the end": "step 1000000000 is not between 0 and ITERATIONS=6",
-    "a step before the start": "step -1 is not between",
-    "a step that is no number": "step nan is not between",
-    "seconds that are no number": "elapsed is nan",
-    "seconds before the start": "elapsed is -1.0",
-    "a weight of another shape": "unusable.*size mismatch",
-    "no weights": "unusable.*Missing key",
-    "momentum of another shape": "not of this model",
-    "no momentum": "state of 0 parameters, not 14",
-    "an optimizer too few": "unusable",
-    "Adam without squares": "not of this model",
-    "averages of another shape": "do not fit",
-    "empty averages": "do not fit",
-    "no averages": "has no EMA",
-    "averages that are none": "has no averages",
-    "another average": "do not fit",
+    "of another seed": (["seed"], 5, "made with SEED=5, here it is 1337"),
+    "a step beyond the end": (["step"], 10**9, "step 1000000000 is not between 0 and ITERATIONS=6"),
+    "a step before the start": (["step"], -1, "step -1 is not between"),
+    "a step that is no number": (["step"], NAN, "step nan is not between"),
+    "seconds that are no number": (["elapsed"], NAN, "elapsed is nan"),
+    "seconds before the start": (["elapsed"], -1.0, "elapsed is -1.0"),
+    "a weight of another shape": (["model", "tok_emb.weight"], ODD, "unusable.*size mismatch"),
+    "no weights": (["model"], {}, "unusable.*Missing key"),
+    "momentum of another shape": (
+        ["optimizers", 0, "state", 0, "momentum"],
+        ODD,
+        "not of this model",
+    ),
+    "no momentum": (["optimizers", 0, "state"], {}, "state of 0 parameters, not 14"),
+    "no optimizers": (["optimizers"], [], "unusable"),
+    "Adam without squares": (
+        ["optimizers", 1, "state", 0],
+        {"step": torch.tensor(3.0), "exp_avg": ODD},
+        "not of this model",
+    ),
+    "averages of another shape": (["averages", 0, "ema"], [ODD], "do not fit"),
+    "empty averages": (["averages", 0, "ema"], [], "do not fit"),
+    "no averages": (["averages"], ({}, 0), "has no EMA"),
+    "averages that are none": (["averages"], None, "has no averages"),
+    "another average": (["averages", 0, "other"], [], "do not fit"),
 }
 
 
-def damage(kind, state):
-    """A checkpoint's state with a fault, in place."""
-    muon, adam = (optimizer["state"] for optimizer in state["optimizers"])
-    means, _ = state["averages"]
-    changes = {
-        "of something else": lambda: (state.clear(), state.update(step=3)),
-        "of another seed": lambda: state.update(seed=5),
-        "a step beyond the end": lambda: state.update(step=10**9),
-        "a step before the start": lambda: state.update(step=-1),
-        "a step that is no number": lambda: state.update(step=float("nan")),
-        "seconds that are no number": lambda: state.update(elapsed=float("nan")),
-        "seconds before the start": lambda: state.update(elapsed=-1.0),
-        "a weight of another shape": lambda: state["model"].update(
-            {"tok_emb.weight": torch.zeros(3, 3)}
-        ),
-        "no weights": state["model"].clear,
-        "momentum of another shape": lambda: muon[0].update(momentum=torch.zeros(3, 3)),
-        "no momentum": muon.clear,
-        "an optimizer too few": state["optimizers"].pop,
-        "Adam without squares": lambda: adam[0].pop("exp_avg_sq"),
-        "averages of another shape": means["ema"].reverse,
-        "empty averages": means["ema"].clear,
-        "no averages": means.clear,
-        "averages that are none": lambda: state.update(averages=None),
-        "another average": lambda: means.update(other=means["ema"]),
-    }
-    changes[kind]()
+def refusal_of(path, out):
+    """What a run says that resumes a checkpoint which it must refuse; nothing is trained."""
+    code, result, log = run(out, RESUME=str(path))
+    assert code == result["exit_code"] == 64
+    assert not result["resumed"]
+    assert "resumed run" not in log
+    assert "step:" not in log
+    return re.search(f"error: RESUME={path}: (.*)", log)[1]
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_bad_checkpoints_are_refused_by_name(kind, base, tmp_path):
-    """Nothing is trained from them, and nobody is told of a resumed run."""
-    good = base[0] / "checkpoint.pt"
-    path = tmp_path / "bad.pt"
-    if kind == "cut short":
-        path.write_bytes(good.read_bytes()[:5000])
-    elif kind != "missing":
-        state = torch.load(good, weights_only=True)
-        damage(kind, state)
-        torch.save(state, path)
-    code, result, log = run(tmp_path / "out", RESUME=str(path))
-    assert code == result["exit_code"] == 64
-    assert re.search(f"error: RESUME={path}: .*{CHECKPOINTS[kind]}", log), log
-    assert "step:" not in log
-    assert not result["resumed"]
-    assert "resumed run" not in log
+    (*outer, last), value, message = CHECKPOINTS[kind]
+    state = torch.load(base[0] / "checkpoint.pt", weights_only=True)
+    part = state
+    for key in outer:
+        part = part[key]
+    part[last] = value
+    torch.save(state, tmp_path / "bad.pt")
+    assert re.search(message, refusal_of(tmp_path / "bad.pt", tmp_path / "out"))
+
+
+def test_what_is_no_checkpoint_is_refused(base, tmp_path):
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((base[0] / "checkpoint.pt").read_bytes()[:5000])
+    other = tmp_path / "other.pt"
+    torch.save({"step": 3}, other)
+    assert "cannot be read" in refusal_of(cut, tmp_path / "a")
+    assert "unusable" in refusal_of(other, tmp_path / "b")
+    assert "cannot be read" in refusal_of(tmp_path / "none.pt", tmp_path / "c")
 
 
 def test_a_checkpoint_of_another_model(base, tmp_path):

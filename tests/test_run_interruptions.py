@@ -1,5 +1,9 @@
-"""Runs that end at any moment, by any signal: what follows gives the uninterrupted result."""
+"""Runs that end at any moment, by any signal: what follows gives the uninterrupted result.
 
+INTERRUPTIONS=3 pytest -m slow tests/test_run_interruptions.py is a short proof.
+"""
+
+import os
 import signal
 import subprocess
 import sys
@@ -71,7 +75,7 @@ def finish(out):
 def test_thirty_interruptions(number, straight, tmp_path):
     """Ten each of training, packing and scoring."""
     rng = np.random.default_rng(int(number))
-    for count in range(30):
+    for count in range(int(os.environ.get("INTERRUPTIONS", "30"))):
         phase = list(PHASES)[count % 3]
         out = tmp_path / f"{count}"
         code = interrupt(out, phase, number, rng.uniform(0, PHASES[phase][1]))
