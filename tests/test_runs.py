@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -101,6 +102,62 @@ def test_every_second_has_a_name(base):
     seconds = dict(result["seconds"])
     totals = {name: seconds.pop(name) for name in ("wall", "train_side", "eval_side")}
     assert abs(sum(seconds.values()) - totals["wall"]) < 0.02  # of rounding
+
+
+def milliseconds(log, step, kind):
+    """train_time in a step's line of training or of validation."""
+    found = re.search(rf"step:{step}/\d+ {kind}_loss:.* train_time:(\d+)ms", log)
+    return int(found[1])
+
+
+def test_validation_lines_tell_the_time_without_their_own_seconds(tmp_path, monkeypatch):
+    """Neither those of reading the data, nor those of scoring."""
+    read, score = tg.load_validation, tg.evaluate
+
+    def slowly(function):
+        def slow(*args):
+            time.sleep(0.7)
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(tg, "load_validation", slowly(read))
+    monkeypatch.setattr(tg, "evaluate", slowly(score))
+    _, result, log = run(tmp_path, VAL_LOSS_EVERY="3", WARMUP_STEPS="0")
+    for step in (3, 6):
+        behind = milliseconds(log, step, "val") - milliseconds(log, step, "train")
+        assert 0 <= behind < 500
+    assert result["train_seconds"] < result["seconds"]["validate"]
+
+
+def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
+    """Of fourteen steps the first ten are lines, as ever; then what fits ten seconds."""
+    passing = []
+    show = tg.RunLog.show_progress
+
+    def noted(self, line, last=False):
+        passing.append(line)
+        show(self, line, last)
+
+    monkeypatch.setattr(tg.RunLog, "show_progress", noted)
+    _, _, log = run(tmp_path, ITERATIONS="14")
+    logged = [int(step) for step in re.findall(r"^step:(\d+)/14 train_loss", log, re.M)]
+    assert logged == [*range(1, 11), 14]
+    steps = [line.split("/")[0] for line in passing if line.startswith("step:")]
+    assert steps == [f"step:{number}" for number in range(11, 15)]
+
+
+def test_a_schedule_longer_than_the_run_is_warned_of(tmp_path):
+    _, _, log = run(tmp_path / "a", WARMDOWN_ITERS="60")
+    assert "WARNING: WARMDOWN_ITERS=60 is more than ITERATIONS=6" in log
+    assert "rates begin at 10% of what is set" in log
+    _, _, log = run(tmp_path / "b")
+    assert "WARNING: WARMDOWN" not in log
+
+
+def test_what_means_nothing_here_is_in_the_log(tmp_path):
+    _, _, log = run(tmp_path, FANCY_FLAG="1", WANDB_PROJECT="x", HOME="/root")
+    assert "names in the environment that mean nothing here: FANCY_FLAG\n" in log
 
 
 def test_loss_falls(base):

@@ -36,7 +36,7 @@ lora            ttt lora
 mix             mixed stream chunks NGRAM=mix
 tilt            mixed stream chunks TILT=1
 mix+tilt        mixed stream chunks NGRAM=mix TILT=1
-ttt+mix+tilt    mixed stream sgd MIX_CHUNK_TOKENS=1024 NGRAM=mix TILT=1
+ttt+mix+tilt    mixed stream sgd NGRAM=mix TILT=1
 lora+mix+tilt   mixed lora NGRAM=mix TILT=1
 """
 SHARED = {
