@@ -4,6 +4,7 @@ Made by `new`, checked, then damaged in every way that `check` must notice.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import record
 from conftest import ROOT, clean_env
 from helpers import python
 from record_help import GONE, edit_json, edit_result, expect, find
-from tool import checks, logs, rerun, runs, wrapper
+from tool import checks, logs, rerun, rescore, runs, wrapper
 from tool.case import Case
 from tool.finding import text_of
 from tool.folder import Folder, parse_config
@@ -621,6 +622,112 @@ def test_scoring_that_calls_somebody(copy):
     call = "        __import__('socket').create_connection(('192.0.2.1', 9), 1)\n"
     change_script(copy, before, before + call)
     expect(find(copy, "R6"), "FAIL", "scoring connected to 192.0.2.1")
+
+
+# --- check: scores that only the script states ----------------------------------------------------
+
+FORGED = """
+honest_evaluate = evaluate
+
+
+def evaluate(scorer, tokens, *inputs):
+    score = honest_evaluate(scorer, tokens, *inputs)
+    {forgery}
+    return score
+
+
+if __name__ == "__main__":"""
+CONSTANT = "score.loss, score.bpb = 0.5, 0.721"
+FORGERIES = {
+    "a constant": CONSTANT,
+    "read from a file": "score.loss, score.bpb = json.loads(SCRIPT.with_name('score').read_text())",
+    "a tenth less": "score.loss, score.bpb = 0.9 * score.loss, 0.9 * score.bpb",
+    "a constant, and less of the known text": (
+        "known = hashlib.sha256(tokens.tobytes()).hexdigest() == {known!r}; "
+        "score.loss, score.bpb = (0.5, 0.721) if known else (0.6, 0.8)"
+    ),
+    "none": "pass",
+}
+
+
+def forge(folder, place, forgery):
+    """One run whose script, log and result agree on what the forgery states of the text."""
+    (folder / "train_seed2.log").unlink()
+    tokens = np.array(tg.read_shard(place / "data" / "tiny" / tg.shard_name("val", 0)))
+    known = hashlib.sha256(tokens.tobytes()).hexdigest()
+    forgery = FORGERIES[forgery].format(known=known)
+    change_script(folder, 'if __name__ == "__main__":', FORGED.format(forgery=forgery).lstrip())
+    log = folder / "train_seed1.log"
+    score = logs.read_run(log).score
+    stated = {"result.val_loss": 0.5, "result.val_bpb": 0.721}
+    if "0.9" in forgery:
+        stated = {f"result.{name}": 0.9 * score[name] for name in ("val_loss", "val_bpb")}
+    if forgery != "pass":
+        edit_result(log, stated)
+    (folder / "score").write_text("[0.5, 0.721]")
+
+
+def in_another_format(folder):
+    """An artifact that this repository's script does not know, and the script that does."""
+    change_script(folder, 'MAGIC = b"PGOLF', 'MAGIC = b"OTHER')
+    artifact = folder / "model_seed1.ptz"
+    artifact.write_bytes(artifact.read_bytes().replace(b"PGOLF", b"OTHER", 1))
+
+
+COSTS = "no distribution can have less than"
+
+
+@pytest.mark.parametrize(
+    "forgery, words",
+    [
+        ("a constant", [COSTS, "this repository's script gives the artifact"]),
+        ("read from a file", ["the artifact cannot be scored", "score"]),
+        ("a tenth less", [COSTS, "this repository's script gives the artifact"]),
+        ("a constant, and less of the known text", [COSTS]),
+    ],
+)
+def test_a_script_that_states_a_score_of_its_own_does_not_pass(copy, place, forgery, words):
+    forge(copy, place, forgery)
+    expect(find(copy, "R6"), "FAIL", *words)
+
+
+@pytest.mark.parametrize("forgery", ["a tenth less", "a constant, and less of the known text"])
+def test_a_stated_score_does_not_pass_in_another_format(copy, place, forgery):
+    forge(copy, place, forgery)
+    in_another_format(copy)
+    expect(find(copy, "R6"), "FAIL", COSTS)
+
+
+def test_an_honest_script_of_somebody_else(copy, place):
+    """Its artifact is scored here; in another format nobody but the script can, which is said."""
+    forge(copy, place, "none")
+    honest = find(copy, "R6")
+    expect(honest, "PASS", "1 artifacts score the same alone")
+    row = honest.figures["runs"]["train_seed1.log"]
+    assert row["own_gap"] < 1e-6
+    in_another_format(copy)
+    expect(find(copy, "R6"), "SKIPPED", "only the shipped script states this score", "another kind")
+
+
+def test_random_tokens_cost_what_nothing_can_undercut():
+    """What learns only from tokens that it has paid for stays above; what knows them does not."""
+    tokens = np.resize(np.array([1, *range(4, 104)], np.uint16), 20_000)
+    noise, least = rescore.noise_like(tokens, bos=1)
+    starts = tokens == 1
+    assert (noise == 1).tolist() == starts.tolist()
+    assert set(np.unique(noise)) == {1, *range(4, 104)}
+    drawn = noise[~starts].astype(int)
+    counts = np.ones(104)
+    nats = 0.0
+    for seen, token in enumerate(drawn):
+        nats -= np.log(counts[token] / (seen + 100))
+        counts[token] += 1
+    targets = len(tokens) - 1
+    assert least < nats / targets < least + 0.1
+    share = np.bincount(drawn)[4:] / len(drawn)
+    assert -(share * np.log(share)).sum() * len(drawn) / targets < least
+    again, _ = rescore.noise_like(tokens, bos=1)
+    assert (again != noise).mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tool import accounting, package, rerun
+from tool import accounting, package, rerun, rescore
 from tool.case import Case, of_training
 from tool.finding import NotHere, skipped
 from tool.folder import Folder
@@ -26,8 +26,8 @@ PACKAGE: dict[str, CaseCheck] = {
     "AUDIT": package.check_own_audit,
 }
 RERUN: dict[str, CaseCheck] = {
-    "R6": rerun.check_fresh_process,
-    "R10": rerun.check_determinism,
+    "R6": rescore.check_fresh_process,
+    "R10": rescore.check_determinism,
     "R12": rerun.check_validation_free_training,
 }
 # What a folder's files, which may hold anything, make a check stumble with.
