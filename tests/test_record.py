@@ -492,6 +492,7 @@ def test_missing_and_unlisted_seeds(copy):
 def test_runs_made_inside_the_folder_are_not_part_of_it(copy):
     (copy / "logs" / "run").mkdir(parents=True)
     shutil.copy(copy / "train_seed1.log", copy / "logs" / "run" / "train.log")
+    (copy / "logs" / "run" / "result.json").write_text("{}")
     assert len(Folder(copy).runs) == 2
     expect(find(copy, "P8"), "WARN")
     shutil.copy(copy / "train_seed1.log", copy / "logs" / "train1.txt")  # upstream's place for logs

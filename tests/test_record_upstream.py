@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import subprocess
+import sys
 import time
 
 import pytest
@@ -235,7 +236,13 @@ SETTINGS = """Hyperparameters:
   ttt_eval_seq_len: 2048
   logfile: logs/{seed}.txt
   artifact_dir: out/{seed}
+  model_path: out/{seed}/model.pt
   quantized_model_path: out/{seed}/q.pt
+  run_id: run_{seed}
+  run_name: run {seed}
+  datasets_dir: /data/{seed}
+  train_files: /data/{seed}/fineweb_train_*.bin
+  val_pattern: /data/{seed}/fineweb_val_*.bin
 ----
 """
 
@@ -251,6 +258,28 @@ def test_an_empty_setting_is_empty_and_places_may_differ(tmp_path):
     log = folder / "train_seed1337.log"
     log.write_text(log.read_text().replace("matrix_lr: 0.04", "matrix_lr: 0.03"))
     expect(find(folder, "P3"), "FAIL", "MATRIX_LR (0.03, not 0.04)")
+
+
+@pytest.mark.parametrize(
+    "place", ["logs/1337.txt", "logs/seed1337/train.log", "out/train_1337.log"]
+)
+def test_logs_are_found_in_subfolders(tmp_path, place):
+    folder = upstream_folder(tmp_path / "x")
+    target = folder / place
+    target.parent.mkdir(parents=True)
+    (folder / "train_seed1337.log").rename(target)
+    assert [run.seed for run in Folder(folder).runs] == [42, 1337, 2024]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this Python reads such a script")
+def test_what_a_newer_python_could_check_is_said(tmp_path):
+    folder = upstream_folder(tmp_path / "x")
+    script = folder / "train_gpt.py"
+    script.write_text(script.read_text() + "print(f'{'x'}')\n")
+    findings = {check.name: check for check in check_case(Case(Folder(folder), may_run=False))}
+    for name in ("S1", "S2", "S3", "S4", "S5", "S6", "S7", "S9", "S10"):
+        expect(findings[name], "SKIPPED", "run check on Python 3.12")
+    expect(findings["S8"], "FAIL", "Python 3.10 cannot read the script")
 
 
 def test_a_foreign_git_configuration_is_not_obeyed(tmp_path):

@@ -45,11 +45,12 @@ class Folder:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """All but caches and logs/<run>/, which running the script inside the folder leaves."""
+        """All but caches and logs/<run>/ with a result.json, left by running the script here."""
         found = []
         for path in sorted(self.path.rglob("*")):
             parts = path.relative_to(self.path).parts
-            of_a_run = parts[0] == "logs" and len(parts) != 2
+            run = self.path.joinpath(*parts[:2])
+            of_a_run = parts[0] == "logs" and (run / "result.json").is_file()
             if path.is_file() and "__pycache__" not in parts and not of_a_run:
                 found.append(path)
         return found

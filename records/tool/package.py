@@ -17,6 +17,7 @@ from tool.case import RUN_SETTINGS, Case, Track
 from tool.finding import Problems, skipped
 from tool.folder import Folder, config_text, read_lenient
 from tool.logs import Final, Run
+from tool.script import PLACES_AND_LABELS
 from tool.submission import FIELDS, TYPED, Typed, summarize
 from tool.wrapper import wrap
 from train_gpt import Check, sha256
@@ -298,15 +299,11 @@ def _hashes_in(run: Run) -> set[str]:
     return set(hashes)
 
 
-# What other people's scripts call the places that they read and write.
-PLACE = re.compile(r"LOGFILE|RUN_ID|RUN_NAME|.*_(PATH|DIR|FILES?|PATTERN)")
-
-
 def _different_settings(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Settings that differ, but for those that only say where and how a run was made."""
     different = []
     for name in sorted({*first, *other} - RUN_SETTINGS):
-        if first.get(name) != other.get(name) and not PLACE.fullmatch(name):
+        if first.get(name) != other.get(name) and not PLACES_AND_LABELS.fullmatch(name):
             different.append(f"{name} ({other.get(name)}, not {first.get(name)})")
     return different
 

@@ -25,6 +25,7 @@ import torch
 
 from tool.case import Case, of_training
 from tool.finding import NotHere, Problems
+from tool.source import IMAGE
 from train_gpt import Check, shard_name, write_shard
 
 WATCH = Path(__file__).with_name("watch.py")
@@ -157,7 +158,8 @@ def check_import(case: Case) -> Check:
     missing = re.search(r"No module named '(\w+)", done.said)
     if missing and missing[1].lower() in _required(case):
         problems.skip(
-            f"importing on a CPU: {missing[1]}, which requirements.txt names, is not installed here"
+            f"importing on a CPU: {missing[1]}, which requirements.txt or the contest's image has, "
+            "is not installed here"
         )
     elif done.code:
         problems.fail(f"importing on a CPU fails: {last_words(done)}")
@@ -167,9 +169,9 @@ def check_import(case: Case) -> Check:
 
 
 def _required(case: Case) -> set[str]:
-    """The packages of requirements.txt, spelled as modules."""
+    """The packages of requirements.txt and of the contest's image, spelled as modules."""
     names = (re.split(r"[=<>~!\[ @]", line)[0] for line in case.folder.requirements)
-    return {name.replace("-", "_").lower() for name in names}
+    return {*IMAGE, *(name.replace("-", "_").lower() for name in names)}
 
 
 # --- what a re-run needs --------------------------------------------------------------------------
