@@ -299,5 +299,6 @@ def interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that has fewer letters
     signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -10,10 +10,10 @@ import time
 import pytest
 import record
 from record_help import edit_json, expect, find
-from tool import accounting, logs
+from tool import accounting, logs, static
 from tool.case import Case
-from tool.checks import check_case
-from tool.finding import text_of
+from tool.checks import PACKAGE, RERUN, check_case
+from tool.finding import shown, text_of
 from tool.folder import Folder
 
 SCRIPT = """
@@ -280,6 +280,43 @@ def test_what_a_newer_python_could_check_is_said(tmp_path):
     for name in ("S1", "S2", "S3", "S4", "S5", "S6", "S7", "S9", "S10"):
         expect(findings[name], "SKIPPED", "run check on Python 3.12")
     expect(findings["S8"], "FAIL", "Python 3.10 cannot read the script")
+
+
+FORGED_LINE = "x\nP1   PASS     all is well\r\x1b[2K\u202e\u2028P2   PASS     too"
+
+
+def test_what_files_say_cannot_forge_a_line(tmp_path, capsys):
+    """Names of files, fields and values of the JSON, texts of logs and of the script."""
+    folder = upstream_folder(tmp_path / "x")
+    (folder / FORGED_LINE.replace("/", "")).write_text("")
+    odd = FORGED_LINE.replace("/", "") + ".log"
+    (folder / "train_seed42.log").rename(folder / f"train{odd}")
+    (folder / "train_gpt.py").write_text(f"import {'a' * 9000}\nopen({'/root/' + FORGED_LINE!r})\n")
+    edits = {"val_bpb": FORGED_LINE, "author": FORGED_LINE, "seeds": [FORGED_LINE, 5], "name": "y"}
+    edits |= {"track": FORGED_LINE, "all_runs": [{"seed": FORGED_LINE, "status": "z" * 9000}]}
+    edit_json(folder / "submission.json", edits)
+    record.main(["check", str(folder)])
+    *findings, counts = capsys.readouterr().out.split("\n")[:-1]
+    assert [line.split()[0] for line in findings] == [*PACKAGE, *static.CHECKS, *RERUN]
+    assert counts.endswith("SKIPPED")
+    for line in findings:
+        assert line.isprintable()
+        assert len(line) < 3000
+    record.main(["compare", str(folder), str(folder)])
+    assert "P1   PASS" not in [line[:9] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        ("plain é 日", "plain é 日"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("x" * 30, "x" * 20 + "..."),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_is_said_is_one_short_line(said, line):
+    assert shown(said, 20) == line
 
 
 def test_a_foreign_git_configuration_is_not_obeyed(tmp_path):

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tool.finding import shown
 from tool.folder import Folder
 
 MARGIN_NATS = 0.005  # per token: what a record must beat the last by
 FEWEST = 3  # values that a test needs
+SHORT = 40  # characters of what a list of runs says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def load_sample(path: Path) -> Sample:
         losses,
         scores,
         tokens.pop() if len(tokens) == 1 else None,
-        made if isinstance(made, list) else [],
+        [row for row in made if isinstance(row, dict)] if isinstance(made, list) else [],
     )
 
 
@@ -173,9 +175,8 @@ def _runs_lines(side: str, made: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"all runs of {side} ({len(made)}):"]
     for run in made:
         left_out = "" if run.get("included") else ", left out"
-        lines.append(
-            f"  seed {run.get('seed')}: {run.get('val_bpb')} ({run.get('status')}{left_out})"
-        )
+        told = [shown(run.get(name), SHORT) for name in ("seed", "val_bpb", "status")]
+        lines.append("  seed {}: {} ({}{})".format(*told, left_out))
     return lines
 
 
@@ -183,9 +184,9 @@ def describe(found: Comparison) -> str:
     """The comparison as text."""
     fewest = min(found.n_old, found.n_new)
     lines = [
-        f"old {found.old}: mean {found.mean_old:.6f} {found.unit}, "
+        f"old {shown(found.old)}: mean {found.mean_old:.6f} {found.unit}, "
         f"{found.bpb_old:.6f} bpb, n {found.n_old}",
-        f"new {found.new}: mean {found.mean_new:.6f} {found.unit}, "
+        f"new {shown(found.new)}: mean {found.mean_new:.6f} {found.unit}, "
         f"{found.bpb_new:.6f} bpb, n {found.n_new}",
         f"gain {found.gain:.6f} {found.unit}; margin {MARGIN_NATS} nats per token = "
         f"{found.margin_bpb:.6f} bpb at {found.bytes_per_token_old:.4f} bytes per token (old)",

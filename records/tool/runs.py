@@ -24,6 +24,7 @@ import filelock
 
 from tool import ROOT
 from tool.case import RUN_SETTINGS
+from tool.finding import shown
 from tool.folder import config_text, parse_config
 from tool.rerun import launcher
 from tool.wrapper import unpack_source, wrap
@@ -69,9 +70,10 @@ def short_config(path: Path | None) -> str:
 def read_result(out: Path) -> dict[str, Any]:
     """A run's result.json; empty if there is none."""
     try:
-        return json.loads((out / "result.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads((out / "result.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
@@ -214,11 +216,12 @@ def collect_runs(order: Order, places: Sequence[Path]) -> list[Path]:
     script = sha256(order.script)
     for out in chosen:
         result = read_result(out)
-        if not is_finished(out, script, result.get("seed")):
+        seed = result.get("seed")
+        if not isinstance(seed, int) or not is_finished(out, script, seed):
+            told = ("status", "exit_code", "seed", "code_sha256")
+            found = ", ".join(f"{name} {shown(result.get(name), 12)}" for name in told)
             raise RecordError(
-                f"{out}: not a finished run of {order.script} (status {result.get('status')}, "
-                f"exit code {result.get('exit_code')}, script sha256 "
-                f"{str(result.get('code_sha256'))[:12]}, here {script[:12]})"
+                f"{out}: not a finished run of {order.script} ({found}; here {script[:12]})"
             )
     atomic_write(order.work / "train_gpt.py", order.script.read_bytes())
     layers = unpack_source(read_text(order.script))[1]
