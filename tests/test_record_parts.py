@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from record_help import expect
-from tool import compare, runs
+from tool import compare, logs, runs, submission
 from tool.finding import Problems, as_json, render, skipped, text_of, worst_verdict
 from tool.folder import config_text, parse_config
 
@@ -115,6 +115,65 @@ def test_a_skipped_check_has_not_passed():
     assert [row["text"] for row in rows] == ["good", "bad", "no data"]
 
 
+# --- compliance -----------------------------------------------------------------------------------
+
+
+def run_of(seed=1, settings=None, **edits):
+    """A run of 500 s each side whose stages passed everything; edits are of its result."""
+    passed = {check: {"verdict": "PASS"} for check in ("order", "future")}
+    result = {
+        "seconds": {"train_side": 500.0, "eval_side": 500.0},
+        "sizes": {"total": 15_000_000},
+        "stages": {"sliding": {"audit": passed}},
+        "settings": {"ngram": "", "ngram_order": 7, "ngram_alpha": 0.4, "tilt": False},
+    }
+    for dotted, value in edits.items():
+        part, name = dotted.split("__")
+        result[part] = {**result[part], name: value}
+    result["settings"].update(settings or {})
+    return logs.Run("x.log", "", {"seed": seed}, [], {}, [], [], result)
+
+
+def failing(check):
+    return {"sliding": {"audit": {check: {"verdict": "FAIL: x"}}}}
+
+
+@pytest.mark.parametrize(
+    "field, runs_made",
+    [
+        ("train_under_600s", [run_of(), run_of(seconds__train_side=600.1)]),
+        ("eval_under_600s", [run_of(seconds__eval_side=600.1)]),
+        ("artifact_under_16mb", [run_of(sizes__total=16_000_001)]),
+        ("no_slot", [run_of(settings={"slot_enabled": True, "slot_steps": 8})]),
+        ("no_slot", [run_of(settings={"slot_lr": 0.1})]),
+        ("no_slot", [run_of(stages__sliding=failing("future")["sliding"])]),
+        ("no_etlb", [run_of(settings={"use_etlb": 1})]),
+        ("no_ngram_cache", [run_of(settings={"ngram": "mix"})]),
+        ("no_ngram_cache", [run_of(), run_of(settings={"ngram": "backoff"})]),
+        ("no_ngram_cache", [run_of(settings={"tilt": True})]),
+        ("no_pre_quant_ttt", [run_of(stages__sliding=failing("order")["sliding"])]),
+        ("score_first_ttt", [run_of(stages__sliding=failing("order")["sliding"])]),
+        ("three_seeds", [run_of(1), run_of(2), run_of(2)]),
+    ],
+)
+def test_each_field_of_compliance_is_false_for_its_reason(field, runs_made):
+    assert submission.compliance(runs_made, 16_000_000)[field] is False
+
+
+@pytest.mark.parametrize(
+    "idle", [{}, {"slot_enabled": False, "slot_steps": 8}, {"etlb_enabled": 0, "etlb_lr": 0.1}]
+)
+def test_every_field_of_compliance_is_true_of_a_compliant_record(idle):
+    """Settings of techniques that are off (orders, rates) do not count."""
+    told = submission.compliance([run_of(seed, idle) for seed in (1, 2, 3)], 16_000_000)
+    assert set(told.values()) == {True}
+
+
+def test_an_artifact_is_held_to_the_runs_own_cap_too():
+    told = submission.compliance([run_of(sizes__total=1_000_001)], 1_000_000)
+    assert told["artifact_under_16mb"] is False
+
+
 # --- config.env -----------------------------------------------------------------------------------
 
 
@@ -152,10 +211,25 @@ def out(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("exit_code", 6), ("status", "interrupted"), ("code_sha256", "abd"), ("seed", 8)],
+    [
+        ("exit_code", 6),
+        ("exit_code", None),
+        ("status", "interrupted"),
+        ("status", "started"),
+        ("code_sha256", "abd"),
+        ("seed", 8),
+    ],
 )
 def test_a_run_of_something_else_is_not_the_finished_run(out, name, value):
     assert not finished(out, {**RESULT, name: value})
+
+
+@pytest.mark.parametrize(
+    "ended", [{"status": "wallclock_cap"}, {"status": "finished", "training": "wallclock_cap"}]
+)
+def test_a_training_that_the_clock_ended_is_finished(out, ended):
+    """As scripts say it whose status is the training's, and those that have both."""
+    assert finished(out, {**RESULT, **ended})
 
 
 @pytest.mark.parametrize("name", ["model.ptz", "train.log", "result.json"])

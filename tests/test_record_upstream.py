@@ -282,6 +282,31 @@ def test_what_a_newer_python_could_check_is_said(tmp_path):
     expect(findings["S8"], "FAIL", "Python 3.10 cannot read the script")
 
 
+@pytest.mark.parametrize("script", ["", SCRIPT])
+def test_a_recipe_is_no_failed_record(tmp_path, script, capsys):
+    """Settings (and a script) that nobody has run: nothing fails, and nothing passes on nothing."""
+    (tmp_path / "config.env").write_text("NUM_LAYERS=2\n")
+    if script:
+        (tmp_path / "train_gpt.py").write_text(script.replace('COMPRESSOR = "zlib"', "raise"))
+    assert record.main(["check", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    package = [line for line in lines if line.startswith(("P", "AUDIT"))]
+    assert [line.split(maxsplit=1)[1] for line in package] == ["SKIPPED  a recipe, no logs"] * 10
+    assert not any("0 logs" in line or "None" in line or "0.0 s" in line for line in lines)
+
+
+def test_without_logs_nothing_about_logs_passes(tmp_path):
+    folder = upstream_folder(tmp_path / "x")
+    for log in folder.glob("*.log"):
+        log.unlink()
+    findings = {check.name: check for check in check_case(Case(Folder(folder), may_run=False))}
+    passed = {name for name, check in findings.items() if check.word == "PASS"}
+    assert passed <= {"P9", *static.CHECKS}
+    expect(findings["P2"], "FAIL", "no training log")
+    for name in ("P1", "P3", "P4", "P5", "P6", "P7", "AUDIT"):
+        expect(findings[name], "SKIPPED", "no logs")
+
+
 FORGED_LINE = "x\nP1   PASS     all is well\r\x1b[2K\u202e\u2028P2   PASS     too"
 
 

@@ -135,6 +135,11 @@ class Folder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    @property
+    def is_recipe(self) -> bool:
+        """Settings or a script that nobody has run yet: no logs, and nothing said of any."""
+        return bool(self.config or self.script) and not self.runs and self.submission is None
+
     def artifact(self, run: Run) -> Path | None:
         """The artifact of a run, if it is in the folder."""
         for name in (f"model_seed{run.seed}.ptz", f"final_model_seed{run.seed}.ptz"):

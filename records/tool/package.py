@@ -18,7 +18,7 @@ from tool.finding import Problems, skipped
 from tool.folder import Folder, config_text, read_lenient
 from tool.logs import Final, Run
 from tool.script import PLACES_AND_LABELS
-from tool.submission import FIELDS, TYPED, Typed, summarize
+from tool.submission import FIELDS, TYPED, Typed, has_score, summarize
 from tool.wrapper import wrap
 from train_gpt import Check, sha256
 
@@ -46,6 +46,8 @@ def check_sizes(case: Case) -> Check:
             rows[run.name] = {"code": folder.code_bytes, "model": model, "total": total}
             _check_cap(case.track, run, rows[run.name], problems)
             _check_code_size(folder, run, problems)
+    if not folder.runs:
+        problems.skip(f"no logs; the code has {folder.code_bytes} bytes")
     largest = max((row["total"] for row in rows.values()), default=0)
     missing = [run for run in folder.runs if folder.artifact(run) is None]
     if missing and not problems:
@@ -402,11 +404,14 @@ def check_own_audit(case: Case) -> Check:
         code = result.get("exit_code")
         if code != 0:
             problems.fail(f"{run.name} ended with exit code {code} ({result.get('status')})")
-        if "val_bpb" not in run.score:
+        if not has_score(run):
             problems.fail(f"{run.name} has no valid val_bpb")
+        if not result.get("stages"):
+            problems.warn(f"{run.name} scored no stage")
         for name, stage in result.get("stages", {}).items():
             _check_stage(run.name, name, stage, problems)
-    return problems.outcome("AUDIT", f"all audits of {len(case.ours)} runs passed")
+    found = f"the script's own audits of {len(case.ours)} runs passed"
+    return problems.outcome("AUDIT", found)
 
 
 def _check_stage(run: str, name: str, stage: Mapping[str, Any], problems: Problems) -> None:
