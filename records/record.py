@@ -93,7 +93,7 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
     except (ValueError, KeyError) as error:
         raise RecordError(f"no record: {error}") from None
     atomic_write(draft / "submission.json", (json.dumps(told, indent=1) + "\n").encode())
-    page.draw(folder, draft / "curves.png")
+    page.draw(folder, outs, draft / "curves.png")
     atomic_write(draft / "README.md", page.readme(folder, told, args.nproc).encode())
 
 
