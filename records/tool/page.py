@@ -113,7 +113,8 @@ def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
         labels.append(f"{stage}\n{mean:.6f}")
         if deviation is not None:
             labels[-1] += f"\n± {deviation:.6f}"
-    axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, None))
+    highest = max((final.bpb for run in runs for final in run.finals), default=1.0)
+    axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, 1.15 * highest))
     axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set_xticks(range(len(stages)), labels, fontsize=8)
 

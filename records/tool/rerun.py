@@ -69,7 +69,7 @@ def launcher(world: int) -> list[str]:
 
 @functools.cache
 def without_network() -> list[str]:
-    """What to put before a command so that it has no network; empty where the system allows none.
+    """What to put before a command so that it has no network; empty where the system has none.
 
     A user namespace and a network namespace of its own, in which not even loopback is up.
     """
@@ -81,6 +81,11 @@ def without_network() -> list[str]:
     return [] if done.returncode else prefix
 
 
+def dies_with_parent(signal_name: str) -> list[str]:
+    """What to put before a command so that it is sent a signal when this process dies (Linux)."""
+    return ["setpriv", "--pdeathsig", signal_name] if shutil.which("setpriv") else []
+
+
 def warning(case: Case) -> str:
     """What a reviewer should know before the script of somebody else runs."""
     network = "no network" if without_network() else "the network only watched, not cut off"
@@ -88,6 +93,11 @@ def warning(case: Case) -> str:
         f"{case.folder.script}: is now run several times with your rights, in empty folders, with "
         f"{network}, limits on time, memory and output; --help says how to check without that"
     )
+
+
+def confined() -> list[str]:
+    """What to put before a command of somebody else's: no network, no life after this process."""
+    return [*without_network(), *dies_with_parent("KILL")]
 
 
 def _limit(pid: int, seconds: float) -> None:
@@ -147,7 +157,7 @@ def check_import(case: Case) -> Check:
     """S8, second half: the script imports on a CPU, the GPU hidden, and leaves nothing behind."""
     problems = Problems()
     with tempfile.TemporaryDirectory(prefix="record_check_") as here:
-        command = [*without_network(), sys.executable, "-c", IMPORT, str(case.folder.script)]
+        command = [*confined(), sys.executable, "-c", IMPORT, str(case.folder.script)]
         env = clean_environment(CUDA_VISIBLE_DEVICES="")
         try:
             done = execute(command, Path(here), env, IMPORT_SECONDS)
@@ -222,7 +232,7 @@ class Sandbox:
 
     def watched(self, mark: str, *until: str) -> list[str]:
         """The command that runs the script under watch: no path that contains mark, no network."""
-        watch = [*without_network(), sys.executable, str(WATCH), str(self.report), mark]
+        watch = [*confined(), sys.executable, str(WATCH), str(self.report), mark]
         return [*watch, str(self.script), *until]
 
     def run(self, command: Sequence[str], limit: float, **settings: str) -> Done:

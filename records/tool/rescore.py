@@ -23,7 +23,7 @@ from tool import ROOT
 from tool.case import Case
 from tool.finding import NotHere, Problems
 from tool.logs import Run
-from tool.rerun import last_words, launcher, require_runnable, sandbox
+from tool.rerun import dies_with_parent, last_words, launcher, require_runnable, sandbox
 from train_gpt import MAGIC, Check
 
 OWN_SCRIPT = ROOT / "train_gpt.py"
@@ -65,7 +65,7 @@ def rescore(
     with sandbox(case, splits, script, validation) as box:
         model = box.root / "run" / "model.ptz"
         shutil.copy(artifact, model)
-        command = [*launcher(world), str(box.script)]
+        command = [*dies_with_parent("KILL"), *launcher(world), str(box.script)]
         if world == 1:
             command = box.watched("fineweb_train")
         limit = 300 + 6 * run.result["seconds"]["wall"]

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from tool import ROOT
 from tool.case import RUN_SETTINGS
 from tool.finding import shown
 from tool.folder import config_text, parse_config
-from tool.rerun import launcher
+from tool.rerun import dies_with_parent, launcher
 from tool.wrapper import unpack_source, wrap
 from train_gpt import FIELDS, atomic_write, sha256
 
@@ -84,22 +83,59 @@ def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
 # --- making ---------------------------------------------------------------------------------------
 
 
-def held(path: Path, wait: bool, complaint: str) -> AbstractContextManager:
-    """A lock, already held; RecordError if another process has it. Its holder's death frees it."""
-    try:
-        return filelock.FileLock(path).acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise RecordError(f"{path.name}: {complaint}") from None
+class Held:
+    """A lock on a file, held from the start; RecordError if another process has it.
+
+    A training inherits it: while one lives on after its caller was killed, the lock is not free.
+    The file names the process that took it; if that is gone, the end of its training is awaited.
+    """
+
+    def __init__(self, path: Path, wait: bool, complaint: str):
+        self.file = open(path, "a+")
+        deadline = time.monotonic() + (math.inf if wait else 2 * GRACE_SECONDS)
+        while not self._taken():
+            if time.monotonic() > deadline or (not wait and self._holder_lives()):
+                self.file.close()
+                raise RecordError(f"{path.name}: {complaint}")
+            time.sleep(0.1)
+        os.set_inheritable(self.file.fileno(), True)
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _holder_lives(self) -> bool:
+        """Whether the process that took the lock is there; yes if it has not said which it is."""
+        self.file.seek(0)
+        try:
+            os.kill(int(self.file.read()), 0)
+        except ProcessLookupError:
+            return False
+        except (ValueError, OSError):
+            return True
+        return True
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 
-def machine_lock(wait: bool) -> AbstractContextManager:
+def machine_lock(wait: bool) -> Held:
     """Keeps two timed runs off one machine."""
-    return held(LOCK, wait, "another timed run is using this machine; wait for it, or --wait")
+    return Held(LOCK, wait, "another timed run is using this machine; wait for it, or --wait")
 
 
-def work_lock(work: Path) -> AbstractContextManager:
+def work_lock(work: Path) -> Held:
     """Keeps two calls for one record apart, from the first run to the finished folder."""
-    return held(work / "lock", False, f"another call makes the record of {work}")
+    return Held(work / "lock", False, f"another call makes the record of {work}")
 
 
 def take_snapshot(order: Order) -> None:
@@ -133,32 +169,58 @@ def is_finished(out: Path, script_hash: str, seed: int) -> bool:
 
 def set_aside(out: Path) -> None:
     """Keeps a failed or interrupted attempt: every run that was made stays on the list."""
-    if (out / "train.log").is_file():
+    if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         number = 1 + len(list(out.parent.glob(f"{out.name}.attempt*")))
         out.rename(out.with_name(f"{out.name}.attempt{number}"))
 
 
 def end_group(process: subprocess.Popen) -> None:
     """Ends a process and all that it started: first asked to (a training writes its checkpoint)."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+    try:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(GRACE_SECONDS)
+    finally:  # its time is over, or somebody interrupts a second time
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_to_its_end(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> int:
     """A command's exit code. It never outlives this process, however that ends.
 
-    Interrupted, this process ends it; killed, the system does (setpriv, on Linux).
+    Interrupted, this process ends it; killed, the system does (setpriv, on Linux). It holds the
+    locks of this process too.
     """
-    guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    process = subprocess.Popen([*guard, *command], cwd=cwd, env=env, start_new_session=True)
+    command = [*dies_with_parent("TERM"), *command]
+    process = None
     try:
+        with interrupts_deferred():
+            process = subprocess.Popen(
+                command, cwd=cwd, env=env, start_new_session=True, close_fds=False
+            )
         return process.wait()
     except BaseException:
-        end_group(process)
+        if process is not None:
+            end_group(process)
         raise
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """A signal that would end this process waits until the block is done."""
+    seen = []
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda *signalled: seen.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def run_seed(order: Order, seed: int) -> None:
