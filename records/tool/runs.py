@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from tool import ROOT
 from tool.case import RUN_SETTINGS
 from tool.finding import shown
 from tool.folder import config_text, parse_config
+from tool.preflight import Preflight
 from tool.rerun import dies_with_parent, launcher
 from tool.wrapper import unpack_source, wrap
 from train_gpt import FIELDS, atomic_write, sha256
@@ -50,6 +52,7 @@ class Order:
     seeds: Sequence[int]
     packed: bool = False  # run one self-extracting script with the settings inside
     nproc: int = 1  # processes (GPUs) a run
+    track: str = ""
     wait: bool = False  # for another timed run on this machine, instead of refusing
 
 
@@ -139,23 +142,27 @@ def work_lock(work: Path) -> Held:
 
 
 def take_snapshot(order: Order) -> None:
-    """The script and settings that every seed runs; an earlier snapshot must be the same."""
+    """The script and settings that every seed runs; that of earlier runs must be the same."""
     source = read_text(order.script)
     files = {"train_gpt.py": source}
     if order.packed:
         files["train_gpt.py"] = wrap(source, short_config(order.config))
     elif short_config(order.config):
         files["config.env"] = read_text(order.config)
-    if "config.env" not in files and (order.work / "config.env").exists():
-        raise RecordError(f"{order.work}: was begun with a config.env; take another NAME")
-    for name, text in files.items():
+    begun = any(order.work.glob("seed_*"))
+    for name in ("train_gpt.py", "config.env"):
         path = order.work / name
-        if path.is_file() and path.read_bytes() != text.encode():
+        found = path.read_bytes() if path.is_file() else None
+        wanted = files[name].encode() if name in files else None
+        if begun and found != wanted:
             raise RecordError(
-                f"{path}: left by runs of another {name}; take another NAME, or move {order.work} "
-                "away"
+                f"{path}: left by runs of another {name}, or without --packed; take another NAME, "
+                f"or move {order.work} away"
             )
-        atomic_write(path, text.encode())
+        if wanted is None:
+            path.unlink(missing_ok=True)
+        else:
+            atomic_write(path, wanted)
 
 
 def is_finished(out: Path, script_hash: str, seed: int) -> bool:
@@ -237,6 +244,16 @@ def run_seed(order: Order, seed: int) -> None:
         )
 
 
+def look_ahead(order: Order) -> None:
+    """Says what may be wrong with the snapshot; RecordError if it can never become a record."""
+    found = Preflight(order.work, order.track)
+    if found.problems:
+        problems = "\n".join(map(shown, found.problems))
+        raise RecordError(f"{problems}\nno record can come of this; nothing was started")
+    for sentence in found.warnings:
+        print(f"warning: {shown(sentence)}", file=sys.stderr, flush=True)
+
+
 def make_runs(order: Order) -> list[Path]:
     """Runs what is not finished yet. Returns the output folder of every seed."""
     given = sorted(name for name in os.environ if name in FIELDS or name == "CONFIG")
@@ -248,6 +265,7 @@ def make_runs(order: Order) -> list[Path]:
     outs = []
     with machine_lock(order.wait):
         take_snapshot(order)
+        look_ahead(order)
         script = sha256(order.work / "train_gpt.py")
         for seed in order.seeds:
             outs.append(order.work / f"seed_{seed}")
