@@ -3,7 +3,6 @@
 Made by `new`, checked, then damaged in every way that `check` must notice.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,7 +21,16 @@ import pytest
 import record
 from conftest import ROOT, clean_env
 from helpers import python
-from record_help import GONE, edit_json, edit_result, expect, find
+from record_help import (
+    CONFIG,
+    GONE,
+    descendants_of,
+    edit_json,
+    edit_result,
+    expect,
+    find,
+    wait_until_dead,
+)
 from tool import checks, logs, rerun, rescore, runs, wrapper
 from tool.case import Case
 from tool.finding import text_of
@@ -32,26 +40,6 @@ from tool.submission import FIELDS
 
 import train_gpt as tg
 
-CONFIG = """# a tiny byte-level model
-DATA_PATH=./data/tiny
-TOKENIZER_PATH=byte260
-VOCAB_SIZE=260
-DEVICE=cpu
-SCHEDULE=tokens
-NUM_LAYERS=2
-MODEL_DIM=32
-NUM_HEADS=2
-NUM_KV_HEADS=1
-TRAIN_SEQ_LEN=64
-TRAIN_BATCH_TOKENS=256
-MICRO_BATCH_TOKENS=64
-ITERATIONS=12
-WARMUP_STEPS=0
-WARMDOWN_ITERS=6
-VAL_LOSS_EVERY=0
-EVAL_STRIDE=32
-KEEP_FLOAT_MAX_NUMEL=256
-"""
 VAL_BYTES = 5277  # of the tiny validation text
 
 
@@ -428,34 +416,6 @@ def test_interrupted_collection_goes_on(place, capfd):
     shutil.rmtree(folder)
     assert record.main(arguments) == 64
     assert "another config.env" in capfd.readouterr().err
-
-
-def is_alive(pid):
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def descendants_of(pid):
-    """All processes below one, by /proc."""
-    below = {}
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-            below.setdefault(int(parent), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:  # grows while it is read
-        found += below.get(one, [])
-    return found[1:]
-
-
-def wait_until_dead(pid):
-    deadline = time.monotonic() + 120
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(pid)
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="asks /proc")
