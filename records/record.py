@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tool import ROOT, page
-from tool.case import Case
+from tool.case import TRACKS, Case, Track
 from tool.checks import check_case
 from tool.compare import compare, describe, load_sample
 from tool.finding import as_json, render, worst_verdict
@@ -49,7 +49,7 @@ from tool.runs import (
     work_lock,
 )
 from tool.submission import Typed, summarize
-from tool.wrapper import wrap
+from tool.wrapper import unpack_source, wrap
 
 from train_gpt import InputError, atomic_write, sha256
 
@@ -93,28 +93,52 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
     except (ValueError, KeyError) as error:
         raise RecordError(f"no record: {error}") from None
     atomic_write(draft / "submission.json", (json.dumps(told, indent=1) + "\n").encode())
-    page.draw(folder, draft / "curves.png")
+    page.draw(folder, outs, draft / "curves.png")
     atomic_write(draft / "README.md", page.readme(folder, told, args.nproc).encode())
 
 
 def command_new(args: argparse.Namespace) -> int:
     if not (args.seeds or args.collect):
         raise RecordError("new: --seeds or --collect is needed")
+    args.track = args.track.removeprefix("track_")
+    if args.packed is None:
+        args.packed = packs_by_default(args)
     if args.collect and args.packed:
         raise RecordError(
             "--packed: finished runs ran the script as it is; `record.py pack` it and run that "
             "instead"
         )
-    args.track = args.track.removeprefix("track_")
+    return make_record(args)
+
+
+def make_record(args: argparse.Namespace) -> int:
+    """Runs or collects, then publishes, under the record's lock."""
     final = args.records / f"track_{args.track}" / f"{args.date}_{args.name}"
     if final.exists():
         raise RecordError(f"{final}: exists already; take another NAME")
     work = args.work / f"{args.track}_{args.name}"
     work.mkdir(parents=True, exist_ok=True)
-    order = Order(work, args.script, args.config, args.seeds, args.packed, args.nproc, args.wait)
+    order = Order(
+        work,
+        args.script,
+        args.config,
+        args.seeds,
+        args.packed,
+        args.nproc,
+        args.track,
+        args.wait,
+    )
     with work_lock(work):
         outs = collect_runs(order, args.collect) if args.collect else make_runs(order)
         return publish(final, work, outs, args)
+
+
+def packs_by_default(args: argparse.Namespace) -> bool:
+    """Where code and model share one cap, a script that is not packed yet is."""
+    track = TRACKS.get(args.track, Track())
+    if args.collect or not track.total_bytes:
+        return False
+    return unpack_source(read_text(args.script))[1] == 0
 
 
 def publish(final: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> int:
@@ -266,8 +290,9 @@ def add_arguments_of_new(new: argparse.ArgumentParser) -> None:
     new.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
     new.add_argument(
         "--packed",
-        action="store_true",
-        help="ship one self-extracting script with the settings inside",
+        action=argparse.BooleanOptionalAction,
+        help="ship one self-extracting script with the settings inside (default: where code and "
+        "model share one cap)",
     )
     new.add_argument(
         "--wait", action="store_true", help="wait while another timed run uses the machine"
@@ -299,5 +324,6 @@ def interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that has fewer letters
     signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main(sys.argv[1:]))

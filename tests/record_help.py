@@ -1,6 +1,9 @@
-"""What the tests of the record tool share: damaging a record, checking it, expecting a finding."""
+"""What the tests of the record tool share: damaging a record, checking it, watching processes."""
 
+import contextlib
 import json
+import pathlib
+import time
 
 from tool import checks
 from tool.case import Case
@@ -10,6 +13,26 @@ from tool.logs import RESULT_MARK
 
 import train_gpt as tg
 
+CONFIG = """# a tiny byte-level model
+DATA_PATH=./data/tiny
+TOKENIZER_PATH=byte260
+VOCAB_SIZE=260
+DEVICE=cpu
+SCHEDULE=tokens
+NUM_LAYERS=2
+MODEL_DIM=32
+NUM_HEADS=2
+NUM_KV_HEADS=1
+TRAIN_SEQ_LEN=64
+TRAIN_BATCH_TOKENS=256
+MICRO_BATCH_TOKENS=64
+ITERATIONS=12
+WARMUP_STEPS=0
+WARMDOWN_ITERS=6
+VAL_LOSS_EVERY=0
+EVAL_STRIDE=32
+KEEP_FLOAT_MAX_NUMEL=256
+"""
 GONE = object()  # in an edit: takes the value away
 
 
@@ -56,3 +79,31 @@ def expect(finding: tg.Check, word: str, *sentences: str) -> None:
     assert finding.word == word, finding
     for sentence in sentences:
         assert sentence in text_of(finding), finding
+
+
+def is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def descendants_of(pid):
+    """All processes below one, by /proc."""
+    below = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            below.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:  # grows while it is read
+        found += below.get(one, [])
+    return found[1:]
+
+
+def wait_until_dead(pid):
+    deadline = time.monotonic() + 120
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)

@@ -158,7 +158,7 @@ def unpack_mutations(original, count, seed, rt):
     for number in range(count):
         mutation = Mutation(header, payload, np.random.default_rng([seed, number]))
         blob = mutation.sealed()
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             cfg, weights = tg.unpack(blob)
         except tg.InputError as error:
@@ -167,7 +167,7 @@ def unpack_mutations(original, count, seed, rt):
         else:
             accepted += 1
             check_accepted(mutation, cfg, weights)
-        assert time.perf_counter() - began < 5, (number, mutation.kind, mutation.path)
+        assert time.process_time() - began < 5, (number, mutation.kind, mutation.path)
         assert rt.peak_memory() - before < 256e6, (number, mutation.kind, mutation.path)
     return accepted
 

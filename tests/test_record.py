@@ -3,7 +3,8 @@
 Made by `new`, checked, then damaged in every way that `check` must notice.
 """
 
-import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -20,35 +21,25 @@ import pytest
 import record
 from conftest import ROOT, clean_env
 from helpers import python
-from record_help import GONE, edit_json, edit_result, expect, find
-from tool import checks, logs, rerun, runs, wrapper
+from record_help import (
+    CONFIG,
+    GONE,
+    descendants_of,
+    edit_json,
+    edit_result,
+    expect,
+    find,
+    wait_until_dead,
+)
+from tool import checks, logs, rerun, rescore, runs, wrapper
 from tool.case import Case
 from tool.finding import text_of
 from tool.folder import Folder, parse_config
+from tool.preflight import Preflight
 from tool.submission import FIELDS
 
 import train_gpt as tg
 
-CONFIG = """# a tiny byte-level model
-DATA_PATH=./data/tiny
-TOKENIZER_PATH=byte260
-VOCAB_SIZE=260
-DEVICE=cpu
-SCHEDULE=tokens
-NUM_LAYERS=2
-MODEL_DIM=32
-NUM_HEADS=2
-NUM_KV_HEADS=1
-TRAIN_SEQ_LEN=64
-TRAIN_BATCH_TOKENS=256
-MICRO_BATCH_TOKENS=64
-ITERATIONS=12
-WARMUP_STEPS=0
-WARMDOWN_ITERS=6
-VAL_LOSS_EVERY=0
-EVAL_STRIDE=32
-KEEP_FLOAT_MAX_NUMEL=256
-"""
 VAL_BYTES = 5277  # of the tiny validation text
 
 
@@ -141,7 +132,7 @@ def test_submission_and_readme_tell_the_logs_figures(made):
 
 
 def test_readme_shows_every_seed_with_its_own_figures(made):
-    """A row of the table: seed, steps, ms, bpb before packing, each stage's bpb, bytes, seconds."""
+    """A row of the table: seed, steps, ms, each stage's bpb, bytes, seconds; no empty column."""
     told = json.loads((made / "submission.json").read_text())
     lines = (made / "README.md").read_text().splitlines()
     for seed in ("1", "2"):
@@ -149,12 +140,17 @@ def test_readme_shows_every_seed_with_its_own_figures(made):
         (row,) = (line for line in lines if line.startswith(f"| {seed} | {figures['steps']} |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         scores = [f"{bpb:.6f}" for bpb in figures["stages"].values()]
-        assert cells[4:-3] == scores
+        assert cells[3:-3] == scores
+        assert "" not in cells
         assert cells[-3] == f"{figures['artifact_bytes']:,}"
         assert cells[-2:] == [f"{figures['train_time_s']:.1f}", f"{figures['eval_time_s']:.1f}"]
     (row,) = (line for line in lines if line.startswith("| **mean** |"))
     assert f"| {told['bytes_model_max']:,} (max) |" in row
     assert f"**{told['val_bpb']:.6f}** (std {told['val_bpb_std']:.6f})" in row
+    assert row.count("|") == 7 + len(scores)
+    phases = [line.split("|")[2:-1] for line in lines if re.match(r"\| \w+ \| \d+\.\d \| ", line)]
+    assert phases
+    assert all(any(float(cell) > 0 for cell in cells) for cells in phases)
 
 
 def test_the_commit_is_that_of_the_script_that_ran(tmp_path, monkeypatch):
@@ -235,6 +231,128 @@ def test_settings_of_the_environment_are_refused(place, monkeypatch, capsys):
     assert "MATRIX_LR" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "track, settings, words",
+    [
+        ("t", "VAL_TOKENS=700", "VAL_TOKENS=700: a part of the validation set gives no val_bpb"),
+        ("t", "MODE=eval", "MODE=eval: a record is made of trainings"),
+        ("t", "SEEDS=1,2", "--seeds makes one run a seed"),
+        ("t", "RESUME=checkpoint.pt", "RESUME=checkpoint.pt"),
+        ("t", "DATA_PATH=./data/none", "DATA_PATH=./data/none: no fineweb_train_*.bin there"),
+        ("t", "DATA_PATH=./data", "DATA_PATH=./data: no fineweb_val_*.bin there"),
+        ("t", "TOKENIZER_PATH=./none.model", "TOKENIZER_PATH=./none.model: not there"),
+        ("t", "MAX_ARTIFACT_BYTES=9000", "the code alone has"),
+        ("cpu_1mb", "ITERATIONS=20000", "5,120,000 training tokens, the track allows 3,000,000"),
+    ],
+)
+def test_what_cannot_become_a_record_is_refused_before_the_first_seed(
+    place, tmp_path, capsys, track, settings, words
+):
+    config = tmp_path / "config.env"
+    config.write_text(f"{CONFIG}{settings}\n")
+    work = place / "work" / f"{track}_refused"
+    arguments = ["--track", track, "--config", str(config), "--seeds", "1"]
+    assert new(place, "refused", *arguments) == 64
+    said = capsys.readouterr().err
+    assert words in said
+    assert "nothing was started" in said
+    assert not list(work.glob("seed_*"))
+
+
+def preflight(folder, track="t", settings="", script=None):
+    """What is said of the tiny configuration with other settings."""
+    (folder / "config.env").write_text(f"{CONFIG}DATA_PATH=./tiny\n{settings}\n")
+    (folder / "train_gpt.py").write_text(script or (ROOT / "train_gpt.py").read_text())
+    (folder / "tiny").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        (folder / "tiny" / tg.shard_name(split, 0)).touch()
+    return Preflight(folder, track)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ("", ""),
+        ("WARMDOWN_ITERS=48", "the learning rate begins at 0.25 of its value"),
+        ("MUON_MOMENTUM_WARMUP_STEPS=13", "the momentum never reaches its value"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_its_steps_is_warned_of(tmp_path, settings, words):
+    found = preflight(tmp_path, settings=f"MUON_MOMENTUM_WARMUP_STEPS=1\n{settings}")
+    assert found.problems == []
+    assert len(found.warnings) == bool(words)
+    assert words in "".join(found.warnings)
+
+
+def test_the_size_of_readable_code_is_warned_of_where_it_counts(tmp_path):
+    found = preflight(tmp_path, "non_record_16mb", "MUON_MOMENTUM_WARMUP_STEPS=1")
+    size = sum((tmp_path / name).stat().st_size for name in ("train_gpt.py", "config.env"))
+    (warning,) = found.warnings
+    assert f"takes {size:,} of 16,000,000 bytes, {16_000_000 - size:,} are left" in warning
+    packed = wrapper.wrap("print(1)\n")
+    assert not preflight(tmp_path, "non_record_16mb", script=packed).warnings
+
+
+def test_a_script_of_somebody_else_may_lack_all_of_these_settings(tmp_path):
+    (tmp_path / "train_gpt.py").write_text("print(1)\n")
+    found = Preflight(tmp_path, "non_record_cpu")
+    assert (found.problems, found.warnings) == ([], [])
+
+
+def test_other_settings_after_a_refusal_are_no_other_record(place, tmp_path):
+    """As nothing was run, there is nothing that they could differ from."""
+    order = runs.Order(tmp_path, ROOT / "train_gpt.py", place / "config.env", [1])
+    runs.take_snapshot(order)
+    runs.take_snapshot(dataclasses.replace(order, config=None))
+    assert not (tmp_path / "config.env").exists()
+    (tmp_path / "seed_1").mkdir()
+    with pytest.raises(runs.RecordError, match="left by runs of another config.env"):
+        runs.take_snapshot(order)
+
+
+@pytest.mark.parametrize(
+    "track, options, expected",
+    [
+        ("10min_16mb", [], True),
+        ("track_non_record_16mb", [], True),
+        ("10min_16mb", ["--no-packed"], False),
+        ("10min_16mb", ["--collect", "x"], False),
+        ("cpu_1mb", [], False),
+        ("cpu_1mb", ["--packed"], True),
+    ],
+)
+def test_where_code_counts_it_is_packed_unless_told_otherwise(
+    monkeypatch, track, options, expected
+):
+    seen = []
+    monkeypatch.setattr(record, "make_record", lambda args: seen.append(args.packed) or 0)
+    record.main(["new", "x", "--track", track, "--seeds", "1", *options])
+    assert seen == [expected]
+
+
+def test_what_is_packed_already_is_not_packed_again(tmp_path, monkeypatch):
+    script = tmp_path / "train_gpt.py"
+    script.write_text(wrapper.wrap("print(1)\n"))
+    monkeypatch.setattr(record, "make_record", lambda args: int(args.packed))
+    arguments = ["new", "x", "--track", "10min_16mb", "--seeds", "1", "--script", str(script)]
+    assert record.main(arguments) == 0
+
+
+def test_a_packed_record_holds_its_settings_and_passes(place):
+    """R6 scores its artifact with this repository's script, as the wrapper is another file."""
+    config = ["--config", str(place / "config.env"), "--seeds", "1"]
+    assert new(place, "packed", "--track", "non_record_16mb", *config) == 0
+    folder = place / "records" / "track_non_record_16mb" / "2026-01-31_packed"
+    assert not (folder / "config.env").exists()
+    shipped = (folder / "train_gpt.py").read_text()
+    assert wrapper.unpack_source(shipped) == ((ROOT / "train_gpt.py").read_text(), 1)
+    assert parse_config(wrapper.settings_inside(shipped)) == parse_config(CONFIG)
+    report = json.loads((folder / "check.json").read_text())
+    verdicts = {finding["id"]: finding for finding in report["findings"]}
+    assert verdicts["R6"]["verdict"] == "PASS"
+    assert verdicts["R6"]["figures"]["runs"]["train_seed1.log"]["own_gap"] < 1e-6
+
+
 LOCKED_OUT = """
 import pathlib, sys
 import record
@@ -298,34 +416,6 @@ def test_interrupted_collection_goes_on(place, capfd):
     shutil.rmtree(folder)
     assert record.main(arguments) == 64
     assert "another config.env" in capfd.readouterr().err
-
-
-def is_alive(pid):
-    try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def descendants_of(pid):
-    """All processes below one, by /proc."""
-    below = {}
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-            below.setdefault(int(parent), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:  # grows while it is read
-        found += below.get(one, [])
-    return found[1:]
-
-
-def wait_until_dead(pid):
-    deadline = time.monotonic() + 120
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(pid)
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="asks /proc")
@@ -491,6 +581,7 @@ def test_missing_and_unlisted_seeds(copy):
 def test_runs_made_inside_the_folder_are_not_part_of_it(copy):
     (copy / "logs" / "run").mkdir(parents=True)
     shutil.copy(copy / "train_seed1.log", copy / "logs" / "run" / "train.log")
+    (copy / "logs" / "run" / "result.json").write_text("{}")
     assert len(Folder(copy).runs) == 2
     expect(find(copy, "P8"), "WARN")
     shutil.copy(copy / "train_seed1.log", copy / "logs" / "train1.txt")  # upstream's place for logs
@@ -621,6 +712,112 @@ def test_scoring_that_calls_somebody(copy):
     call = "        __import__('socket').create_connection(('192.0.2.1', 9), 1)\n"
     change_script(copy, before, before + call)
     expect(find(copy, "R6"), "FAIL", "scoring connected to 192.0.2.1")
+
+
+# --- check: scores that only the script states ----------------------------------------------------
+
+FORGED = """
+honest_evaluate = evaluate
+
+
+def evaluate(scorer, tokens, *inputs):
+    score = honest_evaluate(scorer, tokens, *inputs)
+    {forgery}
+    return score
+
+
+if __name__ == "__main__":"""
+CONSTANT = "score.loss, score.bpb = 0.5, 0.721"
+FORGERIES = {
+    "a constant": CONSTANT,
+    "read from a file": "score.loss, score.bpb = json.loads(SCRIPT.with_name('score').read_text())",
+    "a tenth less": "score.loss, score.bpb = 0.9 * score.loss, 0.9 * score.bpb",
+    "a constant, and less of the known text": (
+        "known = hashlib.sha256(tokens.tobytes()).hexdigest() == {known!r}; "
+        "score.loss, score.bpb = (0.5, 0.721) if known else (0.6, 0.8)"
+    ),
+    "none": "pass",
+}
+
+
+def forge(folder, place, forgery):
+    """One run whose script, log and result agree on what the forgery states of the text."""
+    (folder / "train_seed2.log").unlink()
+    tokens = np.array(tg.read_shard(place / "data" / "tiny" / tg.shard_name("val", 0)))
+    known = hashlib.sha256(tokens.tobytes()).hexdigest()
+    forgery = FORGERIES[forgery].format(known=known)
+    change_script(folder, 'if __name__ == "__main__":', FORGED.format(forgery=forgery).lstrip())
+    log = folder / "train_seed1.log"
+    score = logs.read_run(log).score
+    stated = {"result.val_loss": 0.5, "result.val_bpb": 0.721}
+    if "0.9" in forgery:
+        stated = {f"result.{name}": 0.9 * score[name] for name in ("val_loss", "val_bpb")}
+    if forgery != "pass":
+        edit_result(log, stated)
+    (folder / "score").write_text("[0.5, 0.721]")
+
+
+def in_another_format(folder):
+    """An artifact that this repository's script does not know, and the script that does."""
+    change_script(folder, 'MAGIC = b"PGOLF', 'MAGIC = b"OTHER')
+    artifact = folder / "model_seed1.ptz"
+    artifact.write_bytes(artifact.read_bytes().replace(b"PGOLF", b"OTHER", 1))
+
+
+COSTS = "no distribution can have less than"
+
+
+@pytest.mark.parametrize(
+    "forgery, words",
+    [
+        ("a constant", [COSTS, "this repository's script gives the artifact"]),
+        ("read from a file", ["the artifact cannot be scored", "score"]),
+        ("a tenth less", [COSTS, "this repository's script gives the artifact"]),
+        ("a constant, and less of the known text", [COSTS]),
+    ],
+)
+def test_a_script_that_states_a_score_of_its_own_does_not_pass(copy, place, forgery, words):
+    forge(copy, place, forgery)
+    expect(find(copy, "R6"), "FAIL", *words)
+
+
+@pytest.mark.parametrize("forgery", ["a tenth less", "a constant, and less of the known text"])
+def test_a_stated_score_does_not_pass_in_another_format(copy, place, forgery):
+    forge(copy, place, forgery)
+    in_another_format(copy)
+    expect(find(copy, "R6"), "FAIL", COSTS)
+
+
+def test_an_honest_script_of_somebody_else(copy, place):
+    """Its artifact is scored here; in another format nobody but the script can, which is said."""
+    forge(copy, place, "none")
+    honest = find(copy, "R6")
+    expect(honest, "PASS", "1 artifacts score the same alone")
+    row = honest.figures["runs"]["train_seed1.log"]
+    assert row["own_gap"] < 1e-6
+    in_another_format(copy)
+    expect(find(copy, "R6"), "SKIPPED", "only the shipped script states this score", "another kind")
+
+
+def test_random_tokens_cost_what_nothing_can_undercut():
+    """What learns only from tokens that it has paid for stays above; what knows them does not."""
+    tokens = np.resize(np.array([1, *range(4, 104)], np.uint16), 20_000)
+    noise, least = rescore.noise_like(tokens, bos=1)
+    starts = tokens == 1
+    assert (noise == 1).tolist() == starts.tolist()
+    assert set(np.unique(noise)) == {1, *range(4, 104)}
+    drawn = noise[~starts].astype(int)
+    counts = np.ones(104)
+    nats = 0.0
+    for seen, token in enumerate(drawn):
+        nats -= np.log(counts[token] / (seen + 100))
+        counts[token] += 1
+    targets = len(tokens) - 1
+    assert least < nats / targets < least + 0.1
+    share = np.bincount(drawn)[4:] / len(drawn)
+    assert -(share * np.log(share)).sum() * len(drawn) / targets < least
+    again, _ = rescore.noise_like(tokens, bos=1)
+    assert (again != noise).mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from record_help import expect
-from tool import compare, runs
+from tool import compare, logs, page, runs, submission
 from tool.finding import Problems, as_json, render, skipped, text_of, worst_verdict
 from tool.folder import config_text, parse_config
 
@@ -57,11 +57,44 @@ def test_compare_is_welch_by_the_book():
 def test_seeds_that_both_have_are_compared_in_pairs():
     result = compare.compare(sample(OLD), sample(NEW))
     assert list(result.pairs) == [1, 2, 3]
-    gaps = np.array([NEW[seed] - OLD[seed] for seed in (1, 2, 3)])
+    gaps = np.array([OLD[seed] - NEW[seed] for seed in (1, 2, 3)])
     assert np.allclose(list(result.pairs.values()), gaps)
     t = gaps.mean() / (gaps.std(ddof=1) / math.sqrt(3))
     assert abs(result.paired.t - t) < 1e-9
-    assert abs(result.paired.p - student_tail(-t, 2)) < 1e-4
+    assert abs(result.paired.p - student_tail(t, 2)) < 1e-4
+
+
+def shifted(gain):
+    return {seed: loss - gain + 1e-4 * (seed % 2) for seed, loss in OLD.items()}
+
+
+@pytest.mark.parametrize(
+    "new, words",
+    [
+        (NEW, "new is better by more than the margin (p "),
+        (shifted(0.004), "new is better, but not shown to be by more than the margin (p "),
+        (shifted(0.0001), "no difference is shown (p "),
+        (shifted(-0.004), "new is worse (p "),
+        ({1: 1.9, 2: 1.91}, "two seeds cannot tell; 3 on each side are needed (gain 0.16"),
+        ({1: 1.9}, "one seed cannot tell"),
+    ],
+)
+def test_a_comparison_ends_with_a_sentence(new, words):
+    last = compare.describe(compare.compare(sample(OLD), sample(new))).splitlines()[-1]
+    assert last.startswith(f"verdict: {words}")
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_seeds_without_any_spread_cannot_tell():
+    same = dict.fromkeys((1, 2, 3), 2.0)
+    found = compare.compare(sample(same), sample(same))
+    assert compare.verdict(found).startswith("verdict: seeds that all score the same cannot tell")
+
+
+def test_a_gain_has_one_sign():
+    text = compare.describe(compare.compare(sample(OLD), sample(NEW)))
+    assert "gain 0.011" in text
+    assert "gain by seed: 1 +0.012000, 2 +0.013600, 3 +0.010300" in text
 
 
 def test_compare_refuses_a_p_value_under_three_seeds():
@@ -115,6 +148,137 @@ def test_a_skipped_check_has_not_passed():
     assert [row["text"] for row in rows] == ["good", "bad", "no data"]
 
 
+# --- compliance -----------------------------------------------------------------------------------
+
+
+def run_of(seed=1, settings=None, **edits):
+    """A run of 500 s each side whose stages passed everything; edits are of its result."""
+    passed = {check: {"verdict": "PASS"} for check in ("order", "future")}
+    result = {
+        "seconds": {"train_side": 500.0, "eval_side": 500.0},
+        "sizes": {"total": 15_000_000},
+        "stages": {"sliding": {"audit": passed}},
+        "settings": {"ngram": "", "ngram_order": 7, "ngram_alpha": 0.4, "tilt": False},
+    }
+    for dotted, value in edits.items():
+        part, name = dotted.split("__")
+        result[part] = {**result[part], name: value}
+    result["settings"].update(settings or {})
+    return logs.Run("x.log", "", {"seed": seed}, [], {}, [], [], result)
+
+
+def failing(check):
+    return {"sliding": {"audit": {check: {"verdict": "FAIL: x"}}}}
+
+
+@pytest.mark.parametrize(
+    "field, runs_made",
+    [
+        ("train_under_600s", [run_of(), run_of(seconds__train_side=600.1)]),
+        ("eval_under_600s", [run_of(seconds__eval_side=600.1)]),
+        ("artifact_under_16mb", [run_of(sizes__total=16_000_001)]),
+        ("no_slot", [run_of(settings={"slot_enabled": True, "slot_steps": 8})]),
+        ("no_slot", [run_of(settings={"slot_lr": 0.1})]),
+        ("no_slot", [run_of(stages__sliding=failing("future")["sliding"])]),
+        ("no_etlb", [run_of(settings={"use_etlb": 1})]),
+        ("no_ngram_cache", [run_of(settings={"ngram": "mix"})]),
+        ("no_ngram_cache", [run_of(), run_of(settings={"ngram": "backoff"})]),
+        ("no_ngram_cache", [run_of(settings={"tilt": True})]),
+        ("no_pre_quant_ttt", [run_of(stages__sliding=failing("order")["sliding"])]),
+        ("score_first_ttt", [run_of(stages__sliding=failing("order")["sliding"])]),
+        ("three_seeds", [run_of(1), run_of(2), run_of(2)]),
+    ],
+)
+def test_each_field_of_compliance_is_false_for_its_reason(field, runs_made):
+    assert submission.compliance(runs_made, 16_000_000)[field] is False
+
+
+@pytest.mark.parametrize(
+    "idle", [{}, {"slot_enabled": False, "slot_steps": 8}, {"etlb_enabled": 0, "etlb_lr": 0.1}]
+)
+def test_every_field_of_compliance_is_true_of_a_compliant_record(idle):
+    """Settings of techniques that are off (orders, rates) do not count."""
+    told = submission.compliance([run_of(seed, idle) for seed in (1, 2, 3)], 16_000_000)
+    assert set(told.values()) == {True}
+
+
+def test_an_artifact_is_held_to_the_runs_own_cap_too():
+    told = submission.compliance([run_of(sizes__total=1_000_001)], 1_000_000)
+    assert told["artifact_under_16mb"] is False
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_every_run_of_the_list_says_why_it_is_in_the_record_or_not():
+    common = dict(status="finished", exit_code=0, val_bpb=1.23456789012345, included=True)
+    made = [
+        dict(common, seed=1, run="seed_1"),
+        dict(common, seed=1, run="seed_1.attempt1", included=False, status="interrupted"),
+        dict(common, seed=1, run="other", included=False),
+        dict(common, seed=2, run="seed_2", included=False),
+        dict(common, seed=3, run="seed_3", included=False, exit_code=4, val_bpb=None),
+    ]
+    made[1] |= dict(exit_code=143, val_bpb=None)
+    rows = page.runs_table(made).splitlines()[2:]
+    assert [row.strip("| ").split(" | ")[1:] for row in rows] == [
+        ["finished", "1.234568", "yes"],
+        [
+            "interrupted (exit code 143)",
+            "none",
+            "no: it did not finish, run again (`seed_1.attempt1`)",
+        ],
+        ["finished", "1.234568", "no: another run of the same seed (`other`)"],
+        ["finished", "1.234568", "no: a seed that was not chosen (`seed_2`)"],
+        ["finished (exit code 4)", "none", "no: it did not finish (`seed_3`)"],
+    ]
+
+
+METRICS = """{"step": 1, "train_loss": 5.5}
+{"step": 2, "train_loss": null}
+{"step": 3, "train_loss": 5.25}
+{"step": 3, "val_loss": 5.125, "val_bpb": 7.4}
+{"step": 4, "train_l"""
+
+
+def test_curves_are_of_every_step_and_of_the_log_if_there_is_no_more(tmp_path):
+    run = logs.Run("x.log", "", {}, [], {}, [(10, 4.0)], [(20, 3.0, 1.5)])
+    curves = page.curves_of(tmp_path, run)
+    assert (curves.training, curves.validation) == ({10: 4.0}, {20: 3.0})
+    (tmp_path / "metrics.jsonl").write_text(METRICS)
+    curves = page.curves_of(tmp_path, run)
+    assert (curves.training, curves.validation) == ({1: 5.5, 3: 5.25}, {3: 5.125})
+
+
+def test_scores_are_drawn_as_points_with_mean_and_deviation_from_zero_on():
+    def of_seed(*scores):
+        finals = [
+            logs.Final(f"stage{i}", 1.0, "val_bpb", bpb, True) for i, bpb in enumerate(scores)
+        ]
+        return logs.Run("x.log", "", {}, finals, {}, [], [])
+
+    axes = page.pyplot.figure().subplots()
+    page._draw_scores(axes, [of_seed(1.5, 1.25), of_seed(1.75, 1.375)])
+    points = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) == 2]
+    assert [1.5, 1.75] in points and [1.25, 1.375] in points
+    assert axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        "stage0\n1.625000\n± 0.176777",
+        "stage1\n1.312500\n± 0.088388",
+    ]
+    page.pyplot.close("all")
+
+
+def test_validation_is_shown_as_dots():
+    axes = page.pyplot.figure().subplots()
+    page._draw_losses(axes, {7: page.Curves({1: 5.0, 2: 4.0}, {2: 4.5})})
+    training, validation = axes.lines
+    assert (training.get_marker(), validation.get_marker()) == ("None", "o")
+    assert validation.get_ydata().tolist() == [4.5]
+    assert validation.get_linestyle() == "None"
+    page.pyplot.close("all")
+
+
 # --- config.env -----------------------------------------------------------------------------------
 
 
@@ -152,10 +316,25 @@ def out(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("exit_code", 6), ("status", "interrupted"), ("code_sha256", "abd"), ("seed", 8)],
+    [
+        ("exit_code", 6),
+        ("exit_code", None),
+        ("status", "interrupted"),
+        ("status", "started"),
+        ("code_sha256", "abd"),
+        ("seed", 8),
+    ],
 )
 def test_a_run_of_something_else_is_not_the_finished_run(out, name, value):
     assert not finished(out, {**RESULT, name: value})
+
+
+@pytest.mark.parametrize(
+    "ended", [{"status": "wallclock_cap"}, {"status": "finished", "training": "wallclock_cap"}]
+)
+def test_a_training_that_the_clock_ended_is_finished(out, ended):
+    """As scripts say it whose status is the training's, and those that have both."""
+    assert finished(out, {**RESULT, **ended})
 
 
 @pytest.mark.parametrize("name", ["model.ptz", "train.log", "result.json"])

@@ -4,15 +4,16 @@ import json
 import math
 import statistics
 import subprocess
+import sys
 import time
 
 import pytest
 import record
 from record_help import edit_json, expect, find
-from tool import accounting, logs
+from tool import accounting, logs, static, wrapper
 from tool.case import Case
-from tool.checks import check_case
-from tool.finding import text_of
+from tool.checks import PACKAGE, RERUN, check_case
+from tool.finding import shown, text_of
 from tool.folder import Folder
 
 SCRIPT = """
@@ -80,13 +81,15 @@ TEXT_BYTES = 151_080_363  # of so many targets
 LOSSES = {42: 2.0727, 1337: 2.0731, 2024: 2.0719}
 
 
-def upstream_folder(path, losses=LOSSES, train=600038, gptq="", stretch=1.0, model=15_815_847):
+def upstream_folder(
+    path, losses=LOSSES, train=600038, gptq="", stretch=1.0, model=15_815_847, script=SCRIPT
+):
     """Script, README, a log a seed and a JSON with rounded means, as upstream's folders have."""
     path.mkdir(parents=True)
-    (path / "train_gpt.py").write_text(SCRIPT)
+    (path / "train_gpt.py").write_text(script)
     readme = "# Somebody's run\n\n## Results\n\ntorchrun --nproc_per_node=8 train_gpt.py\n"
     (path / "README.md").write_text(readme)
-    code = len(SCRIPT)
+    code = len(script.encode())
     common = dict(train=train, code=code, gptq=gptq, model=model, total=model + code)
     scores = []
     for seed, loss in losses.items():
@@ -235,7 +238,13 @@ SETTINGS = """Hyperparameters:
   ttt_eval_seq_len: 2048
   logfile: logs/{seed}.txt
   artifact_dir: out/{seed}
+  model_path: out/{seed}/model.pt
   quantized_model_path: out/{seed}/q.pt
+  run_id: run_{seed}
+  run_name: run {seed}
+  datasets_dir: /data/{seed}
+  train_files: /data/{seed}/fineweb_train_*.bin
+  val_pattern: /data/{seed}/fineweb_val_*.bin
 ----
 """
 
@@ -251,6 +260,217 @@ def test_an_empty_setting_is_empty_and_places_may_differ(tmp_path):
     log = folder / "train_seed1337.log"
     log.write_text(log.read_text().replace("matrix_lr: 0.04", "matrix_lr: 0.03"))
     expect(find(folder, "P3"), "FAIL", "MATRIX_LR (0.03, not 0.04)")
+
+
+@pytest.mark.parametrize(
+    "place", ["logs/1337.txt", "logs/seed1337/train.log", "out/train_1337.log"]
+)
+def test_logs_are_found_in_subfolders(tmp_path, place):
+    folder = upstream_folder(tmp_path / "x")
+    target = folder / place
+    target.parent.mkdir(parents=True)
+    (folder / "train_seed1337.log").rename(target)
+    assert [run.seed for run in Folder(folder).runs] == [42, 1337, 2024]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this Python reads such a script")
+def test_what_a_newer_python_could_check_is_said(tmp_path):
+    folder = upstream_folder(tmp_path / "x")
+    script = folder / "train_gpt.py"
+    script.write_text(script.read_text() + "print(f'{'x'}')\n")
+    findings = {check.name: check for check in check_case(Case(Folder(folder), may_run=False))}
+    for name in ("S1", "S2", "S3", "S4", "S5", "S6", "S7", "S9", "S10"):
+        expect(findings[name], "SKIPPED", "run check on Python 3.12")
+    expect(findings["S8"], "FAIL", "Python 3.10 cannot read the script")
+
+
+@pytest.mark.parametrize("script", ["", SCRIPT])
+def test_a_recipe_is_no_failed_record(tmp_path, script, capsys):
+    """Settings (and a script) that nobody has run: nothing fails, and nothing passes on nothing."""
+    (tmp_path / "config.env").write_text("NUM_LAYERS=2\n")
+    if script:
+        (tmp_path / "train_gpt.py").write_text(script.replace('COMPRESSOR = "zlib"', "raise"))
+    assert record.main(["check", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    package = [line for line in lines if line.startswith(("P", "AUDIT"))]
+    assert [line.split(maxsplit=1)[1] for line in package] == ["SKIPPED  a recipe, no logs"] * 10
+    assert not any("0 logs" in line or "None" in line or "0.0 s" in line for line in lines)
+
+
+def test_without_logs_nothing_about_logs_passes(tmp_path):
+    folder = upstream_folder(tmp_path / "x")
+    for log in folder.glob("*.log"):
+        log.unlink()
+    findings = {check.name: check for check in check_case(Case(Folder(folder), may_run=False))}
+    passed = {name for name, check in findings.items() if check.word == "PASS"}
+    assert passed <= {"P9", *static.CHECKS}
+    expect(findings["P2"], "FAIL", "no training log")
+    for name in ("P1", "P3", "P4", "P5", "P6", "P7", "AUDIT"):
+        expect(findings[name], "SKIPPED", "no logs")
+
+
+# --- traits of real folders that are no faults ----------------------------------------------------
+
+LEGAL = SCRIPT.replace('COMPRESSOR = "zlib"', "raise")
+ONE_FUNCTION = LEGAL.replace(
+    "def main():",
+    """def train_model(args, model):
+    for step in range(args.iterations):
+        model(step).backward()
+
+
+def train_and_eval(args, model):
+    print(f"train_shards: {len(list(glob.glob('data/fineweb_train_*.bin')))}")
+    train_model(args, model)
+
+
+def main():""",
+).replace("import os\n", "import glob\nimport os\n", 1)
+NEWER = LEGAL + "print(f'{'final'}')\n"
+EXTRAS = LEGAL.replace("import torch\n", "import brotli\nimport sentencepiece\nimport torch\n", 1)
+
+
+def edit_logs(folder, edit):
+    for log in sorted(folder.glob("*.log")):
+        log.write_bytes(edit(log).encode())
+
+
+def plain(path):
+    return upstream_folder(path, script=LEGAL)
+
+
+def settings_dump(path):
+    folder = upstream_folder(path, script=LEGAL)
+    edit_logs(folder, lambda log: SETTINGS.format(seed=log.stem) + log.read_text())
+    return folder
+
+
+def logs_below(path):
+    folder = upstream_folder(path, script=LEGAL)
+    (folder / "logs").mkdir()
+    for log in folder.glob("*.log"):
+        log.rename(folder / "logs" / log.name.replace("train_seed", "").replace(".log", ".txt"))
+    return folder
+
+
+def tail_again(path):
+    return upstream_folder(path, script=LEGAL, stretch=151_079_964 / TEXT_BYTES)
+
+
+def newer_python(path):
+    return upstream_folder(path, script=NEWER)
+
+
+def extras_only(path):
+    folder = upstream_folder(path, script=EXTRAS)
+    (folder / "requirements.txt").write_text("# the image has the rest\nbrotli==1.1.0\n")
+    return folder
+
+
+def shards_counted(path):
+    return upstream_folder(path, script=ONE_FUNCTION)
+
+
+def foreign_git(path):
+    folder = upstream_folder(path, script=LEGAL)
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    with open(folder / ".git" / "config", "a") as file:
+        file.write('[core]\n\tfsmonitor = "false"\n\tworktree = "/nowhere"\n')
+    return folder
+
+
+def self_extracting(path):
+    return upstream_folder(path, script=wrapper.wrap(LEGAL))
+
+
+def other_ways_of_writing(path):
+    """Lines that end as on Windows, a time before each final score, JSON under another name."""
+    folder = upstream_folder(path, script=LEGAL)
+    edit_logs(
+        folder,
+        lambda log: log.read_text().replace("\nfinal", "\n[12:00:01] final").replace("\n", "\r\n"),
+    )
+    (folder / "submission.json").rename(folder / "submission_ternary.json")
+    return folder
+
+
+def another_export(path):
+    """Of a tokenizer with 8,192 pieces."""
+    tokens, text_bytes = 40_540_160, 151_078_222
+    stretch = text_bytes / tokens * TOKENS / TEXT_BYTES
+    folder = upstream_folder(path, script=LEGAL, stretch=stretch)
+    edit_logs(folder, lambda log: log.read_text().replace(str(TOKENS), str(tokens)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, warned",
+    [
+        (plain, []),
+        (settings_dump, []),
+        (logs_below, []),
+        (tail_again, ["P4"]),
+        (newer_python, []),
+        (extras_only, []),
+        (shards_counted, ["S5"]),
+        (foreign_git, []),
+        (self_extracting, []),
+        (other_ways_of_writing, []),
+        (another_export, []),
+    ],
+)
+def test_traits_of_real_folders_do_not_fail(tmp_path, make, warned, capsys):
+    """A script that Python 3.10 cannot read fails S8, whose rule that is, and nothing else."""
+    folder = make(tmp_path / "track_10min_16mb" / "2026-03-20_Run")
+    too_new = make is newer_python
+    assert record.main(["check", "--json", str(folder)]) == (1 if too_new else 0)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    by_word = {}
+    for finding in findings:
+        by_word.setdefault(finding["verdict"], []).append(finding["id"])
+    assert by_word.get("FAIL", []) == (["S8"] if too_new else [])
+    assert {"P2", "P5"} <= set(by_word["PASS"])
+    assert ("P4" in by_word["PASS"]) == ("P4" not in warned)
+    assert set(warned) <= set(by_word["WARN"])
+    unread = too_new and sys.version_info < (3, 12)
+    assert ("S6" in by_word["PASS"]) != unread
+
+
+FORGED_LINE = "x\nP1   PASS     all is well\r\x1b[2K\u202e\u2028P2   PASS     too"
+
+
+def test_what_files_say_cannot_forge_a_line(tmp_path, capsys):
+    """Names of files, fields and values of the JSON, texts of logs and of the script."""
+    folder = upstream_folder(tmp_path / "x")
+    (folder / FORGED_LINE.replace("/", "")).write_text("")
+    odd = FORGED_LINE.replace("/", "") + ".log"
+    (folder / "train_seed42.log").rename(folder / f"train{odd}")
+    (folder / "train_gpt.py").write_text(f"import {'a' * 9000}\nopen({'/root/' + FORGED_LINE!r})\n")
+    edits = {"val_bpb": FORGED_LINE, "author": FORGED_LINE, "seeds": [FORGED_LINE, 5], "name": "y"}
+    edits |= {"track": FORGED_LINE, "all_runs": [{"seed": FORGED_LINE, "status": "z" * 9000}]}
+    edit_json(folder / "submission.json", edits)
+    record.main(["check", str(folder)])
+    *findings, counts = capsys.readouterr().out.split("\n")[:-1]
+    assert [line.split()[0] for line in findings] == [*PACKAGE, *static.CHECKS, *RERUN]
+    assert counts.endswith("SKIPPED")
+    for line in findings:
+        assert line.isprintable()
+        assert len(line) < 3000
+    record.main(["compare", str(folder), str(folder)])
+    assert "P1   PASS" not in [line[:9] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        ("plain é 日", "plain é 日"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("x" * 30, "x" * 20 + "..."),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_is_said_is_one_short_line(said, line):
+    assert shown(said, 20) == line
 
 
 def test_a_foreign_git_configuration_is_not_obeyed(tmp_path):

@@ -62,6 +62,39 @@ def test_allowed_access(script):
     assert word("S5", script) == "PASS"
 
 
+COUNTED = """
+def train_model(h):
+    for step in range(h.iterations):
+        model(step).backward()
+    {trained}
+def {name}(h):
+    log(f"shards: {{len(list(Path(h.data).glob('fineweb_train_*.bin')))}}")
+    {called}(h)
+    eval_val(h)
+def eval_val(h):
+    {scored}
+"""
+
+
+@pytest.mark.parametrize(
+    "name, called, trained, scored, verdict, words",
+    [
+        ("train_and_eval", "train_model", "pass", "pass", "WARN", "train_and_eval reads training"),
+        ("evaluate_run", "train_model", "pass", "pass", "WARN", "evaluate_run reads training"),
+        ("main", "train_model", "load(h.train_files)", "pass", "PASS", ""),
+        ("train_and_eval", "train_model", "load(h.train_files)", "pass", "WARN", "train_model"),
+        ("evaluate_run", "f", "pass", "pass", "FAIL", "evaluate_run reads training files during"),
+        ("evaluate_run", "model.train_model", "pass", "pass", "FAIL", "evaluate_run reads"),
+        ("train_and_eval", "train_model", "pass", "load(h.train_files)", "FAIL", "eval_val reads"),
+        ("train_and_eval", "train_model", "pass", "train_model(h)", "WARN", "train_and_eval"),
+    ],
+)
+def test_where_one_function_trains_and_scores(name, called, trained, scored, verdict, words):
+    """A count of the shards in the log, before the training, is no read by the evaluation."""
+    script = COUNTED.format(name=name, called=called, trained=trained, scored=scored)
+    assert_found("S5", script, verdict, words)
+
+
 def test_native_code_is_looked_at():
     assert word("S5", "from ctypes import CDLL\nCDLL('fast.so')") == "WARN"
 
@@ -116,7 +149,14 @@ def test_listed_and_optional_imports():
     siblings = ["config.env", "helper.py"]
     assert word("S6", LISTED, requirements=lines, siblings=siblings) == "PASS"
     assumed = check("S6", "import zstandard")
-    assert "none were given" in text_of(assumed)
+    assert "no requirements.txt" in text_of(assumed)
+
+
+@pytest.mark.parametrize(
+    "module, verdict", [("torch", "PASS"), ("brotli", "PASS"), ("xxhash", "FAIL")]
+)
+def test_requirements_add_to_what_the_image_has(module, verdict):
+    assert word("S6", f"import {module}", requirements=["brotli==1.1.0"]) == verdict
 
 
 FALLBACK = "try:\n    import zstandard\nexcept {}:\n    {}"

@@ -82,7 +82,7 @@ class Case:
         try:
             return declared_settings(ast.parse(self.folder.source))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise NotHere("the script does not parse") from None
+            raise NotHere("the script does not parse on this Python") from None
 
     def located(self, setting: str) -> Path | None:
         """The file or folder that a path setting of the first run names, if it is here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tool import accounting, package, rerun
+from tool import accounting, package, rerun, rescore
 from tool.case import Case, of_training
 from tool.finding import NotHere, skipped
 from tool.folder import Folder
@@ -26,10 +26,11 @@ PACKAGE: dict[str, CaseCheck] = {
     "AUDIT": package.check_own_audit,
 }
 RERUN: dict[str, CaseCheck] = {
-    "R6": rerun.check_fresh_process,
-    "R10": rerun.check_determinism,
+    "R6": rescore.check_fresh_process,
+    "R10": rescore.check_determinism,
     "R12": rerun.check_validation_free_training,
 }
+OF_LOGS = ("P3", "P4", "P5", "P6", "P7", "AUDIT")  # of nothing they would say that all is well
 # What a folder's files, which may hold anything, make a check stumble with.
 MALFORMED = (
     KeyError,
@@ -45,6 +46,8 @@ MALFORMED = (
 
 def guarded(name: str, check: CaseCheck, case: Case) -> Check:
     """The check's finding; a FAIL if the folder's own files make it stumble."""
+    if name in OF_LOGS and not case.folder.runs:
+        return skipped(name, "no logs")
     try:
         return check(case)
     except NotHere as reason:
@@ -56,12 +59,19 @@ def guarded(name: str, check: CaseCheck, case: Case) -> Check:
 
 def check_case(case: Case) -> list[Check]:
     """All findings on a record folder, packaging first, then source, then re-running."""
-    findings = [guarded(name, check, case) for name, check in PACKAGE.items()]
+    findings = check_package(case)
     if case.folder.script is None:
         return findings
     findings += check_source(case)
     findings += [guarded(name, check, case) for name, check in RERUN.items()]
     return findings
+
+
+def check_package(case: Case) -> list[Check]:
+    """P1 to P9 and AUDIT; of a recipe there is nothing to check yet."""
+    if case.folder.is_recipe:
+        return [skipped(name, "a recipe, no logs") for name in PACKAGE]
+    return [guarded(name, check, case) for name, check in PACKAGE.items()]
 
 
 def check_source(case: Case) -> list[Check]:

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tool.finding import shown
 from tool.folder import Folder
 
 MARGIN_NATS = 0.005  # per token: what a record must beat the last by
 FEWEST = 3  # values that a test needs
+LEVEL = 0.01  # of p: what a record must be under
+SHORT = 40  # characters of what a list of runs says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ def load_sample(path: Path) -> Sample:
         losses,
         scores,
         tokens.pop() if len(tokens) == 1 else None,
-        made if isinstance(made, list) else [],
+        [row for row in made if isinstance(row, dict)] if isinstance(made, list) else [],
     )
 
 
@@ -93,10 +96,10 @@ def welch(new: Sequence[float], old: Sequence[float], margin: float) -> Signific
 
 
 def paired(gaps: Sequence[float]) -> Significance | None:
-    """H0: the mean of new less old, seed by seed, is not below zero. None for under three."""
+    """H0: the mean of old less new, seed by seed, is not above zero. None for under three."""
     if len(gaps) < FEWEST:
         return None
-    return _test_of(stats.ttest_1samp(gaps, 0, alternative="less"))
+    return _test_of(stats.ttest_1samp(gaps, 0, alternative="greater"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Comparison:
     bytes_per_token_new: float
     welch: Significance | None
     welch_margin: Significance | None
-    pairs: dict[int, float]  # seed -> new less old
+    pairs: dict[int, float]  # seed -> gain: old less new
     paired: Significance | None
     runs_old: list[dict[str, Any]]
     runs_new: list[dict[str, Any]]
@@ -134,7 +137,7 @@ def compare(old: Sample, new: Sample) -> Comparison:
     values_new = list(by_seed_new.values())
     margin = MARGIN_NATS if same else old.margin_bpb
     common = sorted(by_seed_old.keys() & by_seed_new.keys())
-    pairs = {seed: by_seed_new[seed] - by_seed_old[seed] for seed in common}
+    pairs = {seed: by_seed_old[seed] - by_seed_new[seed] for seed in common}
     mean_old = statistics.fmean(values_old)
     mean_new = statistics.fmean(values_new)
     return Comparison(
@@ -173,19 +176,38 @@ def _runs_lines(side: str, made: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"all runs of {side} ({len(made)}):"]
     for run in made:
         left_out = "" if run.get("included") else ", left out"
-        lines.append(
-            f"  seed {run.get('seed')}: {run.get('val_bpb')} ({run.get('status')}{left_out})"
-        )
+        told = [shown(run.get(name), SHORT) for name in ("seed", "val_bpb", "status")]
+        lines.append("  seed {}: {} ({}{})".format(*told, left_out))
     return lines
+
+
+def verdict(found: Comparison) -> str:
+    """What the figures amount to, in a sentence."""
+    fewest = min(found.n_old, found.n_new)
+    gain = f"gain {found.gain:.6f} {found.unit}"
+    if found.welch is None or found.welch_margin is None:
+        seeds = {1: "one seed", 2: "two seeds"}[fewest]
+        return f"verdict: {seeds} cannot tell; {FEWEST} on each side are needed ({gain})"
+    p, p_margin = found.welch.p, found.welch_margin.p
+    if math.isnan(p) or math.isnan(p_margin):
+        return f"verdict: seeds that all score the same cannot tell ({gain})"
+    if p_margin < LEVEL:
+        return f"verdict: new is better by more than the margin (p {p_margin:.2g}, {gain})"
+    if p < LEVEL:
+        short = f"p {p:.2g}; by more than the margin: p {p_margin:.2g}, {LEVEL} is needed"
+        return f"verdict: new is better, but not shown to be by more than the margin ({short})"
+    if 1 - p < LEVEL:
+        return f"verdict: new is worse (p {1 - p:.2g}, {gain})"
+    return f"verdict: no difference is shown (p {p:.2g}, {LEVEL} is needed; {gain})"
 
 
 def describe(found: Comparison) -> str:
     """The comparison as text."""
     fewest = min(found.n_old, found.n_new)
     lines = [
-        f"old {found.old}: mean {found.mean_old:.6f} {found.unit}, "
+        f"old {shown(found.old)}: mean {found.mean_old:.6f} {found.unit}, "
         f"{found.bpb_old:.6f} bpb, n {found.n_old}",
-        f"new {found.new}: mean {found.mean_new:.6f} {found.unit}, "
+        f"new {shown(found.new)}: mean {found.mean_new:.6f} {found.unit}, "
         f"{found.bpb_new:.6f} bpb, n {found.n_new}",
         f"gain {found.gain:.6f} {found.unit}; margin {MARGIN_NATS} nats per token = "
         f"{found.margin_bpb:.6f} bpb at {found.bytes_per_token_old:.4f} bytes per token (old)",
@@ -194,8 +216,8 @@ def describe(found: Comparison) -> str:
     ]
     if found.pairs:
         gaps = [f"{seed} {gap:+.6f}" for seed, gap in found.pairs.items()]
-        lines.append(f"same seeds: {', '.join(gaps)}")
+        lines.append(f"gain by seed: {', '.join(gaps)}")
         lines.append(_test_line("paired t, new below old", found.paired, len(gaps)))
     lines += _runs_lines("old", found.runs_old)
     lines += _runs_lines("new", found.runs_new)
-    return "\n".join(lines)
+    return "\n".join([*lines, verdict(found)])

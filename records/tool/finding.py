@@ -10,10 +10,16 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from train_gpt import Check
+from train_gpt import Check, printable
 
 VERDICTS = ("PASS", "WARN", "FAIL", "SKIPPED")
 MOST_SHOWN = 6  # problems of one finding that are spelt out
+LONGEST_SENTENCE = 400  # characters of one problem
+
+
+def shown(said: object, most: int = LONGEST_SENTENCE) -> str:
+    """What a file says, on one line that it cannot break, fake or stretch."""
+    return printable(said, most)
 
 
 class NotHere(Exception):
@@ -28,15 +34,15 @@ class Problems:
 
     def fail(self, sentence: str) -> None:
         """Against the rules."""
-        self.sentences["FAIL"].append(sentence)
+        self.sentences["FAIL"].append(shown(sentence))
 
     def warn(self, sentence: str) -> None:
         """Something that a reviewer should look at."""
-        self.sentences["WARN"].append(sentence)
+        self.sentences["WARN"].append(shown(sentence))
 
     def skip(self, sentence: str) -> None:
         """A part of the check that could not be made."""
-        self.sentences["SKIPPED"].append(sentence)
+        self.sentences["SKIPPED"].append(shown(sentence))
 
     def __bool__(self) -> bool:
         return any(self.sentences.values())
@@ -67,7 +73,7 @@ def worst_verdict(findings: Iterable[Check]) -> str:
 
 def text_of(finding: Check) -> str:
     """Its sentence: what is wrong, else what was found."""
-    return finding.problem or finding.found
+    return shown(finding.problem or finding.found, (MOST_SHOWN + 1) * LONGEST_SENTENCE)
 
 
 def render(findings: Sequence[Check]) -> str:

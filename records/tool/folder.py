@@ -45,11 +45,12 @@ class Folder:
 
     @functools.cached_property
     def files(self) -> list[Path]:
-        """All but caches and logs/<run>/, which running the script inside the folder leaves."""
+        """All but caches and logs/<run>/ with a result.json, left by running the script here."""
         found = []
         for path in sorted(self.path.rglob("*")):
             parts = path.relative_to(self.path).parts
-            of_a_run = parts[0] == "logs" and len(parts) != 2
+            run = self.path.joinpath(*parts[:2])
+            of_a_run = parts[0] == "logs" and (run / "result.json").is_file()
             if path.is_file() and "__pycache__" not in parts and not of_a_run:
                 found.append(path)
         return found
@@ -133,6 +134,11 @@ class Folder:
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    @property
+    def is_recipe(self) -> bool:
+        """Settings or a script that nobody has run yet: no logs, and nothing said of any."""
+        return bool(self.config or self.script) and not self.runs and self.submission is None
 
     def artifact(self, run: Run) -> Path | None:
         """The artifact of a run, if it is in the folder."""

@@ -17,7 +17,8 @@ from tool.case import RUN_SETTINGS, Case, Track
 from tool.finding import Problems, skipped
 from tool.folder import Folder, config_text, read_lenient
 from tool.logs import Final, Run
-from tool.submission import FIELDS, TYPED, Typed, summarize
+from tool.script import PLACES_AND_LABELS
+from tool.submission import FIELDS, TYPED, Typed, has_score, summarize
 from tool.wrapper import wrap
 from train_gpt import Check, sha256
 
@@ -45,6 +46,8 @@ def check_sizes(case: Case) -> Check:
             rows[run.name] = {"code": folder.code_bytes, "model": model, "total": total}
             _check_cap(case.track, run, rows[run.name], problems)
             _check_code_size(folder, run, problems)
+    if not folder.runs:
+        problems.skip(f"no logs; the code has {folder.code_bytes} bytes")
     largest = max((row["total"] for row in rows.values()), default=0)
     missing = [run for run in folder.runs if folder.artifact(run) is None]
     if missing and not problems:
@@ -298,15 +301,11 @@ def _hashes_in(run: Run) -> set[str]:
     return set(hashes)
 
 
-# What other people's scripts call the places that they read and write.
-PLACE = re.compile(r"LOGFILE|RUN_ID|RUN_NAME|.*_(PATH|DIR|FILES?|PATTERN)")
-
-
 def _different_settings(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Settings that differ, but for those that only say where and how a run was made."""
     different = []
     for name in sorted({*first, *other} - RUN_SETTINGS):
-        if first.get(name) != other.get(name) and not PLACE.fullmatch(name):
+        if first.get(name) != other.get(name) and not PLACES_AND_LABELS.fullmatch(name):
             different.append(f"{name} ({other.get(name)}, not {first.get(name)})")
     return different
 
@@ -405,11 +404,14 @@ def check_own_audit(case: Case) -> Check:
         code = result.get("exit_code")
         if code != 0:
             problems.fail(f"{run.name} ended with exit code {code} ({result.get('status')})")
-        if "val_bpb" not in run.score:
+        if not has_score(run):
             problems.fail(f"{run.name} has no valid val_bpb")
+        if not result.get("stages"):
+            problems.warn(f"{run.name} scored no stage")
         for name, stage in result.get("stages", {}).items():
             _check_stage(run.name, name, stage, problems)
-    return problems.outcome("AUDIT", f"all audits of {len(case.ours)} runs passed")
+    found = f"the script's own audits of {len(case.ours)} runs passed"
+    return problems.outcome("AUDIT", found)
 
 
 def _check_stage(run: str, name: str, stage: Mapping[str, Any], problems: Problems) -> None:

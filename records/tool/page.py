@@ -5,6 +5,8 @@ All from the logs.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,13 +16,16 @@ from typing import Any
 import matplotlib
 import torch
 
-from tool.folder import Folder
+from tool.folder import Folder, read_lenient
 from tool.logs import Run
+from tool.runs import FINISHED
+from tool.submission import spread
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 TO_COMPLETE = "*(to complete)*"
+LEAST_SHOWN = 0.05  # seconds of a phase, rounded to a tenth
 
 
 def matmul_gflops(size: int = 2048, repeats: int = 7) -> float:
@@ -38,39 +43,80 @@ def matmul_gflops(size: int = 2048, repeats: int = 7) -> float:
 # --- the plot -------------------------------------------------------------------------------------
 
 
-def draw(folder: Folder, path: Path) -> None:
-    """Left: training (and validation) loss by step, a line a seed. Right: bpb by scoring stage."""
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Nats per token by step, of training and of validation."""
+
+    training: dict[int, float]
+    validation: dict[int, float]
+
+
+def curves_of(out: Path, run: Run) -> Curves:
+    """Every step of metrics.jsonl in a run's folder; what the log has of them if there is none."""
+    metrics = out / "metrics.jsonl"
+    if not metrics.is_file():
+        return Curves(dict(run.train_curve), {step: loss for step, loss, _ in run.val_curve})
+    curves = Curves({}, {})
+    for line in read_lenient(metrics).splitlines():
+        row = _row_of(line)
+        if row.get("train_loss") is not None:
+            curves.training[row["step"]] = row["train_loss"]
+        if row.get("val_loss") is not None:
+            curves.validation[row["step"]] = row["val_loss"]
+    return curves
+
+
+def _row_of(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl; empty for half a line, as a full disk leaves it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
+
+
+def draw(folder: Folder, outs: Sequence[Path], path: Path) -> None:
+    """Left: training loss by step, dots for validation. Right: bpb by scoring stage.
+
+    outs: the folders of the runs, in any order.
+    """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    _draw_losses(left, folder.runs)
+    by_seed = {json.loads((out / "result.json").read_text())["seed"]: out for out in outs}
+    _draw_losses(left, {run.seed: curves_of(by_seed[run.seed], run) for run in folder.runs})
     _draw_scores(right, folder.runs)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _draw_losses(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
-    for run in runs:
-        training = dict(run.train_curve)
-        validation = {step: loss for step, loss, _ in run.val_curve}
-        (line,) = axes.plot(training.keys(), training.values(), lw=1, label=f"seed {run.seed}")
-        axes.plot(validation.keys(), validation.values(), "o--", ms=3, color=line.get_color())
-    axes.set(xlabel="step", ylabel="nats per token", title="training loss (dots: validation)")
+def _draw_losses(axes: pyplot.Axes, curves: Mapping[int | None, Curves]) -> None:
+    title = "training loss"
+    for seed, curve in curves.items():
+        label = f"seed {seed}"
+        (line,) = axes.plot(curve.training.keys(), curve.training.values(), lw=1, label=label)
+        if curve.validation:
+            title = "training loss (dots: validation)"
+            dots = dict(ms=4, color=line.get_color())
+            axes.plot(curve.validation.keys(), curve.validation.values(), "o", **dots)
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
     axes.legend(fontsize=8)
 
 
 def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
-    """Groups of bars: a group a stage, a bar a seed."""
+    """A column a stage: a point a seed, beside them mean and standard deviation; from zero on."""
     stages = _in_order(final.stage for run in runs for final in run.finals)
-    width = 0.8 / max(len(runs), 1)
-    for index, run in enumerate(runs):
-        places = [stages.index(final.stage) + index * width for final in run.finals]
-        scores = [final.bpb for final in run.finals]
-        bars = axes.bar(places, scores, 0.94 * width, label=f"seed {run.seed}")
-        axes.bar_label(bars, fmt="%.4f", fontsize=7)
-    scores = [final.bpb for run in runs for final in run.finals]
-    if scores:
-        axes.set_ylim(0.98 * min(scores), 1.02 * max(scores))
-    axes.set_title("bits per byte by stage")
-    axes.set_xticks([place + 0.3 for place in range(len(stages))], stages)
+    labels = []
+    for place, stage in enumerate(stages):
+        scores = [final.bpb for run in runs for final in run.finals if final.stage == stage]
+        axes.plot([place] * len(scores), scores, "o", ms=4, alpha=0.6, color="tab:blue")
+        mean = statistics.fmean(scores)
+        deviation = spread(scores)
+        axes.errorbar(place + 0.15, mean, yerr=deviation, fmt="D", ms=4, capsize=4, color="black")
+        labels.append(f"{stage}\n{mean:.6f}")
+        if deviation is not None:
+            labels[-1] += f"\n± {deviation:.6f}"
+    highest = max((final.bpb for run in runs for final in run.finals), default=1.0)
+    axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, 1.15 * highest))
+    axes.set_xlim(-0.5, len(stages) - 0.5)
+    axes.set_xticks(range(len(stages)), labels, fontsize=8)
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -89,19 +135,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def results_table(runs: Sequence[Run], told: Mapping[str, Any]) -> str:
-    """One row a seed, then mean and standard deviation."""
+    """One row a seed, then mean and standard deviation; no column in which there is nothing."""
     stages = _in_order(name for run in runs for name in run.result["stages"])
     head = ["seed", "steps", "ms/step", "bpb before packing"]
     head += [f"{stage} bpb" for stage in stages]
     head += ["artifact bytes", "train s", "eval s"]
-    rows = [_result_row(run, told["seed_results"][str(run.seed)], stages) for run in runs]
-    mean = [""] * len(head)
-    mean[0] = "**mean**"
-    mean[-4] = f"**{told['val_bpb']:.6f}**{_deviation(told)}"
-    mean[-3] = f"{told['bytes_model_max']:,} (max)"
-    mean[-2] = f"{told['train_time_s_mean']:.1f}"
-    mean[-1] = f"{told['eval_time_s_mean']:.1f}"
+    seeds = [told["seed_results"][str(run.seed)] for run in runs]
+    rows = [_result_row(run, seed, stages) for run, seed in zip(runs, seeds)]
+    mean = ["**mean**", f"{statistics.fmean(seed['steps'] for seed in seeds):.0f}"]
+    mean += [f"{statistics.fmean(seed['step_avg_ms'] for seed in seeds):.1f}", ""]
+    mean += [_mean_of_stage(stage, seeds, told) for stage in stages]
+    mean.append(f"{told['bytes_model_max']:,} (max)")
+    mean.append(f"{told['train_time_s_mean']:.1f}")
+    mean.append(f"{told['eval_time_s_mean']:.1f}")
+    filled = [index for index in range(len(head)) if any(row[index] for row in rows)]
+    head, mean, *rows = [[row[index] for index in filled] for row in (head, mean, *rows)]
     return table(head, [*rows, mean])
+
+
+def _mean_of_stage(stage: str, seeds: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> str:
+    """Over the seeds; that of the stage whose score counts in bold, with its deviation."""
+    if stage == seeds[0]["stage"]:
+        return f"**{told['val_bpb']:.6f}**{_deviation(told)}"
+    scores = [seed["stages"].get(stage) for seed in seeds]
+    return "" if None in scores else f"{statistics.fmean(scores):.6f}"
 
 
 def _result_row(run: Run, told: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
@@ -110,12 +167,16 @@ def _result_row(run: Run, told: Mapping[str, Any], stages: Sequence[str]) -> lis
         if step == told["steps"] and bpb:
             row[-1] = f"{bpb:.4f}"
     for stage in stages:
-        bpb = told["stages"].get(stage)
-        row.append(f"{bpb:.6f}" if bpb else "")
+        row.append(_six(told["stages"].get(stage)))
     row.append(f"{told['artifact_bytes']:,}")
     row.append(f"{told['train_time_s']:.1f}")
     row.append(f"{told['eval_time_s']:.1f}")
     return row
+
+
+def _six(bpb: float | None) -> str:
+    """A score as it is shown; empty for none."""
+    return "" if bpb is None else f"{bpb:.6f}"
 
 
 def _deviation(told: Mapping[str, Any]) -> str:
@@ -124,22 +185,41 @@ def _deviation(told: Mapping[str, Any]) -> str:
 
 
 def seconds_table(runs: Sequence[Run]) -> str:
-    """Where the seconds went, by phase of the ledger."""
+    """Where the seconds went, by phase of the ledger; phases that took none are left out."""
     head = ["phase", *(f"seed {run.seed}" for run in runs)]
     rows = []
     for phase in _in_order(name for run in runs for name in run.result["seconds"]):
         seconds = [run.result["seconds"].get(phase, 0) for run in runs]
-        rows.append([phase, *(f"{value:.1f}" for value in seconds)])
+        if max(seconds) >= LEAST_SHOWN:
+            rows.append([phase, *(f"{value:.1f}" for value in seconds)])
     return table(head, rows)
 
 
 def runs_table(made: Sequence[Mapping[str, Any]]) -> str:
-    """Every run of the script with these settings, in the record or not."""
+    """Every run of the script with these settings, in the record or not, and why not."""
+    chosen = {run["seed"] for run in made if run["included"]}
     rows = []
     for run in made:
-        included = "yes" if run["included"] else "no"
-        rows.append([run["seed"], run["status"], run["val_bpb"], included])
-    return table(["seed", "status", "val_bpb", "in this record"], rows)
+        cells = [run["seed"], _how_it_ended(run), _six(run["val_bpb"]) or "none"]
+        rows.append([*cells, _why(run, chosen)])
+    return table(["seed", "ended", "val_bpb", "in this record"], rows)
+
+
+def _how_it_ended(run: Mapping[str, Any]) -> str:
+    code = run["exit_code"]
+    return str(run["status"]) if code == 0 else f"{run['status']} (exit code {code})"
+
+
+def _why(run: Mapping[str, Any], chosen: set[int]) -> str:
+    """Whether a run is in the record; if it is not, what became of it."""
+    if run["included"]:
+        return "yes"
+    if run["exit_code"] != 0 or run["status"] not in FINISHED:
+        again = ", run again" if run["seed"] in chosen else ""
+        return f"no: it did not finish{again} (`{run['run']}`)"
+    if run["seed"] in chosen:
+        return f"no: another run of the same seed (`{run['run']}`)"
+    return f"no: a seed that was not chosen (`{run['run']}`)"
 
 
 # --- the README -----------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""The checks that run the shipped script.
+"""What runs the shipped script: processes under limits, sandboxes, import (S8), training (R12).
 
-Import (S8), fresh process (R6), determinism (R10), val-free training (R12). They execute the
-folder's code, in empty temporary folders, without network, one after another. Each takes a Case and
-returns one Check, or raises NotHere.
+They execute the folder's code, in empty temporary folders, without network, one after another. Each
+check takes a Case and returns one Check, or raises NotHere. Scoring again is in `rescore`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import resource
@@ -21,17 +19,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from tool.case import Case, of_training
 from tool.finding import NotHere, Problems
-from tool.logs import Run
-from train_gpt import Check, shard_name
+from tool.source import IMAGE
+from train_gpt import Check, shard_name, write_shard
 
 WATCH = Path(__file__).with_name("watch.py")
-TOLERANCE = 1e-6  # nats per token
 ALWAYS_SET = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "SYSTEMROOT", "OMP_NUM_THREADS")
 MOST_READ = 1 << 16  # bytes at the end of what a process says
 MOST_WRITTEN = 4 << 30  # bytes of any file that it may write, its output too
@@ -72,7 +69,7 @@ def launcher(world: int) -> list[str]:
 
 @functools.cache
 def without_network() -> list[str]:
-    """What to put before a command so that it has no network; empty where the system allows none.
+    """What to put before a command so that it has no network; empty where the system has none.
 
     A user namespace and a network namespace of its own, in which not even loopback is up.
     """
@@ -84,6 +81,11 @@ def without_network() -> list[str]:
     return [] if done.returncode else prefix
 
 
+def dies_with_parent(signal_name: str) -> list[str]:
+    """What to put before a command so that it is sent a signal when this process dies (Linux)."""
+    return ["setpriv", "--pdeathsig", signal_name] if shutil.which("setpriv") else []
+
+
 def warning(case: Case) -> str:
     """What a reviewer should know before the script of somebody else runs."""
     network = "no network" if without_network() else "the network only watched, not cut off"
@@ -91,6 +93,11 @@ def warning(case: Case) -> str:
         f"{case.folder.script}: is now run several times with your rights, in empty folders, with "
         f"{network}, limits on time, memory and output; --help says how to check without that"
     )
+
+
+def confined() -> list[str]:
+    """What to put before a command of somebody else's: no network, no life after this process."""
+    return [*without_network(), *dies_with_parent("KILL")]
 
 
 def _limit(pid: int, seconds: float) -> None:
@@ -150,7 +157,7 @@ def check_import(case: Case) -> Check:
     """S8, second half: the script imports on a CPU, the GPU hidden, and leaves nothing behind."""
     problems = Problems()
     with tempfile.TemporaryDirectory(prefix="record_check_") as here:
-        command = [*without_network(), sys.executable, "-c", IMPORT, str(case.folder.script)]
+        command = [*confined(), sys.executable, "-c", IMPORT, str(case.folder.script)]
         env = clean_environment(CUDA_VISIBLE_DEVICES="")
         try:
             done = execute(command, Path(here), env, IMPORT_SECONDS)
@@ -161,7 +168,8 @@ def check_import(case: Case) -> Check:
     missing = re.search(r"No module named '(\w+)", done.said)
     if missing and missing[1].lower() in _required(case):
         problems.skip(
-            f"importing on a CPU: {missing[1]}, which requirements.txt names, is not installed here"
+            f"importing on a CPU: {missing[1]}, which requirements.txt or the contest's image has, "
+            "is not installed here"
         )
     elif done.code:
         problems.fail(f"importing on a CPU fails: {last_words(done)}")
@@ -171,9 +179,9 @@ def check_import(case: Case) -> Check:
 
 
 def _required(case: Case) -> set[str]:
-    """The packages of requirements.txt, spelled as modules."""
+    """The packages of requirements.txt and of the contest's image, spelled as modules."""
     names = (re.split(r"[=<>~!\[ @]", line)[0] for line in case.folder.requirements)
-    return {name.replace("-", "_").lower() for name in names}
+    return {*IMAGE, *(name.replace("-", "_").lower() for name in names)}
 
 
 # --- what a re-run needs --------------------------------------------------------------------------
@@ -224,7 +232,7 @@ class Sandbox:
 
     def watched(self, mark: str, *until: str) -> list[str]:
         """The command that runs the script under watch: no path that contains mark, no network."""
-        watch = [*without_network(), sys.executable, str(WATCH), str(self.report), mark]
+        watch = [*confined(), sys.executable, str(WATCH), str(self.report), mark]
         return [*watch, str(self.script), *until]
 
     def run(self, command: Sequence[str], limit: float, **settings: str) -> Done:
@@ -233,8 +241,16 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def sandbox(case: Case, splits: Sequence[str]) -> Iterator[Sandbox]:
-    """A sandbox with the shards of these splits. Raises NotHere if data or tokenizer are not."""
+def sandbox(
+    case: Case,
+    splits: Sequence[str],
+    script: Path | None = None,
+    validation: np.ndarray | None = None,
+) -> Iterator[Sandbox]:
+    """A sandbox with the shards of these splits. Raises NotHere if data or tokenizer are not.
+
+    script: another one than the folder's; validation: tokens that stand for the validation shards.
+    """
     data = case.located("DATA_PATH")
     if data is None:
         raise NotHere(f"DATA_PATH={case.settings.get('DATA_PATH')!r} is not here; --data names it")
@@ -249,6 +265,8 @@ def sandbox(case: Case, splits: Sequence[str]) -> Iterator[Sandbox]:
         for split in splits:
             for path in data.glob(shard_name(split)):
                 (root / "data" / path.name).symlink_to(path.resolve())
+        if validation is not None:
+            write_shard(root / "data" / shard_name("val", 0), validation)
         settings = {
             "DATA_PATH": str(root / "data"),
             "OUT_DIR": str(root / "out"),
@@ -257,92 +275,8 @@ def sandbox(case: Case, splits: Sequence[str]) -> Iterator[Sandbox]:
             "SAMPLE_TOKENS": "0",
         }
         box = Sandbox(root, settings)
-        shutil.copy(case.folder.script, box.script)
+        shutil.copy(script or case.folder.script, box.script)
         yield box
-
-
-# --- R6, R10: scoring again -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Rescore:
-    """What scoring an artifact alone gave."""
-
-    score: Mapping[str, Any]  # val_loss, val_bpb and more; empty if it failed
-    error: str  # the last words of a process that gave no score
-    refused: str  # what the watch did not allow
-
-    def gap(self, run: Run) -> float:
-        """Nats per token to the logged score."""
-        return abs(self.score["val_loss"] - run.score["val_loss"])
-
-
-def rescore(case: Case, run: Run, world: int = 1) -> Rescore:
-    """Scores a run's artifact in a fresh process; alone, it is watched."""
-    artifact = case.folder.artifact(run)
-    if artifact is None:
-        raise NotHere(f"the artifact of {run.name} is not in the folder")
-    if case.validation is None:
-        raise NotHere("the validation shards that were scored are not here")
-    with sandbox(case, ["val"]) as box:
-        model = box.root / "run" / "model.ptz"
-        shutil.copy(artifact, model)
-        command = [*launcher(world), str(box.script)]
-        if world == 1:
-            command = box.watched("fineweb_train")
-        limit = 300 + 6 * run.result["seconds"]["wall"]
-        done = box.run(command, limit, MODE="eval", ARTIFACT=str(model))
-        result = box.root / "out" / "result.json"
-        found = json.loads(result.read_text()) if result.is_file() else {}
-        score = found.get("result", {})
-        if "val_loss" in score:
-            return Rescore(score, "", box.refused)
-        return Rescore({}, last_words(done), box.refused)
-
-
-def check_fresh_process(case: Case) -> Check:
-    """R6: script and artifact alone give the logged score.
-
-    They are in an empty folder, without training shards and network.
-    """
-    require_runnable(case)
-    problems = Problems()
-    rows = {}
-    for run in case.ours:
-        found = rescore(case, run)
-        if found.refused:
-            problems.fail(f"{run.name}: scoring {found.refused}")
-        elif found.error:
-            problems.fail(f"{run.name}: the artifact cannot be scored ({found.error})")
-        else:
-            gap = found.gap(run)
-            rows[run.name] = {"val_loss": found.score["val_loss"], "gap_nats": gap}
-            if not gap <= TOLERANCE:
-                problems.fail(
-                    f"{run.name}: a fresh process scores {found.score['val_bpb']:.8f} bpb, "
-                    f"logged are {run.score['val_bpb']:.8f}"
-                )
-    worst = max((row["gap_nats"] for row in rows.values()), default=0.0)
-    told = f"{len(rows)} artifacts score the same alone (largest gap {worst:.1g} nats)"
-    return problems.outcome("R6", told, runs=rows)
-
-
-def check_determinism(case: Case) -> Check:
-    """R10: the first artifact gives the same score with two processes."""
-    require_runnable(case)
-    problems = Problems()
-    run = case.ours[0]
-    if run.result["machine"]["type"] == "cuda" and torch.cuda.device_count() < 2:
-        raise NotHere("two processes need two GPUs")
-    found = rescore(case, run, world=2)
-    if found.error:
-        problems.fail(f"{run.name}: two processes cannot score it ({found.error})")
-        return problems.outcome("R10", "")
-    gap = found.gap(run)
-    told = f"{run.name}: two processes differ from the logged score by {gap:.1g} nats"
-    if not gap <= TOLERANCE:
-        problems.fail(told)
-    return problems.outcome("R10", told, gap_nats=gap)
 
 
 # --- R12: training without validation -------------------------------------------------------------
@@ -359,15 +293,15 @@ def check_validation_free_training(case: Case) -> Check:
     return problems.outcome("R12", told)
 
 
+def _given(case: Case) -> dict[str, str]:
+    """What the first run was given of its training: given, an idle default would be refused."""
+    overrides = case.ours[0].result.get("overrides")
+    return of_training(overrides if isinstance(overrides, dict) else case.settings)
+
+
 def _train_shortly(case: Case, box: Sandbox, problems: Problems) -> None:
-    settings = of_training(case.settings)
-    settings.update(
-        ITERATIONS="2",
-        WARMUP_STEPS="0",
-        SCHEDULE="tokens",
-        VAL_LOSS_EVERY="0",
-        VAL_TOKENS="256",
-    )
+    short = dict(ITERATIONS="2", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", VAL_TOKENS="256")
+    settings = {**_given(case), **short}
     done = box.run(box.watched("fineweb_val", "artifact"), TRAINING_SECONDS, **settings)
     present = any((box.root / "data").glob(shard_name("val")))
     if box.refused:

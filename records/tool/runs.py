@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
-import shutil
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from tool import ROOT
 from tool.case import RUN_SETTINGS
+from tool.finding import shown
 from tool.folder import config_text, parse_config
-from tool.rerun import launcher
+from tool.preflight import Preflight
+from tool.rerun import dies_with_parent, launcher
 from tool.wrapper import unpack_source, wrap
 from train_gpt import FIELDS, atomic_write, sha256
 
@@ -50,6 +52,7 @@ class Order:
     seeds: Sequence[int]
     packed: bool = False  # run one self-extracting script with the settings inside
     nproc: int = 1  # processes (GPUs) a run
+    track: str = ""
     wait: bool = False  # for another timed run on this machine, instead of refusing
 
 
@@ -69,9 +72,10 @@ def short_config(path: Path | None) -> str:
 def read_result(out: Path) -> dict[str, Any]:
     """A run's result.json; empty if there is none."""
     try:
-        return json.loads((out / "result.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads((out / "result.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
@@ -82,42 +86,83 @@ def results_below(places: Iterable[Path], pattern: str) -> list[Path]:
 # --- making ---------------------------------------------------------------------------------------
 
 
-def held(path: Path, wait: bool, complaint: str) -> AbstractContextManager:
-    """A lock, already held; RecordError if another process has it. Its holder's death frees it."""
-    try:
-        return filelock.FileLock(path).acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
-        raise RecordError(f"{path.name}: {complaint}") from None
+class Held:
+    """A lock on a file, held from the start; RecordError if another process has it.
+
+    A training inherits it: while one lives on after its caller was killed, the lock is not free.
+    The file names the process that took it; if that is gone, the end of its training is awaited.
+    """
+
+    def __init__(self, path: Path, wait: bool, complaint: str):
+        self.file = open(path, "a+")
+        deadline = time.monotonic() + (math.inf if wait else 2 * GRACE_SECONDS)
+        while not self._taken():
+            if time.monotonic() > deadline or (not wait and self._holder_lives()):
+                self.file.close()
+                raise RecordError(f"{path.name}: {complaint}")
+            time.sleep(0.1)
+        os.set_inheritable(self.file.fileno(), True)
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _holder_lives(self) -> bool:
+        """Whether the process that took the lock is there; yes if it has not said which it is."""
+        self.file.seek(0)
+        try:
+            os.kill(int(self.file.read()), 0)
+        except ProcessLookupError:
+            return False
+        except (ValueError, OSError):
+            return True
+        return True
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 
-def machine_lock(wait: bool) -> AbstractContextManager:
+def machine_lock(wait: bool) -> Held:
     """Keeps two timed runs off one machine."""
-    return held(LOCK, wait, "another timed run is using this machine; wait for it, or --wait")
+    return Held(LOCK, wait, "another timed run is using this machine; wait for it, or --wait")
 
 
-def work_lock(work: Path) -> AbstractContextManager:
+def work_lock(work: Path) -> Held:
     """Keeps two calls for one record apart, from the first run to the finished folder."""
-    return held(work / "lock", False, f"another call makes the record of {work}")
+    return Held(work / "lock", False, f"another call makes the record of {work}")
 
 
 def take_snapshot(order: Order) -> None:
-    """The script and settings that every seed runs; an earlier snapshot must be the same."""
+    """The script and settings that every seed runs; that of earlier runs must be the same."""
     source = read_text(order.script)
     files = {"train_gpt.py": source}
     if order.packed:
         files["train_gpt.py"] = wrap(source, short_config(order.config))
     elif short_config(order.config):
         files["config.env"] = read_text(order.config)
-    if "config.env" not in files and (order.work / "config.env").exists():
-        raise RecordError(f"{order.work}: was begun with a config.env; take another NAME")
-    for name, text in files.items():
+    begun = any(order.work.glob("seed_*"))
+    for name in ("train_gpt.py", "config.env"):
         path = order.work / name
-        if path.is_file() and path.read_bytes() != text.encode():
+        found = path.read_bytes() if path.is_file() else None
+        wanted = files[name].encode() if name in files else None
+        if begun and found != wanted:
             raise RecordError(
-                f"{path}: left by runs of another {name}; take another NAME, or move {order.work} "
-                "away"
+                f"{path}: left by runs of another {name}, or without --packed; take another NAME, "
+                f"or move {order.work} away"
             )
-        atomic_write(path, text.encode())
+        if wanted is None:
+            path.unlink(missing_ok=True)
+        else:
+            atomic_write(path, wanted)
 
 
 def is_finished(out: Path, script_hash: str, seed: int) -> bool:
@@ -131,32 +176,58 @@ def is_finished(out: Path, script_hash: str, seed: int) -> bool:
 
 def set_aside(out: Path) -> None:
     """Keeps a failed or interrupted attempt: every run that was made stays on the list."""
-    if (out / "train.log").is_file():
+    if out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         number = 1 + len(list(out.parent.glob(f"{out.name}.attempt*")))
         out.rename(out.with_name(f"{out.name}.attempt{number}"))
 
 
 def end_group(process: subprocess.Popen) -> None:
     """Ends a process and all that it started: first asked to (a training writes its checkpoint)."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+    try:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(GRACE_SECONDS)
+    finally:  # its time is over, or somebody interrupts a second time
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_to_its_end(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> int:
     """A command's exit code. It never outlives this process, however that ends.
 
-    Interrupted, this process ends it; killed, the system does (setpriv, on Linux).
+    Interrupted, this process ends it; killed, the system does (setpriv, on Linux). It holds the
+    locks of this process too.
     """
-    guard = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    process = subprocess.Popen([*guard, *command], cwd=cwd, env=env, start_new_session=True)
+    command = [*dies_with_parent("TERM"), *command]
+    process = None
     try:
+        with interrupts_deferred():
+            process = subprocess.Popen(
+                command, cwd=cwd, env=env, start_new_session=True, close_fds=False
+            )
         return process.wait()
     except BaseException:
-        end_group(process)
+        if process is not None:
+            end_group(process)
         raise
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """A signal that would end this process waits until the block is done."""
+    seen = []
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda *signalled: seen.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def run_seed(order: Order, seed: int) -> None:
@@ -173,6 +244,16 @@ def run_seed(order: Order, seed: int) -> None:
         )
 
 
+def look_ahead(order: Order) -> None:
+    """Says what may be wrong with the snapshot; RecordError if it can never become a record."""
+    found = Preflight(order.work, order.track)
+    if found.problems:
+        problems = "\n".join(map(shown, found.problems))
+        raise RecordError(f"{problems}\nno record can come of this; nothing was started")
+    for sentence in found.warnings:
+        print(f"warning: {shown(sentence)}", file=sys.stderr, flush=True)
+
+
 def make_runs(order: Order) -> list[Path]:
     """Runs what is not finished yet. Returns the output folder of every seed."""
     given = sorted(name for name in os.environ if name in FIELDS or name == "CONFIG")
@@ -184,6 +265,7 @@ def make_runs(order: Order) -> list[Path]:
     outs = []
     with machine_lock(order.wait):
         take_snapshot(order)
+        look_ahead(order)
         script = sha256(order.work / "train_gpt.py")
         for seed in order.seeds:
             outs.append(order.work / f"seed_{seed}")
@@ -214,11 +296,12 @@ def collect_runs(order: Order, places: Sequence[Path]) -> list[Path]:
     script = sha256(order.script)
     for out in chosen:
         result = read_result(out)
-        if not is_finished(out, script, result.get("seed")):
+        seed = result.get("seed")
+        if not isinstance(seed, int) or not is_finished(out, script, seed):
+            told = ("status", "exit_code", "seed", "code_sha256")
+            found = ", ".join(f"{name} {shown(result.get(name), 12)}" for name in told)
             raise RecordError(
-                f"{out}: not a finished run of {order.script} (status {result.get('status')}, "
-                f"exit code {result.get('exit_code')}, script sha256 "
-                f"{str(result.get('code_sha256'))[:12]}, here {script[:12]})"
+                f"{out}: not a finished run of {order.script} ({found}; here {script[:12]})"
             )
     atomic_write(order.work / "train_gpt.py", order.script.read_bytes())
     layers = unpack_source(read_text(order.script))[1]

@@ -25,6 +25,12 @@ ENVIRONMENT = ("os.environ", "os.getenv")
 ENVIRONMENT_READS = ("os.environ.get", "os.getenv", "os.environ.setdefault", "os.environ.pop")
 CONFIG_CLASSES = ("Config", "Hyperparameters")
 
+# Settings that name a place, a run or a process, in anybody's words: not what was trained.
+PLACES_AND_LABELS = re.compile(
+    r"SEEDS?|RUN_ID|RUN_NAME|LOGFILE|MODE|ARTIFACT|DEVICE|CONFIG|RESUME|SAVE_EVERY|SMOKE|"
+    r"RANK|LOCAL_RANK|WORLD_SIZE|.*_(PATH|DIR|FILES?|PATTERN)"
+)
+
 Declaration = tuple[str, ast.AST | None]  # name of a setting, expression of its default
 
 

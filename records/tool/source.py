@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tool.finding import Problems, skipped
-from tool.script import Script, file_name, plain_value
+from tool.script import PLACES_AND_LABELS, Script, file_name, plain_value
 from tool.tree import (
     FUNCTIONS,
     called,
@@ -68,6 +68,8 @@ TRAIN_DATA = re.compile(
     r"fineweb_train|(^|\b|_)train_(files|pattern|glob|shards|data_path)($|\b)", re.I
 )
 LATE = re.compile(r"(^|[._])(eval|scor|ttt)", re.I)
+TRAINING = re.compile(r"(^|_)train(ing)?(_|$)", re.I)
+LENGTH_OF_TRAINING = re.compile(r"iterations|max_wallclock|(max|num|total)_steps|warmdown", re.I)
 READING = re.compile(
     r"open|read|load|glob|shard|file|path|mmap|memmap|stream|calib|hess|collect|gptq|fill", re.I
 )
@@ -85,11 +87,7 @@ def check_foreign_access(script: Script) -> Check:
             problems.fail(f"{line_of(node)}: imports {module}, {reaches}")
     for call in script.calls:
         _check_foreign_call(call, dotted(call, script.aliases), problems)
-    for call in _late_train_reads(script):
-        problems.fail(
-            f"{line_of(call)}: {script.where(call)} reads training files during evaluation; "
-            "they are not part of the artifact"
-        )
+    _check_late_train_reads(script, problems)
     return problems.outcome(
         "S5", "no network, installer, foreign process or training data in the evaluation"
     )
@@ -145,20 +143,54 @@ def _command(call: ast.Call) -> ast.expr:
     return call.func if named is None else named
 
 
-def _late_train_reads(script: Script) -> Iterator[ast.Call]:
-    """Calls with a training file as argument, in evaluation functions or those they call."""
-    for function in _evaluation(script):
+def _check_late_train_reads(script: Script, problems: Problems) -> None:
+    """Reads of training files by what scores; where one function also trains, perhaps before."""
+    named = [f for f in script.nodes if isinstance(f, FUNCTIONS) and LATE.search(f.name)]
+    both = [function for function in named if _trains_too(script, function)]
+    evaluation = _with_called(script, [function for function in named if function not in both])
+    for call in _train_reads(evaluation):
+        problems.fail(
+            f"{line_of(call)}: {script.where(call)} reads training files during evaluation; "
+            "they are not part of the artifact"
+        )
+    of_both = [f for f in _with_called(script, both) if f not in set(evaluation)]
+    for call in _train_reads(of_both):
+        problems.warn(
+            f"{line_of(call)}: {script.where(call)} reads training files, and is called where the "
+            "script both trains and scores; they are not part of the artifact"
+        )
+
+
+def _trains_too(script: Script, function: ast.AST) -> bool:
+    """Whether an evaluation function is also the training: by its name, or it calls the loop."""
+    if TRAINING.search(function.name):
+        return True
+    for call in calls_in(function):
+        if isinstance(call.func, ast.Name):
+            if any(map(_is_training_loop, script.functions.get(call.func.id, ()))):
+                return True
+    return False
+
+
+def _is_training_loop(function: ast.AST) -> bool:
+    """A function named as the training, with a backward pass, that knows how long it takes."""
+    if not TRAINING.search(function.name) or LATE.search(function.name):
+        return False
+    names = names_in(function)
+    return "backward" in names and any(map(LENGTH_OF_TRAINING.search, names))
+
+
+def _train_reads(functions: Iterable[ast.AST]) -> Iterator[ast.Call]:
+    """Calls with a training file as argument."""
+    for function in functions:
         for call in calls_in(function):
             if READING.search(called(call)) and _is_given_train_data(call):
                 yield call
 
 
-def _evaluation(script: Script) -> list[ast.AST]:
-    """Functions named as parts of the evaluation, and those they call."""
-    reached = []
-    for node in script.nodes:
-        if isinstance(node, FUNCTIONS) and LATE.search(node.name):
-            reached.append(node)
+def _with_called(script: Script, functions: Iterable[ast.AST]) -> list[ast.AST]:
+    """These functions, and those they call."""
+    reached = list(functions)
     known = set(reached)
     for function in reached:  # grows while it is read
         for call in calls_in(function):
@@ -187,7 +219,17 @@ IMPORT_OF = {
     "PIL": "pillow",
     "flash_attn_interface": "flash_attn",
 }
-ASSUMED = ("torch", "numpy", "sentencepiece", "zstandard")
+# What the contest's image has, whatever requirements.txt adds to it.
+IMAGE = (
+    "torch",
+    "numpy",
+    "sentencepiece",
+    "zstandard",
+    "tqdm",
+    "tiktoken",
+    "typing_extensions",
+    "setuptools",
+)
 PYTHON_FILES = (".py", ".pyc", ".so")  # code, whoever wrote it
 CODE_FILES = (*PYTHON_FILES, ".c", ".cc", ".cpp", ".cu", ".h")
 READERS = (
@@ -210,18 +252,15 @@ RUNNERS = ("exec", "eval", "builtins.exec")
 
 def check_single_file(script: Script) -> Check:
     """S6: all imports are standard library or in requirements.txt; no code from another file."""
-    listed = _listed_packages(script.requirements)
-    known = listed or set(ASSUMED)
+    known = _listed_packages(script.requirements) | set(IMAGE)
     problems = Problems()
     for node, module in script.imports:
         _check_module(script, node, module, known, problems)
     for node in script.nodes:
         _check_use_of_code(script, node, problems)
-    if listed:
-        told = "requirements.txt"
-    else:
-        told = f"the assumed requirements ({', '.join(ASSUMED)}; none were given)"
-    return problems.outcome("S6", f"one code file; imports are standard library or in {told}")
+    listed = "requirements.txt" if script.requirements else "no requirements.txt"
+    told = f"imports are standard library, of the contest's image or listed ({listed})"
+    return problems.outcome("S6", f"one code file; {told}")
 
 
 def _listed_packages(requirements: Sequence[str]) -> set[str]:
@@ -480,11 +519,6 @@ def nested_quotes(source: str) -> list[int]:
 
 # S9: the defaults
 
-PLACES_AND_LABELS = re.compile(
-    r"SEEDS?|RUN_ID|MODE|ARTIFACT|DEVICE|CONFIG|RESUME|SAVE_EVERY|SMOKE|MAX_ARTIFACT_BYTES|"
-    r"RANK|LOCAL_RANK|WORLD_SIZE|TRAIN_FILES|VAL_FILES|.*_(PATH|DIR)"
-)
-
 
 def check_defaults(script: Script) -> Check:
     """S9: what the script does without settings is what the logged run did."""
@@ -499,6 +533,8 @@ def check_defaults(script: Script) -> Check:
             given_as = f"default {default or 'empty'}, the run had {value or 'empty'}"
             problems.fail(f"{name}: {given_as}")
     compared = len(script.defaults.keys() & script.run_settings.keys())
+    if not compared:
+        return skipped("S9", "the logs print none of the settings that the script declares")
     return problems.outcome(
         "S9",
         f"defaults and config.env give the run's settings ({compared} compared)",
@@ -509,7 +545,8 @@ def check_defaults(script: Script) -> Check:
 
 def _differ(name: str, default: str | None, value: str | None) -> bool:
     """Whether a setting that acts on the run had another value than its default."""
-    if default is None or value is None or PLACES_AND_LABELS.fullmatch(name):
+    no_effect = PLACES_AND_LABELS.fullmatch(name) or name == "MAX_ARTIFACT_BYTES"
+    if default is None or value is None or no_effect:
         return False
     return plain_value(default) != plain_value(value)
 

@@ -6,6 +6,7 @@ warn.
 
 from __future__ import annotations
 
+import sys
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,8 @@ def _unreadable(error: Exception) -> list[Check]:
     line = getattr(error, "lineno", None) or "?"
     message = getattr(error, "msg", None) or error
     where = f"line {line}: {message}"
+    if isinstance(error, SyntaxError) and sys.version_info < (3, 12):
+        where += "; if the script is Python 3.12's, run check on Python 3.12"
     outcomes = []
     for name in CHECKS:
         if name == "S8":

@@ -140,9 +140,9 @@ def compliance(runs: Sequence[Run], cap: int) -> dict[str, bool]:
         "train_under_600s": all(told["train_side"] <= 600 for told in seconds),
         "eval_under_600s": all(told["eval_side"] <= 600 for told in seconds),
         "artifact_under_16mb": largest <= min(cap, 16_000_000),
-        "no_slot": causal and not _switched_on(runs, "SLOT"),
-        "no_etlb": not _switched_on(runs, "ETLB"),
-        "no_ngram_cache": not _switched_on(runs, "NGRAM", "MIXER"),
+        "no_slot": causal and not _is_used(runs, "SLOT"),
+        "no_etlb": not _is_used(runs, "ETLB"),
+        "no_ngram_cache": not (_is_used(runs, "NGRAM") or _is_used(runs, "TILT")),
         "no_pre_quant_ttt": causal and in_order,
         "score_first_ttt": in_order,
         "three_seeds": len({run.seed for run in runs}) >= 3,
@@ -155,19 +155,33 @@ def _all_passed(runs: Sequence[Run], check: str) -> bool:
     return bool(audits) and all(audit.get(check, "PASS") == "PASS" for audit in audits)
 
 
-def _switched_on(runs: Sequence[Run], *families: str) -> bool:
-    """Whether a setting of these families is on in some run."""
+OFF = ("0", "0.0", "", "false", "none")
+
+
+def _is_used(runs: Sequence[Run], technique: str) -> bool:
+    """Whether some run switches a technique on: by its own name, or NAME_ENABLED, or USE_NAME.
+
+    Its other settings (sizes, rates) are never zero and say nothing, unless there is no switch.
+    """
+    switches = (technique, f"{technique}_ENABLED", f"USE_{technique}", f"{technique}_STEPS")
     for run in runs:
-        for name, text in (run.settings or {}).items():
-            if name.startswith(families) and text not in ("0", "", "0.0"):
-                return True
+        settings = run.settings or {}
+        told = [settings[name] for name in switches if name in settings][:1]
+        others = [name for name in settings if name.startswith(f"{technique}_")]
+        if any(text.lower() not in OFF for text in told) or (others and not told):
+            return True
     return False
+
+
+def has_score(run: Run) -> bool:
+    """Whether a run ends with a valid score, a number."""
+    return isinstance(run.score.get("val_bpb"), float)
 
 
 def summarize(folder: Folder, typed: Typed) -> dict[str, Any]:
     """submission.json's content. Raises ValueError, naming the log, if a run has no valid score."""
     for run in folder.runs:
-        if "val_bpb" not in run.score:
+        if not has_score(run):
             raise ValueError(f"{run.name}: no valid val_bpb at the end of the log")
     if not folder.runs:
         raise ValueError(f"{folder.path.name}: no training logs")
