@@ -1,0 +1,92 @@
+"""The READMEs' commands, typed as they stand in a fresh clone after the demo (slow, needs pip)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env
+
+READMES = ["README.md", "data/README.md", "records/track_cpu_1mb/README.md"]
+# Blocks with these need what a test machine lacks, or are what the tests are run by.
+NOT_HERE = {
+    "--nproc_per_node=8": "eight GPUs",
+    "MICRO_BATCH_TOKENS=32768 python train_gpt.py": "a GPU, and the challenge's shards",
+    "prepare.py fineweb": "a download of 16 GB",
+    "-m pytest": "the tests themselves",
+}
+
+
+def blocks_of(name):
+    """The bash blocks of a README, in order."""
+    return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+def lines_here(block):
+    """A block without the lines that need what is not here."""
+    kept = []
+    for line in block.replace("\\\n", "").splitlines():
+        if not any(part in line for part in NOT_HERE):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_commands_have_no_places_to_fill_in(name):
+    for block in blocks_of(name):
+        assert not re.search(r"<\w+>|\.\.\.", re.sub(r"#.*", "", lines_here(block))), block
+
+
+def test_what_is_not_typed_is_there():
+    text = "".join(block for name in READMES for block in blocks_of(name))
+    for part, reason in NOT_HERE.items():
+        assert part in text, reason
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh clone with the demo's run and some text of one's own, as the READMEs presume."""
+    here = tmp_path_factory.mktemp("clone") / "golf"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(here)], check=True)
+    (here / ".venv/bin").mkdir(parents=True)
+    (here / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    (here / ".venv/bin/python").symlink_to(sys.executable)
+    texts = [f"Document {n} tells of {n * n} things, one by one." for n in range(50_300)]
+    (here / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (here / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
+    (here / "a.txt").write_text("\n\n".join(texts[2000:4000]))
+    demo = blocks_of("README.md")[0].split("&&", 2)[2]  # without making the environment
+    typed(here, demo)
+    typed(here, "RUN=$(ls -td logs/*/ | head -1); echo RUN=$RUN >> .venv/bin/activate")
+    return here
+
+
+def typed(here, block):
+    """A block of commands in a shell that stands in the clone."""
+    start = ". .venv/bin/activate"
+    env = clean_env(PATH=os.environ["PATH"])
+    done = subprocess.run(
+        ["bash", "-c", f"{start}\nset -e\n{block}"],
+        cwd=here,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, block + done.stdout[-3000:] + done.stderr[-3000:]
+
+
+TYPED = [(name, number) for name in READMES for number in range(len(blocks_of(name)))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, number", TYPED)
+def test_every_command_runs_as_it_stands(name, number, clone):
+    block = lines_here(blocks_of(name)[number])
+    if (name, number) == ("README.md", 0) or not block.strip():
+        pytest.skip("the demo itself, or not for this machine")
+    typed(clone, block)
