@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env
@@ -51,22 +50,22 @@ def clone(tmp_path_factory):
     """A fresh clone with the demo's run and some text of one's own, as the READMEs presume."""
     here = tmp_path_factory.mktemp("clone") / "golf"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(here)], check=True)
-    (here / ".venv/bin").mkdir(parents=True)
-    (here / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
-    (here / ".venv/bin/python").symlink_to(sys.executable)
+    (here / ".venv").symlink_to(sys.prefix)
+    (here / "logs").mkdir()
+    (here / "logs/run.sh").write_text("")
     texts = [f"Document {n} tells of {n * n} things, one by one." for n in range(50_300)]
     (here / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (here / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
     (here / "a.txt").write_text("\n\n".join(texts[2000:4000]))
     demo = blocks_of("README.md")[0].split("&&", 2)[2]  # without making the environment
     typed(here, demo)
-    typed(here, "RUN=$(ls -td logs/*/ | head -1); echo RUN=$RUN >> .venv/bin/activate")
+    typed(here, "echo RUN=$(ls -td logs/*/ | head -1) > logs/run.sh")
     return here
 
 
 def typed(here, block):
     """A block of commands in a shell that stands in the clone."""
-    start = ". .venv/bin/activate"
+    start = ". .venv/bin/activate && . logs/run.sh"
     env = clean_env(PATH=os.environ["PATH"])
     done = subprocess.run(
         ["bash", "-c", f"{start}\nset -e\n{block}"],
