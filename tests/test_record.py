@@ -379,6 +379,61 @@ def test_the_lock_is_free_afterwards():
         pass
 
 
+def test_the_end_of_a_killed_calls_training_is_awaited(tmp_path):
+    """It holds the lock that names a process which is gone."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    path = tmp_path / "lock"
+    path.write_text(str(gone.pid))
+    training = subprocess.Popen(["flock", path, "sleep", "2"])
+    while subprocess.run(["flock", "-n", path, "true"], check=False).returncode == 0:
+        time.sleep(0.05)
+    start = time.monotonic()
+    with runs.Held(path, False, "taken"):
+        assert training.wait() == 0
+        assert time.monotonic() - start > 0.3
+        assert path.read_text() == str(os.getpid())
+
+
+def test_a_signal_waits_until_what_was_started_is_guarded():
+    before = signal.getsignal(signal.SIGTERM)
+    done = []
+    with pytest.raises(KeyboardInterrupt), runs.interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done.append("all of the block")
+    assert done
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+CHECKED = """
+import pathlib, sys
+import record
+from tool import rerun
+rerun.execute([*rerun.confined(), "sleep", "600"], pathlib.Path("."), {"PATH": sys.argv[1]}, 600)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="asks /proc")
+def test_what_a_check_runs_does_not_outlive_it():
+    """Killed, it cannot end anything itself: the system does."""
+    env = clean_env(PYTHONPATH=str(ROOT / "records"))
+    process = subprocess.Popen([sys.executable, "-c", CHECKED, os.environ["PATH"]], env=env)
+    started = []
+    while not any("sleep" in name_of(child) for child in started):
+        started = descendants_of(process.pid)
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for child in started:
+        wait_until_dead(child)
+
+
+def name_of(pid):
+    comm = pathlib.Path(f"/proc/{pid}/comm")
+    return comm.read_text() if comm.exists() else ""
+
+
 def wait_for_content(path, process):
     """Until a process has written to a file, or has ended."""
     while not (path.is_file() and path.stat().st_size) and process.poll() is None:

@@ -76,21 +76,23 @@ def eval_val(h):
 """
 
 
-@pytest.mark.parametrize(
-    "name, called, trained, scored, verdict, words",
-    [
-        ("train_and_eval", "train_model", "pass", "pass", "WARN", "train_and_eval reads training"),
-        ("evaluate_run", "train_model", "pass", "pass", "WARN", "evaluate_run reads training"),
-        ("main", "train_model", "load(h.train_files)", "pass", "PASS", ""),
-        ("train_and_eval", "train_model", "load(h.train_files)", "pass", "WARN", "train_model"),
-        ("evaluate_run", "f", "pass", "pass", "FAIL", "evaluate_run reads training files during"),
-        ("evaluate_run", "model.train_model", "pass", "pass", "FAIL", "evaluate_run reads"),
-        ("train_and_eval", "train_model", "pass", "load(h.train_files)", "FAIL", "eval_val reads"),
-        ("train_and_eval", "train_model", "pass", "train_model(h)", "WARN", "train_and_eval"),
-    ],
-)
-def test_where_one_function_trains_and_scores(name, called, trained, scored, verdict, words):
+# name | called | trained | scored | verdict | words
+BOTH = """
+train_and_eval | train_model | pass | pass | WARN | train_and_eval reads training
+evaluate_run | train_model | pass | pass | WARN | evaluate_run reads training
+main | train_model | load(h.train_files) | pass | PASS | no network
+train_and_eval | train_model | load(h.train_files) | pass | WARN | train_model reads
+evaluate_run | f | pass | pass | FAIL | evaluate_run reads training files during
+evaluate_run | model.train_model | pass | pass | FAIL | evaluate_run reads
+train_and_eval | train_model | pass | load(h.train_files) | FAIL | eval_val reads
+train_and_eval | train_model | pass | train_model(h) | WARN | train_and_eval reads
+"""
+
+
+@pytest.mark.parametrize("case", BOTH.strip().splitlines())
+def test_where_one_function_trains_and_scores(case):
     """A count of the shards in the log, before the training, is no read by the evaluation."""
+    name, called, trained, scored, verdict, words = case.split(" | ")
     script = COUNTED.format(name=name, called=called, trained=trained, scored=scored)
     assert_found("S5", script, verdict, words)
 
