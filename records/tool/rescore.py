@@ -72,12 +72,13 @@ def rescore(
         done = box.run(command, limit, MODE="eval", ARTIFACT=str(model), MAX_EVAL_SECONDS="0")
         result = box.root / "out" / "result.json"
         found = json.loads(result.read_text()) if result.is_file() else {}
+        refused = box.refused
     score = found.get("result", {})
     if script:
         score = found.get("stages", {}).get(run.score["stage"], {})
     if {"val_loss", "val_bpb"} <= score.keys():
-        return Rescore(score, refused=box.refused)
-    return Rescore(error=last_words(done), refused=box.refused)
+        return Rescore(score, refused=refused)
+    return Rescore(error=last_words(done), refused=refused)
 
 
 def artifact_of(case: Case, run: Run) -> Path:
