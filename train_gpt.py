@@ -755,7 +755,9 @@ def read_settings(
                 values[name.lower()] = given[name]
             except (ValueError, KeyError):
                 problems.append(f"{name}={printable(repr(text))}: expected {expected}")
-        idle += _idle(given, dataclasses.replace(below or Config(), **values))
+        for name in idle_names(given, dataclasses.replace(below or Config(), **values)):
+            needs = FIELDS[name].metadata["needs"]
+            idle.append(f"{name}={as_typed(given[name])} needs {needs}: as it is, it cannot act")
     decided = below or values.get("mode", "train") == "train"
     return values, problems + (idle if decided else [])
 
@@ -767,12 +769,12 @@ def _holds(cfg: Config, term: str) -> bool:
     return as_typed(value) == wanted if wanted else bool(value)
 
 
-def _idle(given: Mapping[str, Any], cfg: Config) -> list[str]:
-    """Complaints about what was given beside its default and cannot act, as the rest is set.
+def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
+    """Names of what was given beside its default and cannot act, as the rest is set.
 
     A file is judged by itself, so that the environment may turn off what it configures.
     """
-    problems = []
+    idle = []
     for name, value in given.items():
         field = FIELDS[name]
         needs = field.metadata["needs"]
@@ -780,8 +782,8 @@ def _idle(given: Mapping[str, Any], cfg: Config) -> list[str]:
         acts = all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
         chosen = value != field.default and (value or field.default is True)  # 0 is no wish
         if chosen and not acts:
-            problems.append(f"{name}={as_typed(value)} needs {needs}: as it is, it cannot act")
-    return problems
+            idle.append(name)
+    return idle
 
 
 def value_problems(cfg: Config) -> list[str]:

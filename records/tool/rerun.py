@@ -26,7 +26,7 @@ import torch
 from tool.case import Case, of_training
 from tool.finding import NotHere, Problems
 from tool.source import IMAGE
-from train_gpt import Check, shard_name, write_shard
+from train_gpt import Check, Config, idle_names, read_settings, shard_name, write_shard
 
 WATCH = Path(__file__).with_name("watch.py")
 ALWAYS_SET = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "SYSTEMROOT", "OMP_NUM_THREADS")
@@ -294,9 +294,13 @@ def check_validation_free_training(case: Case) -> Check:
 
 
 def _given(case: Case) -> dict[str, str]:
-    """What the first run was given of its training: given, an idle default would be refused."""
+    """What the first run was given of its training, without what could not act: it is refused."""
     overrides = case.ours[0].result.get("overrides")
-    return of_training(overrides if isinstance(overrides, dict) else case.settings)
+    settings = of_training(overrides if isinstance(overrides, dict) else case.settings)
+    values, _ = read_settings(settings)
+    given = {name.upper(): value for name, value in values.items()}
+    idle = idle_names(given, dataclasses.replace(Config(), **values))
+    return {name: text for name, text in settings.items() if name not in idle}
 
 
 def _train_shortly(case: Case, box: Sandbox, problems: Problems) -> None:
