@@ -142,3 +142,14 @@ def test_frequencies(rng):
 def test_what_is_no_distribution_is_refused(p):
     with pytest.raises(tg.InputError, match="sum to"):
         arithmetic.frequencies(torch.tensor(p, dtype=torch.float64).log())
+
+
+@pytest.mark.parametrize("error, fits", [(2e-6, True), (-5e-6, True), (1e-4, False)])
+def test_what_float32_rounds_is_a_distribution(error, fits):
+    """And what is off by more is none."""
+    p = torch.full((1024,), (1 + error) / 1024)
+    if fits:
+        assert len(frequencies(p.log())) == 1025
+    else:
+        with pytest.raises(tg.InputError, match="no code can be made"):
+            frequencies(p.log())
