@@ -120,8 +120,8 @@ def _setting(
     needs: str = "",
 ) -> Any:
     """A field of Config. needs: without this it cannot act ("A=x or B, and C")."""
-    if high is None and type(default) is int:
-        high = 2**31 - 1
+    if high is None:  # what the machine's numbers hold
+        high = {int: 2**31 - 1, float: 1e38}.get(type(default))
     bounds = {"low": low, "high": high, "choices": choices}
     metadata = {"group": group, "doc": doc, "needs": needs, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
