@@ -183,6 +183,8 @@ def train_tokenizer(
             **RECIPE,
         )
     except RuntimeError as error:
+        if "KeyboardInterrupt" in str(error):  # the trainer passes on no exception but its own
+            raise KeyboardInterrupt from None
         if not skipped.documents:
             reason = "there is no training document"
         elif skipped.documents == skipped.long:

@@ -1,6 +1,7 @@
 """Exports of real files by real processes: shards, tokenizers, what a failure leaves."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -209,6 +210,21 @@ def test_interruption_leaves_nothing_under_a_final_name(corpus, tmp_path, monkey
 
     monkeypatch.setattr(export.Exporter, "write", broken)
     assert call("text", corpus, root=tmp_path, **MINE).code == 130
+    assert not results(tmp_path)
+
+
+def test_an_interrupt_while_the_trainer_reads(corpus, tmp_path, monkeypatch):
+    """SentencePiece makes an error of its own of it."""
+    real = export.Skipped.watch
+
+    def interrupted(self, texts):
+        yield from itertools.islice(real(self, texts), 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.Skipped, "watch", interrupted)
+    done = call("text", corpus, root=tmp_path, **MINE)
+    assert done.code == 130
+    assert done.err.startswith("interrupted; ")
     assert not results(tmp_path)
 
 
