@@ -228,6 +228,35 @@ def test_an_interrupt_while_the_trainer_reads(corpus, tmp_path, monkeypatch):
     assert not results(tmp_path)
 
 
+FORKS = []  # what forks of this process do before they fork; such hooks cannot be taken back
+
+
+def test_an_interrupt_while_processes_start(corpus, tmp_path, monkeypatch):
+    """At the fork, where Python only reports an exception, or in a process that has just begun."""
+    real = export._load_table
+
+    def late(tokenizer):
+        signal.raise_signal(signal.SIGINT)
+        real(tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_load_table", late)
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 0
+    shutil.rmtree(tmp_path / "datasets")
+    (tmp_path / "manifest.json").unlink()
+    os.register_at_fork(before=lambda: [signal.raise_signal(number) for number in FORKS])
+    FORKS.append(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 0
+    finally:
+        FORKS.clear()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monkeypatch):
     def broken(*args, **entries):
         raise OSError(28, "No space left on device")

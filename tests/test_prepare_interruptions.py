@@ -130,14 +130,19 @@ def lives(group):
     return False
 
 
-def interrupt(process, number, seconds):
-    """Sends a signal after so many seconds; the exit code, when all of its processes have ended."""
+def interrupt(process, number, seconds, log):
+    """Sends a signal after so many seconds; the exit code, when all of its processes have ended.
+
+    It is not 0 unless the last line was there before the signal.
+    """
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
+    at_work = "VOCAB_SIZE=" not in log.read_text()
     send = os.killpg if number == signal.SIGINT else os.kill
     with contextlib.suppress(ProcessLookupError):
         send(process.pid, number)
     code = process.wait(PATIENCE)
+    assert code or not at_work, log.read_text()
     deadline = time.monotonic() + PATIENCE
     while lives(process.pid):
         assert time.monotonic() < deadline, "a process lives on"
@@ -162,7 +167,7 @@ def check_one(command, whole, number, seconds, folder):
     folder.mkdir()
     root = folder / "root"
     log = folder / "log"
-    code = interrupt(command.start(root, log), number, seconds)
+    code = interrupt(command.start(root, log), number, seconds, log)
     told = f"signal {number} after {seconds:.2f} s: exit code {code}\n{log.read_text()}"
     assert code in (0, -number, 130 if number == signal.SIGINT else 0), told
     assert "Traceback" not in told, told
