@@ -11,6 +11,7 @@ with the corpus: a window of batches is in flight, and one hash a validation doc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -183,6 +184,8 @@ def train_tokenizer(
             **RECIPE,
         )
     except RuntimeError as error:
+        if "KeyboardInterrupt" in str(error):  # the trainer passes on no exception but its own
+            raise KeyboardInterrupt from None
         if not skipped.documents:
             reason = "there is no training document"
         elif skipped.documents == skipped.long:
@@ -304,6 +307,27 @@ class ShardWriter:
             self.files += 1
 
 
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A Ctrl-C inside the block takes effect after it.
+
+    In the middle of a fork Python would drop it, or a new process would die of it before it can
+    ignore it. Only for the main thread.
+    """
+    held = []
+
+    def hold(number: int, frame: Any) -> None:
+        held.append(number)
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 class Exporter:
     """Encodes splits with several processes into a folder.
 
@@ -334,7 +358,8 @@ class Exporter:
         window = deque()
         while True:
             for batch in itertools.islice(batches, self.window - len(window)):
-                window.append(self.pool.submit(_encode, batch))
+                with interrupts_held():  # the first starts the processes
+                    window.append(self.pool.submit(_encode, batch))
             if not window:
                 return
             yield from window.popleft().result()

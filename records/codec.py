@@ -170,12 +170,12 @@ class Codec:
 
     def __init__(self, env: Mapping[str, str]):
         torch.set_num_threads(1)  # sums must not depend on the machine's load
-        cfg = tg.load_config({"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"})
-        cfg = tg.settings_of_artifact(cfg, {**env, "MODE": "eval"})
+        env = {"COMPILE": "0", "DEVICE": "cpu", **env, "MODE": "eval"}
+        cfg = tg.load_config(env)
         self.blob = tg.read_artifact(cfg)
-        self.cfg = cfg
+        self.cfg = tg.settings_of_artifact(cfg, env, self.blob)
         self.rt = tg.Runtime(self.cfg, {})
-        self.table = table_of(cfg)
+        self.table = table_of(self.cfg)
 
     def scorer(self) -> tg.Scorer:
         """A fresh one: the last true stage of a run with these settings."""

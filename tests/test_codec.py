@@ -515,6 +515,13 @@ def test_both_directions_tell_their_progress(command, env, packed, tmp_path, mon
     assert capsys.readouterr().err.count(f" of {count} tokens") == count
 
 
+def test_it_computes_on_the_cpu_and_as_it_stands(env):
+    """Whatever the machine has: others must decode it. Who wants otherwise says so."""
+    cfg = codec.Codec(env).cfg
+    assert (cfg.device, cfg.compile) == ("cpu", "0")
+    assert codec.Codec({**env, "DEVICE": "auto"}).cfg.device == "auto"
+
+
 # --- the scorer, and the proof --------------------------------------------------------------------
 
 

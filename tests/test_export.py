@@ -1,6 +1,7 @@
 """Exports of real files by real processes: shards, tokenizers, what a failure leaves."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,6 @@ import corpora
 import export
 import manifest
 import numpy as np
-import pytest
 import sentencepiece
 from conftest import ROOT, clean_env
 from data_tool import (
@@ -213,6 +213,50 @@ def test_interruption_leaves_nothing_under_a_final_name(corpus, tmp_path, monkey
     assert not results(tmp_path)
 
 
+def test_an_interrupt_while_the_trainer_reads(corpus, tmp_path, monkeypatch):
+    """SentencePiece makes an error of its own of it."""
+    real = export.Skipped.watch
+
+    def interrupted(self, texts):
+        yield from itertools.islice(real(self, texts), 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.Skipped, "watch", interrupted)
+    done = call("text", corpus, root=tmp_path, **MINE)
+    assert done.code == 130
+    assert done.err.startswith("interrupted; ")
+    assert not results(tmp_path)
+
+
+FORKS = []  # what forks of this process do before they fork; such hooks cannot be taken back
+
+
+def test_an_interrupt_while_processes_start(corpus, tmp_path, monkeypatch):
+    """At the fork, where Python only reports an exception, or in a process that has just begun."""
+    real = export._load_table
+
+    def late(tokenizer):
+        signal.raise_signal(signal.SIGINT)
+        real(tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_load_table", late)
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 0
+    shutil.rmtree(tmp_path / "datasets")
+    (tmp_path / "manifest.json").unlink()
+    os.register_at_fork(before=lambda: [signal.raise_signal(number) for number in FORKS])
+    FORKS.append(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+        assert call("text", corpus, root=tmp_path, **IN_BYTES).code == 0
+    finally:
+        FORKS.clear()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monkeypatch):
     def broken(*args, **entries):
         raise OSError(28, "No space left on device")
@@ -322,25 +366,12 @@ def test_a_document_start_that_text_can_spell_is_refused(tmp_path):
     assert not results(root)
 
 
-def names_bad_pieces(path):
-    """Whether the byte table says what is wrong with a model of such pieces."""
-    try:
-        tg.ByteTable.from_sentencepiece(path)
-    except UnicodeDecodeError:
-        return False
-    except tg.InputError:
-        return True
-    return False
-
-
 def test_a_piece_that_is_not_utf8_is_refused(corpus, tmp_path):
     """By every command that reads the model, without a traceback."""
     model = tmp_path / "odd.model"
     good = small_model(tmp_path / "good.model", 400).read_bytes()
     assert good.count("\u2581the".encode()) >= 1
     model.write_bytes(good.replace("\u2581the".encode(), b"\xe2\x96\x81\xffhe"))
-    if not names_bad_pieces(model):
-        pytest.skip("the byte table does not name such pieces yet")
     root = tmp_path / "root"
     done = call("text", corpus, name="x", root=root, tokenizer=model, workers=1)
     assert done.code == 64
