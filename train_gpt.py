@@ -5538,7 +5538,7 @@ BAD_INPUT = 64
 INTERRUPTED = 143
 
 
-def log_identity(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> None:
+def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
     """First lines of the log, first fields of the result: versions, machine, settings, code."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     versions |= {m.__name__: m.__version__ for m in (torch, np, sentencepiece, zstandard)}
@@ -5577,7 +5577,6 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> Non
             "notes": rt.notes,
         },
     )
-    log.identify(tokenizer_identity, cfg, table)
 
 
 def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
@@ -5779,9 +5778,10 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
 
 def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     """One run in one mode -> its exit code. blob: the artifact, unless the mode makes it."""
+    log_identity(cfg, rt, log)
     with rt.together():
         table = ByteTable.load(cfg)
-        log_identity(cfg, rt, log, table)
+        log.identify(tokenizer_identity, cfg, table)
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)
