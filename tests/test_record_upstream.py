@@ -281,7 +281,7 @@ def test_what_a_newer_python_could_check_is_said(tmp_path):
     findings = {check.name: check for check in check_case(Case(Folder(folder), may_run=False))}
     for name in ("S1", "S2", "S3", "S4", "S5", "S6", "S7", "S9", "S10"):
         expect(findings[name], "SKIPPED", "run check on Python 3.12")
-    expect(findings["S8"], "FAIL", "Python 3.10 cannot read the script")
+    expect(findings["S8"], "WARN", "Python 3.10 cannot read the script")
 
 
 @pytest.mark.parametrize("script", ["", SCRIPT])
@@ -420,15 +420,16 @@ def another_export(path):
     ],
 )
 def test_traits_of_real_folders_do_not_fail(tmp_path, make, warned, capsys):
-    """A script that Python 3.10 cannot read fails S8, whose rule that is, and nothing else."""
+    """A script that Python 3.10 cannot read is warned of."""
     folder = make(tmp_path / "track_10min_16mb" / "2026-03-20_Run")
     too_new = make is newer_python
-    assert record.main(["check", "--json", str(folder)]) == (1 if too_new else 0)
+    assert record.main(["check", "--json", str(folder)]) == 0
     findings = json.loads(capsys.readouterr().out)["findings"]
     by_word = {}
     for finding in findings:
         by_word.setdefault(finding["verdict"], []).append(finding["id"])
-    assert by_word.get("FAIL", []) == (["S8"] if too_new else [])
+    assert "FAIL" not in by_word
+    assert ("S8" in by_word["WARN"]) == too_new
     assert {"P2", "P5"} <= set(by_word["PASS"])
     assert ("P4" in by_word["PASS"]) == ("P4" not in warned)
     assert set(warned) <= set(by_word["WARN"])

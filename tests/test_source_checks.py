@@ -209,7 +209,6 @@ IMPORT_WORK = {
     "def main():\n    pass\nmain()": "main() runs at import",
     "try:\n    pass\nexcept* ValueError:\n    pass": "line ",
     "x = (1,\ny = 2": "cannot read the script: line 1",
-    "x = 1\ny = f'{d['a']}'": "line 2",
 }
 HARMLESS_IMPORT = """
 import os, torch
@@ -230,6 +229,11 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("script, words", IMPORT_WORK.items())
 def test_import_work(script, words):
     assert_found("S8", script, "FAIL", words)
+
+
+def test_an_f_string_of_python_312_is_a_warning():
+    """Legal where the contest runs; the community's reviewers read with 3.10."""
+    assert_found("S8", "x = 1\ny = f'{d['a']}'", "WARN", "line 2")
 
 
 def test_import_that_is_harmless():
