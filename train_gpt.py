@@ -122,8 +122,8 @@ def _setting(
     """A field of Config. needs: without this it cannot act ("A=x or B, and C")."""
     if high is None:  # what the machine's numbers hold
         high = {int: 2**31 - 1, float: 1e38}.get(type(default))
-    bounds = {"low": low, "high": high, "choices": choices}
-    metadata = {"group": group, "doc": doc, "needs": needs, **bounds}
+    metadata = {"group": group, "doc": doc, "low": low, "high": high}
+    metadata |= {"choices": choices, "needs": needs}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1613,6 +1613,11 @@ def load_validation(cfg: Config) -> np.ndarray:
 WORD_MARK = "\u2581"  # SentencePiece's sign for a space before a word
 
 
+def marks_spaces(sp: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether U+2581 stands for a space; else it is a character like others."""
+    return WORD_MARK in sp.normalize("a b")
+
+
 class ByteTable:
     """How many bytes of text each token stands for (upstream's rule).
 
@@ -1650,7 +1655,7 @@ class ByteTable:
         words = {pieces[i] for i in ids if not boundary[i]}
         spells_marks = WORD_MARK not in words and {"<0xE2>", "<0x96>", "<0x81>"} <= words
         check(
-            not spells_marks or WORD_MARK not in sp.normalize("a b"),
+            not spells_marks or not marks_spaces(sp),
             f"{path}: no piece for the word mark U+2581; a space would be spelled in three bytes, "
             "and charged as three",
         )
@@ -1672,14 +1677,20 @@ class ByteTable:
         return cls((~boundary).astype(np.int16), np.zeros(260, bool), boundary, "byte260")
 
     @classmethod
-    def load(cls, cfg: Config) -> ByteTable:
-        """The table that TOKENIZER_PATH names; InputError if it does not fit settings or data."""
+    def named(cls, cfg: Config) -> ByteTable:
+        """The table that TOKENIZER_PATH names; InputError if it does not fit the settings."""
         if cfg.tokenizer_path == "byte260":
             table = cls.bytes260()
         else:
             table = cls.from_sentencepiece(find_path(cfg.tokenizer_path))
         has = f"the tokenizer {table.name} has {table.vocab_size} tokens"
         check(table.vocab_size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}, but {has}")
+        return table
+
+    @classmethod
+    def load(cls, cfg: Config) -> ByteTable:
+        """The same; InputError, too, if another tokenizer made the shards."""
+        table = cls.named(cfg)
         made_by = maker_of_shards(cfg)
         check(
             made_by in (None, tokenizer_hash(cfg)),
@@ -1750,34 +1761,46 @@ def maker_of_shards(cfg: Config) -> str | None:
     return None
 
 
+def find_tokenizer(digest: str, models: Sequence[Path]) -> str:
+    """A TOKENIZER_PATH with this hash: the default, or one of these files; empty if none has it."""
+    if digest == "byte260":
+        return digest
+    with contextlib.suppress(InputError):
+        if sha256(find_path(Config.tokenizer_path)) == digest:
+            return Config.tokenizer_path
+    found = (str(path) for path in models if path.is_file() and sha256(path) == digest)
+    return next(found, "")
+
+
 def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
     """Settings of data_path and tokenizer_path for a tokenizer's hash, where they are not given.
 
     As data/manifest.json tells; of several datasets with it, none is chosen. InputError if the
     tokenizer is not found.
     """
-    places = {"tokenizer_path": tokenizer} if tokenizer in ("", "byte260") else {}
+    if not tokenizer:
+        return {}
+    models = []
+    folders = []
+    places = {}
     with contextlib.suppress(*NOT_SAID):
         root = find_path("data/manifest.json").parent
         manifest = read_manifest(root)
         entries = [e for e in manifest["tokenizers"] if _digest_in(e) == tokenizer]
-        paths = [root / entry.get("model_path", "") for entry in entries]
-        for path in (path for path in paths if path.is_file() and sha256(path) == tokenizer):
-            places["tokenizer_path"] = str(path)
+        models = [root / entry.get("model_path", "") for entry in entries]
         made = [entry["name"] for entry in entries]
         folders = [e["name"] for e in manifest["datasets"] if e["tokenizer_name"] in made]
-        if len(folders) == 1:
-            places["data_path"] = str(root / "datasets" / folders[0])
-    with contextlib.suppress(InputError):
-        if sha256(find_path(Config.tokenizer_path)) == tokenizer:
-            places.setdefault("tokenizer_path", Config.tokenizer_path)
-    found = {name: place for name, place in places.items() if place and name not in given}
-    check(
-        {"tokenizer_path"} & {*places, *given},
-        f"the artifact's tokenizer (SHA-256 {printable(tokenizer)}) is in no data/manifest.json; "
-        "TOKENIZER_PATH names its file, and DATA_PATH the shards that it made",
-    )
-    return found
+    if len(folders) == 1 and "data_path" not in given:
+        places["data_path"] = str(root / "datasets" / folders[0])
+    if "tokenizer_path" not in given:
+        places["tokenizer_path"] = find_tokenizer(tokenizer, models)
+        check(
+            places["tokenizer_path"],
+            f"the artifact's tokenizer (SHA-256 {printable(tokenizer)}) is in no "
+            "data/manifest.json; TOKENIZER_PATH names its file, and DATA_PATH the shards that it "
+            "made",
+        )
+    return places
 
 
 # What tells data apart: fields of the result, and a log line as `data/prepare.py verify` prints it.
@@ -3597,13 +3620,18 @@ def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     Runs nothing that is in the file and allocates only what its model needs.
     """
     cfg, _, tensors = expand(blob)
+    return cfg, weights_of(tensors)
+
+
+def weights_of(tensors: Sequence[PackedTensor]) -> dict[str, Tensor]:
+    """Name -> float weights; InputError if one is not finite."""
     weights = {}
     for tensor in tensors:
         arrays = [torch.from_numpy(array.copy()) for array in tensor.arrays]
         w = QUANTIZERS[tensor.kind].decode(*arrays)
         check(w.isfinite().all(), f"artifact: {tensor.name} has values that are not finite")
         weights[tensor.name] = w
-    return cfg, weights
+    return weights
 
 
 def entropy_bytes(tensor: PackedTensor) -> float:
@@ -3653,10 +3681,10 @@ def tokenizer_noted(header: Mapping[str, Any]) -> str:
 
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     """The model in an artifact, on its device; InputError if it had another tokenizer."""
-    stored, weights = unpack(blob)
-    model = build_model(stored, rt, weights)
+    stored, header, tensors = expand(blob)
+    model = build_model(stored, rt, weights_of(tensors))
     here = tokenizer_hash(cfg)
-    made_with = tokenizer_noted(read_header(blob)[0])
+    made_with = tokenizer_noted(header)
     check(
         made_with in ("", here),
         f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
@@ -5726,8 +5754,13 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
         log.save()
     with log.phase("sample"):
         if cfg.sample_tokens:
-            log.log(f"sample: seed:{cfg.seed}\n{sample(model, table, cfg, rt)}")
+            log_sample(model, table, cfg, rt, log)
     return code
+
+
+def log_sample(model: GPT, table: ByteTable, cfg: Config, rt: Runtime, log: RunLog) -> None:
+    """A text of the model's, with the seed that draws it again."""
+    log.log(f"sample: seed:{cfg.seed}\n{sample(model, table, cfg, rt)}")
 
 
 def log_score(cfg: Config, log: RunLog, score: Score, checks: Sequence[Check]) -> None:
@@ -5788,8 +5821,7 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     code = {"diverged": DIVERGED, "interrupted": INTERRUPTED}.get(ended, OK)
     if cfg.mode == "sample":
         with log.phase("sample"):
-            text = sample(load_artifact(cfg, blob, rt), table, cfg, rt)
-            log.log(f"sample: seed:{cfg.seed}\n{text}")
+            log_sample(load_artifact(cfg, blob, rt), table, cfg, rt, log)
     elif blob:
         code = score_artifact(cfg, blob, rt, log, table)
         if code != AUDIT_FAILED and code_size() + len(blob) > cfg.max_artifact_bytes:
@@ -5812,7 +5844,7 @@ def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:
     finished = f"OUT_DIR={str(out)!r} holds an artifact, model.ptz: MODE=eval scores it; "
     finished += "another OUT_DIR or RUN_ID trains anew"
     check(not (trains and (out / "model.ptz").exists()), finished)
-    return RunLog(out, rt, resumed=bool(cfg.resume) or rt.restarts)
+    return RunLog(out, rt, resumed=bool(cfg.resume or rt.restarts))
 
 
 def place_of(cfg: Config, rt: Runtime) -> Config:

@@ -330,20 +330,15 @@ def check_bytes(data: Dataset) -> str:
     return f"{found}, its raw text has {text}" if text else found
 
 
-def marks_spaces(table: ByteTable) -> bool:
-    """Whether U+2581 stands for a space; else it is a character like others."""
-    return bool(table.processor) and tg.WORD_MARK in table.processor.normalize("a b")
-
-
 def refuse_marks_in_bytes(tokens: np.ndarray, table: ByteTable, split: str) -> None:
     """Fault if a word mark is spelled in byte pieces: three bytes are charged for one space.
 
     That is what a model does that has no piece for its own mark. Decoded, the mark stays a mark, so
     that charged and decoded bytes agree.
     """
-    if not marks_spaces(table):
-        return
     sp = table.processor
+    if not sp or not tg.marks_spaces(sp):
+        return
     pieces = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in tg.WORD_MARK.encode()]
     if not all(map(sp.is_byte, pieces)):
         return
@@ -362,9 +357,10 @@ def most_bytes(table: ByteTable, text: str) -> int:
 
     No tokens of it stand for more: a mark at a document's start is not charged.
     """
-    if table.processor:
-        text = table.processor.normalize(text)
-    if marks_spaces(table):
+    sp = table.processor
+    if sp:
+        text = sp.normalize(text)
+    if sp and tg.marks_spaces(sp):
         text = text.removeprefix(tg.WORD_MARK).replace(tg.WORD_MARK, " ")
     return len(text.encode())
 

@@ -175,7 +175,7 @@ class Codec:
         self.blob = tg.read_artifact(cfg)
         self.cfg = tg.settings_of_artifact(cfg, env, self.blob)
         self.rt = tg.Runtime(self.cfg, {})
-        self.table = table_of(self.cfg)
+        self.table = tg.ByteTable.named(self.cfg)  # whatever made the shards of DATA_PATH
 
     def scorer(self) -> tg.Scorer:
         """A fresh one: the last true stage of a run with these settings."""
@@ -269,20 +269,6 @@ class Codec:
             cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
             score = tg.evaluate(self.scorer(), tokens, self.table, cfg, self.rt, run_log)
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
-
-
-def table_of(cfg: tg.Config) -> tg.ByteTable:
-    """The tokenizer's table, whatever made the shards of DATA_PATH: files of one's own need none.
-
-    InputError if it does not fit the settings.
-    """
-    if cfg.tokenizer_path == "byte260":
-        table = tg.ByteTable.bytes260()
-    else:
-        table = tg.ByteTable.from_sentencepiece(tg.find_path(cfg.tokenizer_path))
-    has = f"the tokenizer {table.name} has {table.vocab_size} tokens"
-    tg.check(table.vocab_size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}, but {has}")
-    return table
 
 
 def others(text: bytes) -> str:

@@ -229,15 +229,20 @@ def losses_of(out):
     return np.array([row["train_loss"] for row in rows if "train_loss" in row])
 
 
+def tiny_settings(out, **env):
+    """Settings of a tiny run on the CPU, as environment variables."""
+    return {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}
+
+
 def run(out, **env):
     """main() in this process -> exit code, result.json, log."""
-    code = tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
+    code = tg.main([], tiny_settings(out, **env))
     return code, result_of(out), log_of(out)
 
 
 def tiny_env(out, **env):
     """The environment of a process that makes a tiny run on the CPU."""
-    return clean_env(**{**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env})
+    return clean_env(**tiny_settings(out, **env))
 
 
 def python(arguments, env, **options):
@@ -313,6 +318,5 @@ def main_of_rank(env, settings):
 
 def run_in_processes(out, processes, **env):
     """A tiny run of several processes -> result.json."""
-    settings = {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu", **env}
-    in_processes(processes, Path(out).parent, main_of_rank, settings)
+    in_processes(processes, Path(out).parent, main_of_rank, tiny_settings(out, **env))
     return result_of(out)

@@ -1,6 +1,5 @@
 """Exports of real files by real processes: shards, tokenizers, what a failure leaves."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import corpora
 import export
@@ -27,6 +25,7 @@ from data_tool import (
     arguments,
     call,
     documents_of,
+    group_lives,
     jsonl,
     module_env,
     needs_web,
@@ -168,16 +167,6 @@ def test_text_that_the_normaliser_shrinks_is_no_fault(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # What an end before the end leaves
 # --------------------------------------------------------------------------------------------------
-
-
-def group_lives(group):
-    """Whether a process of that group runs; zombies do not."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if fields[2] == str(group) and fields[0] != "Z":
-                return True
-    return False
 
 
 def test_a_killed_export_leaves_nothing_and_is_done_again(prepared, corpus, tmp_path):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_RUN, clean_env
+from conftest import ROOT, clean_env
 from helpers import (
     free_port,
     in_processes,
@@ -20,6 +20,7 @@ from helpers import (
     run,
     run_in_processes,
     tiny_env,
+    tiny_settings,
 )
 
 import train_gpt as tg
@@ -110,7 +111,7 @@ def test_finished_is_written_last(tmp_path, monkeypatch):
 
 def test_a_sweep_ends_with_a_signal(tmp_path, monkeypatch, capsys):
     when_said(monkeypatch, "evaluate", lambda: signal.raise_signal(signal.SIGINT))
-    env = {**TINY_RUN, "OUT_DIR": str(tmp_path), "DEVICE": "cpu", "SEEDS": "1,2,3"}
+    env = tiny_settings(tmp_path, SEEDS="1,2,3")
     assert tg.main([], env) == 143
     assert not (tmp_path / "seed_2").exists()
     assert "seed 1 with exit code 143" in capsys.readouterr().out
@@ -160,7 +161,7 @@ def test_an_artifact_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypat
 
 def test_a_result_that_cannot_be_written_is_an_error_at_the_end(tmp_path, monkeypatch, capsys):
     failing(monkeypatch, "result.json")
-    env = {**TINY_RUN, "OUT_DIR": str(tmp_path / "out"), "DEVICE": "cpu"}
+    env = tiny_settings(tmp_path / "out")
     assert tg.main([], env) == 64
     said = capsys.readouterr().out
     assert "final_zstd_sliding_exact" in said
@@ -219,7 +220,7 @@ def bad_places(tmp_path):
 @pytest.mark.parametrize("kind", ["a file", "below a file", "too long", "no folder"])
 def test_a_place_that_is_no_folder_is_named(kind, tmp_path, capsys):
     place = bad_places(tmp_path)[kind]
-    assert tg.main([], {**TINY_RUN, "OUT_DIR": str(place), "DEVICE": "cpu"}) == 64
+    assert tg.main([], tiny_settings(place)) == 64
     assert f"OUT_DIR={str(place)!r}: cannot be used" in capsys.readouterr().err
 
 
@@ -228,7 +229,7 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     out = tmp_path / "out"
     with tg.locked(out):
         (out / "train.log").write_text("of the first\n")
-        assert tg.main([], {**TINY_RUN, "OUT_DIR": str(out), "DEVICE": "cpu"}) == 64
+        assert tg.main([], tiny_settings(out)) == 64
     assert "another run is writing there" in capsys.readouterr().err
     assert log_of(out) == "of the first\n"
     assert run(out)[0] == 0
@@ -254,7 +255,7 @@ def finished(tmp_path_factory):
 
 def test_a_finished_run_is_not_overwritten(finished, capsys):
     before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    env = {**TINY_RUN, "OUT_DIR": str(finished), "DEVICE": "cpu"}
+    env = tiny_settings(finished)
     assert tg.main([], env) == 64
     assert "holds an artifact, model.ptz" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
@@ -387,7 +388,7 @@ ONE_FAILS = [
 
 @pytest.mark.parametrize("name, call", ONE_FAILS)
 def test_an_error_of_one_process_ends_all_with_its_reason(name, call, tmp_path):
-    settings = {**TINY_RUN, "OUT_DIR": str(tmp_path / "out"), "DEVICE": "cpu", "SAVE_EVERY": "1"}
+    settings = tiny_settings(tmp_path / "out", SAVE_EVERY="1")
     in_processes(2, tmp_path, fails_on_rank_one, settings, name, call)
     result = result_of(tmp_path / "out")
     assert (result["status"], result["exit_code"]) == ("bad_input", 64)
@@ -399,7 +400,7 @@ def test_a_checkpoint_that_only_rank_zero_has_serves_all(tmp_path):
     run_in_processes(tmp_path / "a", 2, ITERATIONS="3", SAVE_EVERY="3", WARMDOWN_ITERS="0")
     checkpoint = tmp_path / "a/checkpoint.pt"
     settings = dict(RESUME=str(checkpoint), WARMDOWN_ITERS="0", VAL_TOKENS="0")
-    settings = {**TINY_RUN, "OUT_DIR": str(tmp_path / "b"), "DEVICE": "cpu", **settings}
+    settings = tiny_settings(tmp_path / "b", **settings)
     in_processes(2, tmp_path, reads_on_rank_zero_only, settings)
     straight = run_in_processes(tmp_path / "c", 2, WARMDOWN_ITERS="0", VAL_TOKENS="0")
     assert result_of(tmp_path / "b")["artifact_sha256"] == straight["artifact_sha256"]

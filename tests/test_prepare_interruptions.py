@@ -22,7 +22,7 @@ import manifest
 import pytest
 from conftest import ROOT
 from data_hub import TRAIN_SIZES, new_world, published, train
-from data_tool import DOCUMENTS, PROGRAM, arguments, jsonl, module_env, results
+from data_tool import DOCUMENTS, PROGRAM, arguments, group_lives, jsonl, module_env, results
 from fake_hub import Fault
 
 TIMES = 10  # interruptions of a command by a signal; three commands make 30 of each
@@ -120,16 +120,6 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def lives(group):
-    """Whether a process of that group runs; zombies do not."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if fields[2] == str(group) and fields[0] != "Z":
-                return True
-    return False
-
-
 def interrupt(process, number, seconds, log):
     """Sends a signal after so many seconds; the exit code, when all of its processes have ended.
 
@@ -144,7 +134,7 @@ def interrupt(process, number, seconds, log):
     code = process.wait(PATIENCE)
     assert code or not at_work, log.read_text()
     deadline = time.monotonic() + PATIENCE
-    while lives(process.pid):
+    while group_lives(process.pid):
         assert time.monotonic() < deadline, "a process lives on"
         time.sleep(0.02)
     return code

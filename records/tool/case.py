@@ -88,11 +88,11 @@ class Case:
         """The file or folder that a path setting of the first run names, if it is here."""
         if setting == "DATA_PATH" and self.data:
             return self.data
-        text = self.settings.get(setting, "")
-        for base in (Path.cwd(), self.folder.path, *self.folder.path.parents):
-            if text and (base / text).exists():
-                return base / text
-        return None
+        text = self.settings.get(setting)
+        if not text:
+            return None
+        here = Path.cwd() / text
+        return here if here.exists() else self.folder.located(text)
 
     def shards(self, split: str) -> list[Path]:
         """The shards of a split where the first run's were, or --data says; empty without."""

@@ -135,6 +135,13 @@ class Folder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def located(self, text: str) -> Path | None:
+        """What a path names, as seen from the folder, or from any above it."""
+        for base in (self.path, *self.path.parents):
+            if (base / text).exists():
+                return base / text
+        return None
+
     @property
     def is_recipe(self) -> bool:
         """Settings or a script that nobody has run yet: no logs, and nothing said of any."""

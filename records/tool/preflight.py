@@ -69,18 +69,11 @@ class Preflight:
                 name = shard_name(split)
                 self.problems.append(f"DATA_PATH={data}: no {name} there; see data/README.md")
         tokenizer = self.settings.get("TOKENIZER_PATH", "byte260")
-        if tokenizer != "byte260" and not self._located(tokenizer):
+        if tokenizer != "byte260" and not self.folder.located(tokenizer):
             self.problems.append(f"TOKENIZER_PATH={tokenizer}: not there; see data/README.md")
 
-    def _located(self, text: str) -> Path | None:
-        """A path as seen from the snapshot, or from any folder above it."""
-        for base in (self.folder.path, *self.folder.path.parents):
-            if (base / text).exists():
-                return base / text
-        return None
-
     def _shards(self, data: str, split: str) -> list[Path]:
-        found = self._located(data)
+        found = self.folder.located(data)
         return list(found.glob(shard_name(split))) if found else []
 
     def _check_size(self) -> None:
