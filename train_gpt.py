@@ -1267,7 +1267,7 @@ class Runtime:
         """The highest of the processes' numbers, once all are here."""
         if self.world == 1:
             return number
-        told = torch.tensor([number], device=self.device)
+        told = torch.tensor([int(number)], device=self.device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told.item())
 
@@ -5853,7 +5853,8 @@ def place_of(cfg: Config, rt: Runtime) -> Config:
     if cfg.mode != "train" and ((out / "model.ptz").exists() or (out / "checkpoint.pt").exists()):
         out = out / f"{cfg.mode}_{cfg.run_id}"  # beside the log of the training
     checkpoint = out / "checkpoint.pt"
-    resume = str(checkpoint) if rt.restarts and checkpoint.is_file() else cfg.resume
+    goes_on = rt.restarts and rt.highest(rt.main and checkpoint.is_file())  # as on rank 0's disk
+    resume = str(checkpoint) if goes_on else cfg.resume
     data = str(out.resolve() / "smoke_data") if cfg.smoke else cfg.data_path
     return dataclasses.replace(cfg, out_dir=str(out), resume=resume, data_path=data)
 

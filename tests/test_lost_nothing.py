@@ -412,6 +412,28 @@ def reads_on_rank_zero_only(env, settings):
     assert tg.main([], {**settings, **env}) == 0
 
 
+def restarted_in_its_folder(env, settings, folder):
+    """main() of a process that torchrun has started again, on a disk of its own."""
+    os.chdir(folder / f"node{env['RANK']}")
+    again = dict(LOCAL_RANK="0", TORCHELASTIC_RESTART_COUNT="1")  # alone on its node
+    assert tg.main([], {**settings, **env, **again}) == 0
+
+
+def test_a_restart_of_two_nodes_resumes_what_the_first_one_has(tmp_path):
+    """The second node's disk has no checkpoint: the first decides for all."""
+    (tmp_path / "node1").mkdir()
+    out = tmp_path / "node0/out"
+    out.mkdir(parents=True)
+    same = dict(WARMDOWN_ITERS="0", VAL_TOKENS="0")
+    run_in_processes(out, 2, ITERATIONS="3", SAVE_EVERY="3", **same)
+    (out / "model.ptz").unlink()
+    settings = tiny_settings("out", **same)
+    in_processes(2, tmp_path, restarted_in_its_folder, settings, tmp_path)
+    straight = run_in_processes(tmp_path / "straight", 2, **same)
+    assert result_of(out)["resumed"]
+    assert result_of(out)["artifact_sha256"] == straight["artifact_sha256"]
+
+
 # --- two nodes ------------------------------------------------------------------------------------
 
 
