@@ -5,16 +5,18 @@
     CONFIG=records/track_cpu_1mb/demo/config.env python train_gpt.py    # minutes on a laptop CPU
     MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py         # score an artifact alone
     SMOKE=1 python train_gpt.py                                 # every section, synthetic text
+    MODE=plan python train_gpt.py                               # what a run would cost on 8xH100
     python train_gpt.py --help                                  # every setting with its meaning
 
 Settings are environment variables. The sections stand in the order of a run; each uses only those
 above it:
 
-    1 settings     4 data         7 quantizers   10 scoring
-    2 devices      5 model        8 training     11 checks
-    3 run log      6 optimizer    9 artifact     12 main
+    1 settings     5 model         9 artifact    13 main
+    2 devices      6 optimizer    10 scoring
+    3 run log      7 quantizers   11 checks
+    4 data         8 training     12 plan
 
-A training run: `train_model` (12), `train`, `training_loop`, `Trainer.step` (8), `GPT.forward` (5),
+A training run: `train_model` (13), `train`, `training_loop`, `Trainer.step` (8), `GPT.forward` (5),
 `Muon.step` (6). Axis letters in comments: B batch, T time, H heads, K key/value heads or n-gram
 orders, D model or head size, V vocabulary, S scored targets of a row, or keys that queries look at;
 R, C rows and columns of a matrix, G blocks of C queries to L keys each.
@@ -42,6 +44,7 @@ import shlex
 import signal
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import deque
@@ -57,6 +60,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 SCRIPT = Path(__file__).resolve()
 SETTINGS_INSIDE = globals().get("SETTINGS_INSIDE", "")  # the config.env inside a packed wrapper
@@ -146,7 +152,11 @@ class Config:
     0 or empty = absent, unless its sentence says otherwise.
     """
 
-    mode: str = _run("train", "what to do", choices=("train", "eval", "sample"))
+    mode: str = _run(
+        "train",
+        "what to do; plan: print what a run would cost on 8xH100",
+        choices=("train", "eval", "sample", "plan"),
+    )
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
     seed: int = _run(
@@ -159,9 +169,16 @@ class Config:
     )
     smoke: bool = _run(False, "every section on a tiny model and synthetic text, no data needed")
     device: str = _run("auto", "where to compute", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = _run(
+        "auto",
+        "number format of the activations; auto = bfloat16 on CUDA, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
     compile: str = _run("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
     attn: str = _run(
-        "auto", "attention; auto = fa3 if it works, else sdpa", choices=("auto", "fa3", "sdpa")
+        "auto",
+        "attention; auto = the fastest that works here (fa3 on Hopper GPUs, else sdpa)",
+        choices=("auto", "fa3", "sdpa"),
     )
     artifact: str = _run(
         "",
@@ -1005,18 +1022,23 @@ class DeviceProfile:
     dtype: torch.dtype  # of the stream of activations; parameters are float32 everywhere
     lag: int  # the host reads a step's report so many steps later, so that the device never waits
     score_tokens: int  # tokens of a scoring batch; larger ones are not faster
-    tolerance: float  # nats by which a score may differ in a batch of another shape
     fixed_rows: bool  # another number of rows costs a compilation, and rounds otherwise
 
+    @property
+    def tolerance(self) -> float:
+        """Nats by which a score may differ in a batch of another shape."""
+        return 0.05 if self.dtype == torch.bfloat16 else 1e-4
 
-GPU_PROFILE = DeviceProfile(
-    torch.bfloat16, lag=2, score_tokens=1 << 19, tolerance=0.05, fixed_rows=True
-)
-CPU_PROFILE = DeviceProfile(
-    torch.float32, lag=0, score_tokens=1 << 14, tolerance=1e-4, fixed_rows=False
-)
+
+GPU_PROFILE = DeviceProfile(torch.bfloat16, lag=2, score_tokens=1 << 19, fixed_rows=True)
+CPU_PROFILE = DeviceProfile(torch.float32, lag=0, score_tokens=1 << 14, fixed_rows=False)
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
+
+# Shapes, stages and parts that train make graphs of their own; torch ends a run at the ninth.
+GRAPHS_OF_A_FUNCTION = 64
+
+ATTENTION_BLOCK = 32  # queries
 
 # Attention of queries [B, T, H, D] to keys and values [B, S, K, D] -> as the queries.
 AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -1036,8 +1058,34 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return out.transpose(1, 2)  # [B, T, H, D]
 
 
-def fa3_attention(device: torch.device) -> AttentionBackend:
-    """FlashAttention 3, after one real call; raises whatever goes wrong if it fails here."""
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention in blocks of queries, each against all keys up to its own end.
+
+    Compiled on a CPU it is faster than torch's for short rows of small heads: the query heads of a
+    group stand side by side in one product, and what torch works out again for the backward pass
+    is kept.
+    """
+    B, T, H, D = q.shape
+    K = k.size(2)
+    if T > 1024 or D > 64:
+        return sdpa_attention(q, k, v)
+    queries = (q * D**-0.5).view(B, T, K, -1, D).permute(0, 2, 3, 1, 4)  # [B, K, H / K, T, D]
+    keys = k.permute(0, 2, 3, 1).flatten(0, 1)  # [B * K, D, T]
+    values = v.transpose(1, 2).flatten(0, 1)  # [B * K, T, D]
+    position = torch.arange(T, device=q.device)
+    blocks = []
+    for begin in range(0, T, ATTENTION_BLOCK):
+        end = min(begin + ATTENTION_BLOCK, T)
+        rows = queries[:, :, :, begin:end].reshape(B * K, -1, D)  # [B * K, H / K * C, D]
+        later = position[:end] > position[begin:end].repeat(H // K).unsqueeze(1)
+        scores = torch.bmm(rows, keys[:, :, :end]).float().masked_fill(later, -math.inf)
+        block = torch.bmm(scores.softmax(-1).to(v.dtype), values[:, :end])
+        blocks.append(block.view(B, K, H // K, end - begin, D))
+    return torch.cat(blocks, 3).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def fa3_attention() -> AttentionBackend:
+    """FlashAttention 3; ImportError where there is none."""
     # Optional by design: only Hopper images have it.
     from flash_attn_interface import flash_attn_func
 
@@ -1045,9 +1093,43 @@ def fa3_attention(device: torch.device) -> AttentionBackend:
         out = flash_attn_func(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out  # releases differ in what they return
 
-    probe = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.bfloat16)
-    attend(probe, probe, probe)
     return attend
+
+
+def probe_attention(
+    attend: AttentionBackend,
+    cfg: Config,
+    device: torch.device,
+    compile: Callable[[Callable], Callable],
+) -> None:
+    """A forward and a backward pass at the run's own heads, compiled as they will be.
+
+    Raises whatever goes wrong, and a RuntimeError if the outcome is not that of torch's attention.
+    Older releases of FlashAttention 3 work forward, or alone, but not inside a compiled graph.
+    """
+    sizes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(sizes[place], generator=generator) for place in (0, 1, 1, 0)]
+    *inputs, weights = (x.to(device, torch.bfloat16) for x in drawn)
+    found = []
+    for function in (compile(attend), sdpa_attention):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)])
+    gap = max(float((a - b).abs().max()) for a, b in zip(*found))
+    if not gap < 0.1:  # a step of bfloat16 at 8 is 0.06
+        raise RuntimeError(f"off by {gap:.2g} from torch's attention")
+
+
+# The first name is torch 2.13's, which warns of the second.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def usable_processors() -> int:
+    """Of this process, for work outside torch; torchrun lets torch itself use one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # Options of glibc's mallopt.
@@ -1068,23 +1150,23 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-class PendingSum:
-    """Sums over all processes that are on their way to the host."""
+class Fetched:
+    """A tensor on its way to the host, which on CUDA goes on meanwhile."""
 
-    def __init__(self, sums: Tensor, asynchronous: bool):
-        self.host = sums
+    def __init__(self, tensor: Tensor, asynchronous: bool):
+        self.host = tensor
         self.done = None
         if asynchronous:
-            self.host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.done = torch.cuda.Event()
-            self.host.copy_(sums, non_blocking=True)
+            self.host.copy_(tensor, non_blocking=True)
             self.done.record()
 
-    def result(self) -> list[float]:
+    def numpy(self) -> np.ndarray:
         """The numbers; waits until the device has worked up to them."""
         if self.done:
             self.done.synchronize()
-        return self.host.tolist()
+        return self.host.cpu().numpy()
 
 
 class Runtime:
@@ -1094,6 +1176,7 @@ class Runtime:
         self.rank = launched(env, "RANK")
         self.world = launched(env, "WORLD_SIZE", 1)
         self.local_rank = launched(env, "LOCAL_RANK", self.rank)
+        self.local_world = launched(env, "LOCAL_WORLD_SIZE", self.world)  # on this machine
         self.by_agent = "TORCHELASTIC_RUN_ID" in env  # torchrun's, which may start a run again
         self.restarts = launched(env, "TORCHELASTIC_RESTART_COUNT")
         check(self.rank < self.world, f"RANK={self.rank}, but WORLD_SIZE={self.world}")
@@ -1108,12 +1191,12 @@ class Runtime:
                     f"--nproc_per_node may be {found} at most"
                 )
             self.device = torch.device(kind, self.local_rank)
-        self.profile = GPU_PROFILE if self.cuda else CPU_PROFILE
+        self.profile = self._pick_profile(cfg.dtype)
+        self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
         self._prepare_device()
-        self.attention = self._pick_attention(cfg.attn)
-        self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
+        self.attention = self._pick_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
@@ -1145,27 +1228,43 @@ class Runtime:
             raise ConfigError(f"DEVICE={wanted}: torch finds none here; available: {found}")
         return wanted
 
+    def _pick_profile(self, wanted: str) -> DeviceProfile:
+        profile = GPU_PROFILE if self.cuda else CPU_PROFILE
+        if wanted == "auto":
+            return profile
+        dtype = getattr(torch, wanted)
+        fixed_rows = profile.fixed_rows or dtype == torch.bfloat16
+        return dataclasses.replace(profile, dtype=dtype, fixed_rows=fixed_rows)
+
     def _prepare_device(self) -> None:
         if self.cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            exact = self.profile.dtype == torch.float32
+            torch.set_float32_matmul_precision("highest" if exact else "high")
         elif self.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
             keep_freed_memory()
 
-    def _pick_attention(self, wanted: str) -> AttentionBackend:
+    def _pick_attention(self, cfg: Config) -> AttentionBackend:
+        wanted = cfg.attn
         reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
-        if wanted != "sdpa" and self.cuda:
+        if wanted != "sdpa" and self.profile.dtype != torch.bfloat16:
+            reason += " and DTYPE=bfloat16"
+        elif wanted != "sdpa" and self.cuda:
             try:
-                attend = fa3_attention(self.device)
-                self.notes.append("attention:fa3 (imported, probe call passed)")
+                attend = fa3_attention()
+                probe_attention(attend, cfg, self.device, self.compile)
+                self.notes.append("attention:fa3 (equals sdpa forward and backward)")
                 return attend
             except Exception as error:  # any failure of a foreign kernel means: not here
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if wanted == "fa3":
             problem = f"FlashAttention 3 does not run here ({reason})"
             raise ConfigError(f"ATTN=fa3: {problem}; allowed: auto, sdpa")
+        if wanted == "auto" and self.device.type == "cpu" and self.compiles:
+            self.notes.append("attention:blocks (compiled on a CPU: faster than sdpa)")
+            return blocked_attention
         self.notes.append(f"attention:sdpa ({reason})")
         return sdpa_attention
 
@@ -1187,7 +1286,10 @@ class Runtime:
 
     def compile(self, function: Callable) -> Callable:
         """The function compiled as one graph of fixed shapes, if compilation is on."""
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
+        if not self.compiles:
+            return function
+        torch._dynamo.config.recompile_limit = GRAPHS_OF_A_FUNCTION
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def sync(self) -> None:
         """Waits until the device has done all that it was given."""
@@ -1209,11 +1311,15 @@ class Runtime:
         dist.all_reduce(there)
         return tensor if there is tensor else tensor.copy_(there)
 
-    def start_sum(self, values: Sequence[float | Tensor]) -> PendingSum:
-        """The sum over processes of a few numbers; on CUDA only its result() waits for it."""
+    def fetch(self, tensor: Tensor) -> Fetched:
+        """A tensor's way to the host; only its numpy() waits for it."""
+        return Fetched(tensor, asynchronous=self.cuda)
+
+    def start_sum(self, values: Sequence[float | Tensor]) -> Fetched:
+        """The sum over processes of a few numbers, on its way to the host."""
         numbers = [torch.as_tensor(value, dtype=torch.float32).detach() for value in values]
         there = [number.to(self.device, non_blocking=True) for number in numbers]
-        return PendingSum(self.sum_(torch.stack(there)), asynchronous=self.cuda)
+        return self.fetch(self.sum_(torch.stack(there)))
 
     def map_shares(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         """function(stack) for a stack [N, ...] of independent parts -> [N, ...].
@@ -1229,7 +1335,7 @@ class Runtime:
         done = function(mine)
         if self.world > 1:
             out = done.new_empty(stack.shape)
-            dist.all_gather_into_tensor(out, done.contiguous())
+            all_gather(out, done.contiguous())
             done = out.narrow(0, 0, stack.size(0) - missing)
         return done
 
@@ -1240,13 +1346,16 @@ class Runtime:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, text: str) -> list[str]:
+        """The texts of all processes, by rank."""
+        told = [text] * self.world
+        if self.world > 1:
+            dist.all_gather_object(told, text)
+        return told
+
     def agree(self, problem: str) -> None:
         """Raises an AgreedError on every process if one of them has a problem (others: empty)."""
-        told = [problem]
-        if self.world > 1:
-            told = [""] * self.world
-            dist.all_gather_object(told, problem)
-        for rank, text in enumerate(told):
+        for rank, text in enumerate(self.gather(problem)):
             if text:
                 raise AgreedError(text if self.world == 1 else f"process {rank}: {text}")
 
@@ -1262,6 +1371,25 @@ class Runtime:
         except (InputError, OSError) as error:
             problem = str(error) or type(error).__name__
         self.agree(problem)
+
+    def once_a_machine(self, make: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
+        """make()'s arrays, which one process of each machine makes; all map its files, read-only.
+
+        Each process would need gigabytes and the processors of all.
+        """
+        if self.local_world == 1:
+            return make()
+        folder = ""
+        with contextlib.ExitStack() as held:
+            with self.together():
+                if self.local_rank == 0:
+                    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="train_gpt_"))
+                    for number, array in enumerate(make()):
+                        np.save(f"{folder}/{number:03}.npy", array)
+            folder = self.gather(folder)[self.rank - self.local_rank]
+            with self.together():
+                paths = sorted(Path(folder).glob("*.npy"))
+                return [np.load(path, mmap_mode="r").view(np.ndarray) for path in paths]
 
     def highest(self, number: int) -> int:
         """The highest of the processes' numbers, once all are here."""
@@ -2623,7 +2751,7 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
         groups["adam"],
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.adam_eps,
-        fused=rt.device.type != "mps",
+        fused=rt.device.type not in ("mps", "meta"),
     )
     return [muon, adam]
 
@@ -2869,14 +2997,21 @@ def tensor_role(name: str) -> str:
     return "other"
 
 
-def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
-    """The quantizer of a tensor: gains float32, small matrices float16, the rest by the policy."""
-    if w.ndim != 2 or name.endswith(CONTROL_NAMES):
-        return "f32"
-    if w.numel() <= cfg.keep_float_max_numel:
-        return "f16" if w.abs().max() < 65504 else "f32"
+def integer_bits(name: str, w: Tensor, cfg: Config) -> int:
+    """Bits of a tensor's whole numbers by the policy; 0 = gains and small matrices stay floats."""
+    if w.ndim != 2 or name.endswith(CONTROL_NAMES) or w.numel() <= cfg.keep_float_max_numel:
+        return 0
     bits_of_role = dict(re.findall(r"(\w+):(\d)", cfg.quant_policy))
-    return f"int{bits_of_role.get(tensor_role(name), cfg.quant_bits)}"
+    return int(bits_of_role.get(tensor_role(name), cfg.quant_bits))
+
+
+def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
+    """The quantizer of a tensor: gains float32, small matrices float16, the rest whole numbers."""
+    bits = integer_bits(name, w, cfg)
+    if bits:
+        return f"int{bits}"
+    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES)
+    return "f16" if not is_gain and w.abs().max() < 65504 else "f32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2892,9 +3027,9 @@ def quantized_matrices(model: GPT, cfg: Config) -> list[QuantizedMatrix]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            quantizer = QUANTIZERS[quantizer_of(f"{name}.weight", module.weight, cfg)]
-            if isinstance(quantizer, RowInt):
-                found.append(QuantizedMatrix(module, quantizer.qmax))
+            bits = integer_bits(f"{name}.weight", module.weight, cfg)
+            if bits:
+                found.append(QuantizedMatrix(module, QUANTIZERS[f"int{bits}"].qmax))
     return found
 
 
@@ -2972,12 +3107,13 @@ class Clock:
     def out_of_time(self) -> bool:
         """Whether one more step could end after the limit.
 
-        Counted are the steps in flight at the last report, those since then, and the next.
+        Counted are the steps in flight at the last report, those since then, and the next: a tenth
+        more than the slow ones of late took, and one as slow as the slowest (a stall).
         """
         if not self.drives or not self.durations:
             return False
-        steps = 2 * self.lag + 1
-        needed = 1.1 * max(self.durations) * steps  # a tenth more than the slowest of late
+        slowest, slow = max(self.durations), sorted(self.durations)[len(self.durations) * 9 // 10]
+        needed = 1.1 * slow * 2 * self.lag + 1.1 * slowest
         return self.last.elapsed + needed > self.limit
 
     def progress(self, step: int) -> float:
@@ -3057,7 +3193,7 @@ class Trainer:
         self.problem = ""  # why this process could not read its tokens
         self.last_shown = 0  # step whose loss was logged
         # Steps whose report is not read yet.
-        self.in_flight: deque[tuple[int, PendingSum]] = deque()
+        self.in_flight: deque[tuple[int, Fetched]] = deque()
         self.micro_batches = cfg.micro_batches  # of a step, over all processes
         self.share = range(rt.rank, self.micro_batches, rt.world)  # this process's
 
@@ -3134,7 +3270,8 @@ class Trainer:
         """
         while self.in_flight and self.in_flight[0][0] <= self.steps_done - lag:
             step, pending = self.in_flight.popleft()
-            elapsed, loss, stop, save, failed = pending.result()  # sums: one NaN or infinity shows
+            # Sums: one NaN or infinity shows.
+            elapsed, loss, stop, save, failed = pending.numpy().tolist()
             if failed:
                 self.rt.agree(self.problem)
             last = self.clock.last
@@ -3186,7 +3323,10 @@ class Trainer:
 
 
 def warm_up(trainer: Trainer) -> None:
-    """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before."""
+    """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before.
+
+    With late fake quantization one step more, whose graph is another.
+    """
     cfg = trainer.cfg
     rng = np.random.default_rng(0)
     shape = (cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len)
@@ -3196,9 +3336,11 @@ def warm_up(trainer: Trainer) -> None:
         return ids, ids
 
     weights = copy.deepcopy(trainer.model.state_dict())
-    for index in range(cfg.warmup_steps):
-        last = index == cfg.warmup_steps - 1
-        trainer.fake_quantization(cfg.late_qat_threshold > 0 and last)  # the other graph
+    steps = [False] * cfg.warmup_steps
+    if steps and cfg.late_qat_threshold:
+        steps.append(True)
+    for faking in steps:
+        trainer.fake_quantization(faking)
         trainer.step(random_batch, cfg.iterations)
     trainer.fake_quantization(False)
     trainer.model.load_state_dict(weights)
@@ -3822,6 +3964,11 @@ class Windows:
             starts = np.resize(starts, self.batch_rows)
         return make_batch(tokens, starts, self.seq_len, index, real, self.left_context)
 
+    def inputs(self, windows: Sequence[int]) -> int:
+        """Tokens that the batch of some windows reads."""
+        alone = windows[0] == 0 and self.stride < self.seq_len and not self.fixed_rows
+        return self.seq_len * (1 if alone else self.batch_rows)
+
     def position(self, tokens: np.ndarray, target: int) -> Batch:
         """A batch of one position, which predicts this target from the tokens before it."""
         start = int(self.window_of(target)) * self.stride
@@ -3897,6 +4044,10 @@ class Documents:
                 )
                 chunks.append(Chunk(lo, hi, [work if len(rows) else None], closes=number == last))
         return chunks
+
+    def inputs(self, rows: DocumentRows) -> int:
+        """Tokens that the rows' batch reads."""
+        return len(rows.first) * min(self.seq_len, (rows.number + 1) * self.chunk_targets)
 
     def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
         """The rows' chunk; all documents of a chunk have as many inputs."""
@@ -3983,7 +4134,7 @@ def causal_counts(
         room[1:size] -= np.maximum.accumulate(starts)[:-1]
     at = np.arange(size, dtype=np.int32)
     first = at == 0  # whether a position begins its group
-    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
+    with ThreadPoolExecutor(min(32, usable_processors())) as pool:
         for order in range(1, max(orders) + 1):
             counts = None
             if order in orders:
@@ -4143,11 +4294,17 @@ class NgramCounts:
         self.tokens = tokens
         self.sorted = None
         if whole:
-            counts = causal_counts(tokens, NGRAM_ORDERS, self.bos, hints=True)
-            self.sorted = discounted(counts, self.vocab)
+            *by_order, rank, count, hint, agree = self.rt.once_a_machine(self._count)
+            self.sorted = by_order, NgramFacts(rank, count, hint, agree)
         self.unigram = np.zeros(self.vocab, np.int64)
         self.unigram_end = 0  # tokens that are counted in it
         self.asked: tuple[bytes, Any] = (b"", None)  # tilt and mixture ask the same
+
+    def _count(self) -> list[np.ndarray]:
+        """q of every order, then the facts, at every position of the stream."""
+        counts = causal_counts(self.tokens, NGRAM_ORDERS, self.bos, hints=True)
+        by_order, facts = discounted(counts, self.vocab)
+        return [*by_order, *facts]
 
     def facts(self, index: np.ndarray) -> NgramFacts:
         """Of the context before each target [...] -> tensors [...]; count is at least 1."""
@@ -4248,12 +4405,17 @@ class HashedCounts:
         self.groups = first // (self.cfg.ngram_chunk_tokens or windows.stride)
         starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
         self.begin = np.repeat(starts, np.diff(starts, append=n))  # first target of one's group
-        self.own = np.full((len(self.orders), n), -1, np.float32)  # ratios of the stream's tokens
+        (self.own,) = self.rt.once_a_machine(self._count)
+
+    def _count(self) -> list[np.ndarray]:
+        """The ratios of the stream's own tokens [K, n]."""
+        self.own = np.full((len(self.orders), len(self.target)), -1, np.float32)
         with ThreadPoolExecutor(2) as pool:  # the two counters of an order
             for order in reversed(self.orders):
-                self._count(order, pool)
+                self._count_order(order, pool)
+        return [self.own]
 
-    def _count(self, order: int, pool: ThreadPoolExecutor) -> None:
+    def _count_order(self, order: int, pool: ThreadPoolExecutor) -> None:
         """The ratios of one order, for all targets that look it up."""
         looked, added, slots = self._order(order)
         used = looked | added
@@ -4432,6 +4594,11 @@ class Cached(Distribution):
 # --- networks ------------------------------------------------------------------------------------
 
 
+# Work that ends with a commit is cut so that as many processes have a share of it; the number is
+# fixed, so that scores do not depend on how many there are.
+BUSY_PROCESSES = 8
+
+
 def scoring_tokens(cfg: Config, rt: Runtime) -> int:
     """Tokens of a scoring batch."""
     return cfg.eval_batch_tokens or min(rt.profile.score_tokens, 2**28 // cfg.vocab_size)
@@ -4471,11 +4638,14 @@ class WindowNetwork:
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
         """The batches that score a stream, in chunks of so many targets; 0 = one chunk."""
         targets = len(tokens) - 1
+        rows = -(-targets // self.stride)  # no more than there are
+        if chunk_targets:
+            rows = -(-chunk_targets // self.stride // BUSY_PROCESSES)
         return Windows(
             targets=targets,
             seq_len=self.seq_len,
             stride=self.stride,
-            batch_rows=min(self.batch_rows, -(-targets // self.stride)),  # no more than there are
+            batch_rows=min(self.batch_rows, rows),
             chunk_targets=chunk_targets,
             fixed_rows=self.rt.profile.fixed_rows,
         )
@@ -4739,22 +4909,21 @@ class TestTimeTraining:
 
         progress: share of the stream that is over; at its end there is nothing left to learn for.
         """
-        cfg, size, length = self.cfg, self.cfg.ttt_batch_seqs, self.row
+        cfg, rt = self.cfg, self.rt
         factor = 1.0 if self.first else 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * factor
         gradients = bind_flat_gradients(self.params)
         parts = self.parts(tokens)
-        longest = max(rows for _, rows in parts)
-        starts = range(0, longest, size)
+        starts = range(0, max(rows for _, rows in parts), cfg.ttt_batch_seqs)
         steps = len(starts) * cfg.ttt_epochs if progress < 1 else 0
+        piece = -(-cfg.ttt_batch_seqs * cfg.ttt_parts // BUSY_PROCESSES)
         for number in range(steps):
-            at = starts[number % len(starts)]
             gradients.zero_()
-            units = [(lo + at * length, min(size, rows - at)) for lo, rows in parts if rows > at]
-            for first, rows in units[self.rt.rank :: self.rt.world]:
-                loss = self._loss(tokens[first : first + rows * length + 1].astype(np.int64))
-                (loss / len(units)).backward()
-            self.rt.sum_(gradients)
+            rows, weights = self._rows(tokens, parts, starts[number % len(starts)], piece)
+            for first in range(rt.rank * piece, len(rows), rt.world * piece):
+                mine = slice(first, first + piece)
+                self._loss(rows[mine], weights[mine]).backward()
+            rt.sum_(gradients)
             if not self.first:
                 clip_gradients(gradients, 1.0)
             self.optimizer.step()
@@ -4762,16 +4931,35 @@ class TestTimeTraining:
                 return False
         return True
 
-    def _loss(self, span: np.ndarray) -> Tensor:
-        """Mean nats of rows; BYTE_WEIGHTED_TTT: weighted by the targets' bytes."""
-        ids = self.rt.put(span[:-1].reshape(-1, self.row))
-        targets = self.rt.put(span[1:].reshape(-1, self.row))
-        logits = self.logits(self.model, ids, self.model.context(ids))
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        weights = torch.ones_like(nats)
+    def _rows(
+        self, tokens: np.ndarray, parts: list[tuple[int, int]], at: int, multiple: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A step's rows of tokens [N, T + 1] from row `at` of every part on, weights [N, T].
+
+        The loss is the mean over parts of the mean over their targets, by the targets' bytes with
+        BYTE_WEIGHTED_TTT. Rows without weight fill N up to a multiple.
+        """
+        left = [(lo + at * self.row, rows - at) for lo, rows in parts if rows > at]
+        counts = [min(self.cfg.ttt_batch_seqs, rows) for _, rows in left]
+        part = np.repeat(np.arange(len(left)), counts)
+        firsts = [lo + self.row * np.arange(count) for (lo, _), count in zip(left, counts)]
+        index = np.concatenate(firsts)[:, None] + np.arange(self.row + 1)
+        rows = tokens[index].astype(np.int64)
+        weights = np.ones((len(rows), self.row), np.float32)
         if self.cfg.byte_weighted_ttt:
-            weights = self.rt.put(self.table.count(span).astype(np.float32))
-        return (nats * weights).sum() / weights.sum()
+            weights = np.stack([self.table.count(row) for row in rows]).astype(np.float32)
+        totals = np.bincount(part, weights.sum(1))[part] * len(left)
+        weights /= np.maximum(totals, 1)[:, None].astype(np.float32)
+        missing = (0, -len(rows) % multiple)
+        return np.pad(rows, (missing, (0, 0))), np.pad(weights, (missing, (0, 0)))
+
+    def _loss(self, rows: np.ndarray, weights: np.ndarray) -> Tensor:
+        """Weighted sum of the nats of rows [N, T + 1]."""
+        ids = self.rt.put(rows[:, :-1].copy())
+        targets = self.rt.put(rows[:, 1:].flatten())
+        logits = self.logits(self.model, ids, self.model.context(ids))
+        nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        return nats @ self.rt.put(weights.flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer, as copies."""
@@ -5171,20 +5359,16 @@ def score_chunks(
     chunks = plan.chunks(rank, world)
     total = sum(len(chunk.work) for chunk in chunks)
     begun = guard.now()
-    done = charged = count = 0
+    done = 0
+    charges = Charges(score)
     for number, chunk in enumerate(chunks):
         for work in chunk.work:
             if work is not None and (rt.rank == 0 or not scorer.alone):
                 batch = plan.batch(tokens, work)
-                nats = score_batch(scorer, batch, tokens, rt)
-                index = batch.index[batch.real]
-                score.nats[index] = nats[batch.real]
-                np.add.at(score.coverage, index, 1)  # twice in one batch counts twice
-                charged += float(nats[batch.real].sum(dtype=np.float64))
-                count += len(index)
+                charges.add(batch, score_batch(scorer, batch, tokens, rt))
             done += 1
             left = (guard.now() - begun) * (total / done - 1)
-            figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
+            figures = f"running_loss:{charges.mean():.4f} eta:{left:.0f}s"
             log.show_progress(f"{score.name}: {100 * done / total:.0f}% {figures}")
             if done == WARM_BATCHES:
                 guard.pace_from(done / total)
@@ -5200,14 +5384,45 @@ def score_chunks(
                 guard.pace_from(done / total)  # the first commit compiles
             elif number == 1 and not guard.fits(done / total):
                 return False
+    charges.settle()
     return True
 
 
-def score_batch(scorer: Scorer, batch: Batch, tokens: np.ndarray, rt: Runtime) -> np.ndarray:
+class Charges:
+    """Nats on their way into a score: a batch's are read once the next one is on the device."""
+
+    def __init__(self, score: Score):
+        self.score = score
+        self.waiting: deque[tuple[Batch, Fetched]] = deque()
+        self.total = 0.0
+        self.count = 0
+
+    def add(self, batch: Batch, nats: Fetched) -> None:
+        """A batch that was scored."""
+        self.waiting.append((batch, nats))
+        self.settle(waiting=1)
+
+    def settle(self, waiting: int = 0) -> None:
+        """Reads all but so many."""
+        while len(self.waiting) > waiting:
+            batch, fetched = self.waiting.popleft()
+            nats = fetched.numpy()[batch.real]
+            index = batch.index[batch.real]
+            self.score.nats[index] = nats
+            np.add.at(self.score.coverage, index, 1)  # twice in one batch counts twice
+            self.total += float(nats.sum(dtype=np.float64))
+            self.count += len(index)
+
+    def mean(self) -> float:
+        """Nats a target, so far."""
+        return self.total / max(self.count, 1)
+
+
+def score_batch(scorer: Scorer, batch: Batch, tokens: np.ndarray, rt: Runtime) -> Fetched:
     """Nats of a batch's targets [B, S]: predicted, charged, and then set aside for what learns."""
     distribution = scorer.predict(batch)
     targets = rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)  # known only now
-    nats = -distribution.prob(targets).squeeze(-1).log().float().cpu().numpy()
+    nats = rt.fetch(-distribution.prob(targets).squeeze(-1).log().float())
     if scorer.learns:
         scorer.collect(batch, distribution, targets)
     return nats
@@ -5550,7 +5765,266 @@ def check_score(
 
 
 # ==================================================================================================
-# 12. MAIN - modes, results, exit codes.
+# 12. PLAN - what a run would cost, counted on tensors that have shapes and no values.
+#     Uses sections 1-10.
+# ==================================================================================================
+
+# An H100's pace, fitted to the step times of published logs (`tests/bench/plan.py` shows them and
+# the errors). Bytes are those that operations read and write one by one; compiled, most never
+# leave the chip.
+FLOPS_A_SECOND = 4.2e14
+BYTES_A_SECOND = 1.65e14
+SECONDS_AN_OPERATION = 8.5e-6
+MEMORY_SHARE = 0.72  # of what is kept for the backward pass that is, compiled; from the same logs
+PLANNED_GPUS = 8
+# FineWeb's validation set in 1,024 pieces, where no data is at hand.
+FINEWEB_TARGETS = 62_021_632
+FINEWEB_DOCUMENTS = 50_000
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one GPU does."""
+
+    flops: float = 0.0  # of matrix products and attention
+    bytes: float = 0.0
+    operations: float = 0.0
+    tokens: float = 0.0  # inputs
+    kept: float = 0.0  # bytes that wait for the backward pass
+
+    @property
+    def seconds(self) -> float:
+        """On an H100."""
+        moved = self.bytes / BYTES_A_SECOND
+        return self.flops / FLOPS_A_SECOND + moved + self.operations * SECONDS_AN_OPERATION
+
+    def of(self, tokens: float, batches: float) -> Cost:
+        """The same work on so many tokens in so many batches."""
+        share = tokens / self.tokens
+        return Cost(self.flops * share, self.bytes * share, self.operations * batches, tokens)
+
+    def __add__(self, other: Cost) -> Cost:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+        return Cost(*(a + b for a, b in pairs))
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts operations inside its block; allocations and views are none."""
+
+    FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost = Cost()
+        self.kept: dict[int, int] = {}  # storage -> its bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = aliases and all(alias and not alias.is_write for alias in aliases)
+        if not is_view and func.overloadpacket.__name__ not in self.FREE:
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            self.add(flops, *tree_leaves((args, kwargs, out)))
+        return out
+
+    def add(self, flops: float, *touched: Any) -> None:
+        """An operation, and the tensors that it reads and writes."""
+        self.cost.flops += flops
+        self.cost.bytes += sum(t.nbytes for t in touched if isinstance(t, Tensor))
+        self.cost.operations += 1
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """For autograd's hooks: what is kept for the backward pass."""
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts inside the block, kept bytes too."""
+        with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept), self:
+            yield
+        self.cost.kept = sum(self.kept.values())
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """An attention backend: a fused kernel's cost, without one."""
+        return _CountedAttention.apply(q, k, v, self)
+
+
+class _CountedAttention(torch.autograd.Function):
+    """Causal attention in one kernel forward, 2.5 times its FLOPs in one backward."""
+
+    @staticmethod
+    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, counter: CostCounter) -> Tensor:
+        context.save_for_backward(q, k, v)
+        context.counter = counter
+        context.flops = 2.0 * q.numel() * k.size(1)  # two products of half a square
+        counter.add(context.flops, q, k, v, q)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = context.saved_tensors
+        context.counter.add(2.5 * context.flops, q, k, v, grad, q, k, v, q)
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+class PlanRuntime(Runtime):
+    """The first of PLANNED_GPUS processes, on a device that has no numbers."""
+
+    def __init__(self, cfg: Config):
+        super().__init__(dataclasses.replace(cfg, device="cpu", attn="sdpa", compile="0"), {})
+        self.cfg = cfg
+        self.counter = CostCounter()
+        self.attention = self.counter.attention
+        self.device = torch.device("meta")
+        self.world = PLANNED_GPUS
+        self.profile = GPU_PROFILE
+        if cfg.dtype != "auto":
+            self.profile = dataclasses.replace(GPU_PROFILE, dtype=getattr(torch, cfg.dtype))
+
+    def model(self) -> GPT:
+        """The settings' model."""
+        with self.device:
+            return GPT(self.cfg, self.profile.dtype, self.attention)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def map_shares(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        share = -(-stack.size(0) // self.world)
+        function(stack.narrow(0, 0, share).to(self.profile.dtype))
+        return torch.empty_like(stack)
+
+
+def counted(rt: PlanRuntime, action: Callable[[], Any]) -> Cost:
+    """What the action costs."""
+    rt.counter.cost, rt.counter.kept = Cost(), {}
+    with rt.counter.counting():
+        action()
+    return rt.counter.cost
+
+
+def plan_training(cfg: Config) -> tuple[Trainer, Cost]:
+    """A trainer without numbers, and what a step of it costs one GPU."""
+    rt = PlanRuntime(cfg)
+    trainer = Trainer(cfg, rt, RunLog(Path(), rt, silent=True), rt.model(), None)
+    batch = np.zeros((cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len), np.int64)
+
+    def step() -> None:
+        trainer.step(lambda micro: (batch, batch), cfg.iterations)
+        if trainer.averager:
+            trainer.averager.update(1, 1.0)
+
+    cost = counted(rt, step)
+    cost.tokens = len(trainer.share) * batch.size
+    return trainer, cost
+
+
+def memory_of(trainer: Trainer, cost: Cost) -> float:
+    """Bytes that training takes: weights, gradients, what optimizers remember, activations."""
+    remembered = [state for o in trainer.optimizers for state in o.state.values()]
+    averages = trainer.averager.means if trainer.averager else {}
+    held = [*trainer.model.parameters(), trainer.gradients]
+    held += tree_leaves((remembered, averages))
+    return sum(t.nbytes for t in held if isinstance(t, Tensor)) + MEMORY_SHARE * cost.kept
+
+
+def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cost]:
+    """What a scoring stage costs one GPU, and a batch of it; without work on the host.
+
+    All of its batches are taken to cost as much a token as the second one.
+    """
+    rt = PlanRuntime(cfg)
+    scorer = stage.build(rt.model().requires_grad_(False), rt, cfg, ByteTable.bytes260())
+    network = scorer.network
+    plan = network.plan(tokens, scorer.chunk_targets)
+    rank, world = (0, 1) if scorer.alone else (0, PLANNED_GPUS)
+    work = [work for chunk in plan.chunks(rank, world) for work in chunk.work if work is not None]
+    batches = [plan.batch(tokens, part) for part in work[:2]]
+    network.predict(batches[0])
+
+    def score() -> None:
+        with torch.no_grad():
+            network.predict(batches[-1])
+        if network.learns:
+            network.collect(batches[-1], torch.zeros(batches[-1].index.shape, device=rt.device))
+            network.commit(Chunk(0, 1, []))
+
+    batch = counted(rt, score)
+    batch.tokens = batches[-1].ids.size
+    total = batch.of(sum(plan.inputs(part) for part in work), len(work))
+    if scorer.training:
+        total += plan_adaptation(scorer.training, cfg, len(tokens) - 1)
+    return total, batch
+
+
+def plan_adaptation(training: TestTimeTraining, cfg: Config, targets: int) -> Cost:
+    """What test-time training costs one GPU: one step, for all of them."""
+    step_targets = training.row * cfg.ttt_parts * cfg.ttt_batch_seqs
+    epochs = cfg.ttt_epochs
+    step = counted(
+        training.rt,
+        lambda: training.learn(np.zeros(step_targets + 1, np.uint16), 0.0, lambda share: False),
+    )
+    step.tokens = step_targets
+    return step.of(targets * epochs, targets * epochs / step_targets)
+
+
+def planned_tokens(cfg: Config) -> tuple[np.ndarray, str]:
+    """The validation tokens, or as many as FineWeb has, in documents of its mean length; a note."""
+    if Path(cfg.data_path).is_dir():
+        tokens = load_validation(cfg)
+        return tokens, f"{len(tokens) - 1} validation targets of {cfg.data_path}"
+    tokens = np.zeros(FINEWEB_TARGETS + 1, np.uint16)
+    tokens[:: FINEWEB_TARGETS // FINEWEB_DOCUMENTS] = cfg.bos_id
+    return tokens, f"no DATA_PATH={cfg.data_path!r} here: {FINEWEB_TARGETS} validation targets"
+
+
+def plan_lines(cfg: Config) -> list[str]:
+    """What MODE=plan prints."""
+    trainer, step = plan_training(cfg)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    pace = f"{FLOPS_A_SECOND / 1e12:.0f} TFLOP/s, {BYTES_A_SECOND / 1e12:.0f} TB/s before fusion"
+    steps = cfg.iterations
+    if cfg.schedule == "clock" and cfg.max_wallclock_seconds:
+        seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+        steps = min(steps, int(seconds / step.seconds))
+    tokens, note = planned_tokens(cfg)
+    lines = [
+        f"plan for {PLANNED_GPUS}xH100 at {pace}, {SECONDS_AN_OPERATION * 1e6:.1f} us an operation",
+        note,
+        f"model_params:{parameters} peak_memory:{memory_of(trainer, step) / 2**30:.1f} GiB a GPU",
+        f"train: {_per_token(step)} {step.operations:.0f} operations a step, "
+        f"{1000 * step.seconds:.1f} ms a step, {steps} steps in {steps * step.seconds:.0f} s",
+    ]
+    whole = 0.0
+    for stage in STAGES.values():
+        if stage.enabled(cfg):
+            total, batch = plan_stage(stage, cfg, tokens)
+            whole += total.seconds
+            counts = " and n-gram counts" if _mixed_enabled(cfg) or _ngram_enabled(cfg) else ""
+            lines.append(
+                f"{stage.name}: {_per_token(total)} {batch.operations:.0f} operations a batch, "
+                f"{total.seconds:.1f} s{counts}"
+            )
+    lines.append(f"scoring: {whole:.0f} of {cfg.max_eval_seconds:.0f} s")
+    return lines
+
+
+def _per_token(cost: Cost) -> str:
+    """FLOPs and bytes of a token of input."""
+    megaflops, megabytes = (x / cost.tokens / 1e6 for x in (cost.flops, cost.bytes))
+    return f"{megaflops:.1f} MFLOP {megabytes:.2f} MB a token,"
+
+
+# ==================================================================================================
+# 13. MAIN - modes, results, exit codes.
 #     Uses all sections, and is the only reader of the environment and the command line.
 # ==================================================================================================
 
@@ -5949,6 +6423,9 @@ def name_of_run(rt: Runtime) -> str:
 def run_mode(env: Mapping[str, str]) -> int:
     """The run that the environment describes -> its exit code."""
     cfg = load_config(env)
+    if cfg.mode == "plan":
+        print("\n".join(plan_lines(cfg)))
+        return OK
     with contextlib.closing(Runtime(cfg, env)) as rt:
         ignored = ", ".join(ignored_names(env))
         if ignored:

@@ -4,13 +4,27 @@ Graphs, number formats, kernels, devices that are not there.
 """
 
 import math
+import re
+import sys
+import tempfile
+import types
 
 import numpy as np
 import oracles
 import pytest
 import torch
 from conftest import FULL, TINY
-from helpers import config, cpu_runtime, on_device_with, random_ids, take_step
+from helpers import (
+    compiled,
+    config,
+    cpu_runtime,
+    in_processes,
+    losses_of,
+    on_device_with,
+    random_ids,
+    run,
+    take_step,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -135,14 +149,140 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         tg.Runtime(tg.Config(), ranks)
 
 
-def test_attention_equals_naive_loop(rng):
+BACKENDS = [tg.sdpa_attention, tg.blocked_attention]
+
+
+def heads_of(rng, length):
+    """Queries of six heads, keys and values of two, for one row [1, T, H, 8]."""
+    return (torch.from_numpy(rng.standard_normal((1, length, heads, 8))) for heads in (6, 2, 2))
+
+
+@pytest.mark.parametrize("attend", BACKENDS)
+@pytest.mark.parametrize("length", [1, 20, tg.ATTENTION_BLOCK, 3 * tg.ATTENTION_BLOCK + 5])
+def test_attention_equals_naive_loop(attend, length, rng):
     """Three query heads share a head of keys and values."""
-    q = torch.from_numpy(rng.standard_normal((1, 20, 6, 8)))
-    k = torch.from_numpy(rng.standard_normal((1, 20, 2, 8)))
-    v = torch.from_numpy(rng.standard_normal((1, 20, 2, 8)))
+    q, k, v = heads_of(rng, length)
     expected = oracles.attention(q[0].numpy(), k[0].numpy(), v[0].numpy())
-    got = tg.sdpa_attention(q.float(), k.float(), v.float())
+    got = attend(q.float(), k.float(), v.float())
     np.testing.assert_allclose(got[0].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, dim", [(70, 8), (1100, 4), (40, 80)])
+def test_attention_in_blocks_has_the_gradients_of_torchs(length, dim, rng):
+    """Compiled, too; long rows and large heads are left to torch."""
+    shapes = [(2, length, 4, dim), (2, length, 2, dim), (2, length, 2, dim), (2, length, 4, dim)]
+    *inputs, weights = (torch.from_numpy(rng.standard_normal(shape)) for shape in shapes)
+    found = []
+    for attend in (compiled(tg.blocked_attention), *BACKENDS):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend(*leaves)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_attention_of_a_cpu_is_chosen_by_what_is_faster():
+    for settings, chosen in (
+        ({"compile": "1"}, tg.blocked_attention),
+        ({"compile": "0"}, tg.sdpa_attention),
+        ({"compile": "1", "attn": "sdpa"}, tg.sdpa_attention),
+    ):
+        rt = tg.Runtime(tg.Config(device="cpu", **settings), {})
+        assert rt.attention is chosen
+
+
+# --- number formats -------------------------------------------------------------------------------
+
+
+def test_the_number_format_is_a_setting(rng):
+    """bfloat16 on a CPU has the GPU's tolerance and batches of one shape; parameters stay."""
+    exact = tg.Runtime(config(TINY, device="cpu"), {})
+    rounded = tg.Runtime(config(TINY, device="cpu", dtype="bfloat16"), {})
+    assert exact.profile.tolerance < 1e-3 < rounded.profile.tolerance
+    assert (exact.profile.fixed_rows, rounded.profile.fixed_rows) == (False, True)
+    assert "compute:bfloat16" in rounded.notes[0]
+    model = tg.build_model(config(TINY), rounded)
+    ids = random_ids(rng, 1, 16)
+    assert model.hidden(ids).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_run_in_bfloat16_is_close_to_one_in_float32(tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        code, result, _ = run(tmp_path / dtype, DTYPE=dtype, SCHEDULE="tokens", VAL_TOKENS="0")
+        assert code == 0
+        assert not [c for c in result["stages"]["sliding"]["audit"].values() if "FAIL" in str(c)]
+        losses[dtype] = losses_of(tmp_path / dtype)
+    assert 0 < np.abs(losses["bfloat16"] / losses["float32"] - 1).max() < 0.01
+
+
+# --- FlashAttention 3, in the place of which stands what the test says ----------------------------
+
+
+def flash(q, k, v, causal):
+    """As FlashAttention 3 answers: the outcome, and something more in some releases."""
+    assert causal
+    return tg.sdpa_attention(q, k, v), None
+
+
+def only_forward(q, k, v, causal):
+    return flash(q.detach(), k.detach(), v.detach(), causal)
+
+
+def opaque(q, k, v, causal):
+    """No graph can hold it."""
+    torch._dynamo.graph_break()
+    return flash(q, k, v, causal)
+
+
+def heads_alone(q, k, v, causal):
+    if q.size(2) != k.size(2):
+        raise RuntimeError("no grouped queries")
+    return flash(q, k, v, causal)
+
+
+def looks_ahead(q, k, v, causal):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
+    ).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "kernel, compiles, words",
+    [
+        (flash, True, ""),
+        (flash, False, ""),
+        (only_forward, True, "grad"),
+        (opaque, True, "break|graph"),
+        (opaque, False, ""),
+        (heads_alone, False, "grouped queries"),
+        (looks_ahead, False, "off by"),
+    ],
+)
+def test_a_foreign_kernel_is_tried_as_it_will_be_used(kernel, compiles, words, monkeypatch):
+    """Forward and backward, compiled, with the run's heads, and the outcome compared."""
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = kernel
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    cfg = config(TINY, device="cpu", dtype="bfloat16")
+    rt = tg.Runtime(cfg, {})
+    rt.cuda = True
+    rt.compile = compiled if compiles else (lambda function: function)
+    backend = rt._pick_attention(cfg)
+    assert (backend is tg.sdpa_attention) == bool(words)
+    assert re.search(f"attention:(sdpa.*({words})|fa3)", rt.notes[-1])
+    assert words or "fa3" in rt.notes[-1]
+    if words:
+        with pytest.raises(tg.ConfigError, match=f"ATTN=fa3.*({words})"):
+            rt._pick_attention(config(TINY, device="cpu", attn="fa3"))
+
+
+def test_flash_attention_is_for_bfloat16():
+    rt = tg.Runtime(tg.Config(device="cpu"), {})
+    rt.cuda = True
+    assert rt._pick_attention(tg.Config()) is tg.sdpa_attention
+    assert "DTYPE=bfloat16" in rt.notes[-1]
 
 
 def test_attention_with_a_mask_equals_the_written_one(rng):
@@ -163,8 +303,52 @@ def test_rotary_tables_are_on_the_device_of_the_ids():
 def test_sums_over_one_process_are_what_was_put_in():
     """Reports and gradients pass through as they are, NaN too."""
     rt = cpu_runtime()
-    values = rt.start_sum([1.5, torch.tensor(2.5), True, math.nan]).result()
+    values = rt.start_sum([1.5, torch.tensor(2.5), True, math.nan]).numpy().tolist()
     assert values[:3] == [1.5, 2.5, 1.0]
     assert math.isnan(values[3])
     ones = torch.ones(3)
     assert torch.equal(rt.sum_(ones), torch.ones(3))
+
+
+# --- one machine ----------------------------------------------------------------------------------
+
+
+def count_once(env, folder):
+    """Two of four processes are on each of two machines."""
+    rank = int(env["RANK"])
+    tempfile.tempdir = str(folder)
+    local = dict(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+    rt = tg.Runtime(tg.Config(device="cpu"), {**env, **local})
+    made = []
+
+    def make():
+        made.append(rank)
+        return [np.arange(5) + rank, np.ones((2, 3), np.float32)]
+
+    first, second = rt.once_a_machine(make)
+    assert made == ([rank] if rank in (0, 2) else [])
+    assert first.tolist() == [rank // 2 * 2 + i for i in range(5)]
+    assert (second.shape, second.dtype) == ((2, 3), np.float32)
+    rt.highest(0)
+    assert not list(folder.glob("train_gpt_*"))
+    rt.close()
+
+
+def test_what_a_machine_needs_once_is_made_once(tmp_path):
+    """The others map its files, which are gone afterwards."""
+    in_processes(4, tmp_path, count_once, tmp_path)
+
+
+def fails_to_count(env, folder):
+    rt = tg.Runtime(tg.Config(device="cpu"), env)
+
+    def make():
+        raise OSError("the disk is full")
+
+    with pytest.raises(tg.AgreedError, match="process 0: the disk is full"):
+        rt.once_a_machine(make)
+    rt.close()
+
+
+def test_who_cannot_make_it_ends_all(tmp_path):
+    in_processes(2, tmp_path, fails_to_count, tmp_path)

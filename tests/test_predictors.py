@@ -159,7 +159,7 @@ def test_streaming_in_any_order(tokens, rt):
     assert len(batches) == 38
 
     def nats(batch):
-        return tg.score_batch(scorer, batch, tokens, rt)
+        return tg.score_batch(scorer, batch, tokens, rt).numpy()
 
     forward = [nats(batch) for batch in batches]
     backward = [nats(batch) for batch in reversed(batches)]
@@ -226,7 +226,7 @@ def charged(scorer, plan, chunks, tokens, rt, commit=True):
     for chunk in chunks:
         for work in chunk.work:
             batch = plan.batch(tokens, work)
-            nats.append(tg.score_batch(scorer, batch, tokens, rt)[batch.real])
+            nats.append(tg.score_batch(scorer, batch, tokens, rt).numpy()[batch.real])
         if commit:
             scorer.commit(chunk, tokens)
     return np.concatenate(nats)
@@ -264,8 +264,8 @@ def test_a_stream_of_other_weights_begins_anew(tokens, rt):
         for one in (scorer, other):
             one.network.model.blocks[0].attn.c_v.weight.mul_(-1)
     scorer.load_state_dict(state)
-    nats = tg.score_batch(scorer, second, tokens, rt)
-    np.testing.assert_allclose(nats, tg.score_batch(other, second, tokens, rt), atol=1e-5)
+    nats, expected = (tg.score_batch(s, second, tokens, rt).numpy() for s in (scorer, other))
+    np.testing.assert_allclose(nats, expected, atol=1e-5)
 
 
 def atomic(function):

@@ -60,7 +60,7 @@ def annotations_of(tree):
 
 
 def test_sections_are_in_order_and_use_only_those_above():
-    assert [number for _, number in BANNERS] == list(range(1, 13))
+    assert [number for _, number in BANNERS] == list(range(1, 14))
     home = {}
     for node in TREE.body:
         section = section_of(node.lineno)
@@ -118,12 +118,12 @@ def test_statements_are_simple(name):
     assert sum(isinstance(node, ast.Lambda) for node in nodes) <= 10
 
 
-def test_the_script_has_at_most_3550_statements():
+def test_the_script_has_at_most_3850_statements():
     """Docstrings are not counted: text costs nothing."""
     nodes = list(ast.walk(TREE))
     texts = [node for node in nodes if isinstance(node, ast.Expr)]
     docstrings = sum(isinstance(node.value, ast.Constant) for node in texts)
-    assert statements_of(nodes) - docstrings <= 3550
+    assert statements_of(nodes) - docstrings <= 3850
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -193,7 +193,7 @@ def test_environment_is_read_in_main_only():
         for node in ast.walk(TREE)
         if isinstance(node, ast.Attribute) and node.attr == "environ"
     ]
-    assert [section_of(line) for line in lines] == [12]
+    assert [section_of(line) for line in lines] == [13]
 
 
 def test_model_knows_no_device():

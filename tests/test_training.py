@@ -73,6 +73,18 @@ def test_the_end_is_foreseen(elapsed, over, clock):
     assert clock.out_of_time() == over
 
 
+def test_one_stall_does_not_end_the_training(clock):
+    """Four steps as the slow ones of late, and one more stall; not five stalls."""
+    elapsed = 0.0
+    for step in range(1, 33):
+        elapsed += 1.0 if step == 20 else 0.05
+        clock.take(tg.StepReport(step, elapsed))
+    needed = 1.1 * (4 * 0.05 + 1.0)
+    for left, over in ((needed + 0.01, False), (needed - 0.01, True)):
+        clock.last = tg.StepReport(32, clock.limit - left)
+        assert clock.out_of_time() == over
+
+
 def test_a_clock_that_does_not_drive_counts_steps():
     clock = tg.Clock(tg.Config(schedule="tokens", iterations=10), 0)
     assert clock.steps_left(3) == 7
@@ -201,7 +213,7 @@ def report_of(rank, world, cfg, run_log, batches):
     trainer.clock.origin = 2.0
     trainer.send_report(trainer.step(lambda unit: batches[unit], 1))
     _, pending = trainer.in_flight[0]
-    seconds, loss, *_ = pending.result()
+    seconds, loss, *_ = pending.numpy()
     return np.array([seconds, loss])
 
 
