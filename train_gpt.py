@@ -1291,6 +1291,11 @@ class Runtime:
         torch._dynamo.config.recompile_limit = GRAPHS_OF_A_FUNCTION
         return torch.compile(function, dynamic=False, fullgraph=True)
 
+    def mark_varying(self, tensor: Tensor, axis: int) -> None:
+        """Compiled functions shall take any length of this axis, in one graph."""
+        if self.compiles:
+            torch._dynamo.mark_dynamic(tensor, axis)
+
     def sync(self) -> None:
         """Waits until the device has done all that it was given."""
         if self.cuda:
@@ -3905,7 +3910,8 @@ class Chunk:
     hi: int  # the one after the last
     work: list[Any]  # this process's batches, as the plan's batch() takes them; None = no batch
     progress: float = 1.0  # 0 for the stream's first chunk, 1 for its last
-    closes: bool = True  # all of lo .. hi is charged after it; false inside a group of documents
+    closes: bool = True  # all of lo .. hi is charged after it
+    ends_documents: bool = True  # all whose adapters are in use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4012,14 +4018,27 @@ class Documents:
     """A plan of documents side by side, in groups of `slots`: chunk 0 of each, then chunk 1 ...
 
     A chunk is scored with what stands before it in its own document, seq_len inputs at most. A
-    document's targets end with the start of the next one. Processes share the slots.
+    document's targets end with the start of the next one. Processes share the slots. Of `window`
+    groups at a time documents of like length stand together, so that they end together; where a
+    slot hands something on, a window is one group.
     """
 
-    def __init__(self, tokens: np.ndarray, bos: int, seq_len: int, chunk_targets: int, slots: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        bos: int,
+        seq_len: int,
+        chunk_targets: int,
+        slots: int,
+        window: int = 1,
+        fixed_rows: int = 0,
+    ):
         self.bos = bos
         self.seq_len = seq_len
         self.chunk_targets = chunk_targets
         self.slots = slots
+        self.window = window
+        self.fixed_rows = fixed_rows  # of inputs in all batches; 0 = as many as documents
         self.starts = self._starts(tokens[:-1])
         self.ends = np.append(self.starts[1:], len(tokens) - 1)
 
@@ -4030,24 +4049,43 @@ class Documents:
     def chunks(self, rank: int = 0, world: int = 1) -> list[Chunk]:
         """All chunks; of each, the documents in this process's slots."""
         chunks = []
-        size = self.chunk_targets
-        count = -(-(self.ends - self.starts) // size)  # of each document
-        for first in range(0, len(self.starts), self.slots):
-            group = np.arange(first, min(first + self.slots, len(self.starts)))
-            lo, hi = int(self.starts[group[0]]), int(self.ends[group[-1]])
-            mine = group[group % self.slots % world == rank]
-            last = int(count[group].max()) - 1
-            for number in range(last + 1):
-                rows = mine[count[mine] > number]
-                work = DocumentRows(
-                    number, self.starts[rows] + number * size, self.ends[rows], rows % self.slots
-                )
-                chunks.append(Chunk(lo, hi, [work if len(rows) else None], closes=number == last))
+        together = self.slots * self.window
+        for first in range(0, len(self.starts), together):
+            documents = np.arange(first, min(first + together, len(self.starts)))
+            lo, hi = int(self.starts[documents[0]]), int(self.ends[documents[-1]])
+            lengths = self.ends[documents] - self.starts[documents]
+            documents = documents[np.argsort(-lengths, kind="stable")]
+            for at in range(0, len(documents), self.slots):
+                group = documents[at : at + self.slots]
+                slots = group % self.slots if self.window == 1 else np.arange(len(group))
+                mine = slots % world == rank
+                works = self._group(group, group[mine], slots[mine])
+                for number, work in enumerate(works, 1):
+                    ends = number == len(works)
+                    closes = ends and at + self.slots >= len(documents)
+                    chunks.append(Chunk(lo, hi, [work], closes=closes, ends_documents=ends))
         return chunks
+
+    def _group(
+        self, group: np.ndarray, mine: np.ndarray, slots: np.ndarray
+    ) -> list[DocumentRows | None]:
+        """Chunk by chunk the rows of those documents of a group that are this process's."""
+        size = self.chunk_targets
+        count = -(-(self.ends - self.starts)[mine] // size)  # of chunks of each
+        longest = int((self.ends - self.starts)[group].max())
+        works: list[DocumentRows | None] = []
+        for number in range(-(-longest // size)):
+            rows = count > number
+            first = self.starts[mine[rows]] + number * size
+            work = DocumentRows(number, first, self.ends[mine[rows]], slots[rows])
+            works.append(work if rows.any() else None)
+        return works
 
     def inputs(self, rows: DocumentRows) -> int:
         """Tokens that the rows' batch reads."""
-        return len(rows.first) * min(self.seq_len, (rows.number + 1) * self.chunk_targets)
+        return (self.fixed_rows or len(rows.first)) * min(
+            self.seq_len, (rows.number + 1) * self.chunk_targets
+        )
 
     def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
         """The rows' chunk; all documents of a chunk have as many inputs."""
@@ -4056,6 +4094,8 @@ class Documents:
         index = rows.first[:, None] + np.arange(size)
         real = index < rows.end[:, None]
         starts = rows.first + size - length
+        if self.fixed_rows:
+            starts = np.resize(starts, self.fixed_rows)
         return make_batch(tokens, starts, length, index, real, slots=rows.slots)
 
     def position(self, tokens: np.ndarray, target: int) -> Batch:
@@ -4081,9 +4121,11 @@ class Documents:
         number = int(scored - 1) // self.chunk_targets
         first = starts[-1:] + number * self.chunk_targets
         rows = DocumentRows(number, first, np.array([targets]), np.array([document % self.slots]))
-        group = int(starts[document // self.slots * self.slots])
-        full = over or (document + 1) % self.slots == 0
-        return [Chunk(group, targets, [rows], closes=bool(ended and full))]
+        together = self.slots * self.window
+        lo = int(starts[document // together * together])
+        ends = bool(ended and (over or (document + 1) % self.slots == 0))
+        closes = bool(ended and (over or (document + 1) % together == 0))
+        return [Chunk(lo, targets, [rows], closes=closes, ends_documents=ends)]
 
     def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
         """For the checks: the first chunks of the stream's first documents, and the second ones."""
@@ -4654,10 +4696,14 @@ class WindowNetwork:
         """A plan whose batches the checks can afford."""
         return self.plan(tokens, 0)
 
+    def inputs(self, batch: Batch) -> tuple[Tensor, AttentionContext]:
+        """What the model reads of a batch."""
+        ids = self.rt.put(batch.ids)
+        return ids, self.model.context(ids, self.cache)
+
     def predict(self, batch: Batch) -> Softmax:
         """The distribution at the batch's positions."""
-        ids = self.rt.put(batch.ids)
-        hidden = self.hidden(self.model, ids, self.model.context(ids, self.cache))
+        hidden = self.hidden(self.model, *self.inputs(batch))
         rows, scored = batch.index.shape
         hidden = hidden[:rows, -scored:]  # [B, S, D]
         logits = self.model.head(hidden)
@@ -4762,12 +4808,36 @@ def adapted_names(model: GPT, cfg: Config) -> set[str]:
     return chosen
 
 
+def adapter_step(
+    params: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    steps: Tensor,
+    rate: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """AdamW of adapters [B, ...], each at its own step [B] -> parameters and squares after it.
+
+    Betas (0, 0.99), epsilon 1e-10, weight decay 0.5 (PR 2135).
+    """
+    bias = 1 - 0.99 ** steps.view(-1, 1, 1)
+    params_after, squares_after = [], []
+    for p, square, gradient in zip(params, squares, gradients):
+        mean = 0.99 * square + 0.01 * gradient.square()
+        step = gradient / ((mean / bias).sqrt() + 1e-10)
+        params_after.append(p * (1 - 0.5 * rate) - rate * step)
+        squares_after.append(mean)
+    return params_after, squares_after
+
+
+DOCUMENT_GROUPS = 16  # that are sorted by length together, where documents know nothing of others
+
+
 class PerDocumentLoRA(WindowNetwork):
     """Low-rank adapters, a set for each document, that learn each chunk of it after its charge.
 
     Documents stand side by side, TTT_DOCS of them, in a slot of adapters each; what one learns no
-    other sees. For the next ones B is zero again, and A as it was at first or, with TTT_LORA_KEEP,
-    as its slot left it. AdamW with betas (0, 0.99), epsilon 1e-10, weight decay 0.5 (PR 2135).
+    other sees. For the next ones B is zero again, and A as it was at first, the same for all, or,
+    with TTT_LORA_KEEP, as its slot left it. A process has the adapters of its own slots.
     """
 
     learns = True
@@ -4776,7 +4846,7 @@ class PerDocumentLoRA(WindowNetwork):
     def __init__(self, model: GPT, rt: Runtime, cfg: Config):
         super().__init__(model, rt, cfg, cfg.score_len, cfg.ttt_lora_chunk, cfg.ttt_temperature)
         self.cfg = cfg
-        self.hidden = GPT.hidden
+        self.update = rt.compile(adapter_step)
         self.isolates_documents = not cfg.ttt_lora_keep
         self.pending: list[tuple[Batch, Tensor]] = []
         model.requires_grad_(False)
@@ -4788,19 +4858,43 @@ class PerDocumentLoRA(WindowNetwork):
         self.params = []  # A and B of every matrix
         for rows, columns in (m.weight.shape for m in self.matrices):
             low = torch.rand(cfg.ttt_docs, cfg.ttt_lora_rank, columns, generator=generator)
-            low = ((2 * low - 1) / math.sqrt(columns)).to(rt.device)
-            high = torch.zeros(cfg.ttt_docs, rows, cfg.ttt_lora_rank, device=rt.device)
+            if not cfg.ttt_lora_keep:  # no document's slot may matter
+                low = low[:1].expand_as(low)
+            low = low[rt.rank :: rt.world].to(rt.device)
+            low = (2 * low - 1) / math.sqrt(columns)
+            high = torch.zeros(len(low), rows, cfg.ttt_lora_rank, device=rt.device)
             self.start.append(low)
             self.params += [low.clone(), high]
         self.squares = [torch.zeros_like(p) for p in self.params]
-        self.steps = torch.zeros(cfg.ttt_docs, device=rt.device)
+        self.steps = torch.zeros(len(low), device=rt.device)
 
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
         cfg = self.cfg
-        return Documents(tokens, cfg.bos_id, self.seq_len, self.stride, cfg.ttt_docs)
+        return Documents(
+            tokens,
+            cfg.bos_id,
+            self.seq_len,
+            self.stride,
+            cfg.ttt_docs,
+            window=1 if cfg.ttt_lora_keep else DOCUMENT_GROUPS,
+            fixed_rows=len(self.steps) if self.rt.profile.fixed_rows else 0,
+        )
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, AttentionContext]:
+        ids, context = super().inputs(batch)
+        cos, sin = context.cos.view_as(context.cos), context.sin.view_as(context.sin)
+        # One graph for all lengths: a document's chunks each have another.
+        for tensor, axis in ((ids, 1), (cos, 0), (sin, 0)):
+            self.rt.mark_varying(tensor, axis)
+        return ids, dataclasses.replace(context, cos=cos, sin=sin)
+
+    def _slots(self, batch: Batch) -> Tensor:
+        """Own number of the adapters of every row of inputs, on the device: an index on the host
+        would wait for it."""
+        return self.rt.put(np.resize(batch.slots // self.rt.world, len(batch.ids)))
 
     def predict(self, batch: Batch) -> Softmax:
-        slots = self.rt.put(batch.slots)
+        slots = self._slots(batch)
         return self._predict_with(batch, [p[slots] for p in self.params])
 
     def _predict_with(self, batch: Batch, own: Sequence[Tensor]) -> Softmax:
@@ -4815,40 +4909,39 @@ class PerDocumentLoRA(WindowNetwork):
                 matrix.adapter = None
 
     def collect(self, batch: Batch, targets: Tensor) -> None:
-        whole = batch.real.all(1)  # a short chunk ends its document: nothing comes after it
-        if whole.any():
-            slots = batch.slots[whole]
-            kept = Batch(
-                batch.ids[whole], batch.index[whole], batch.real[whole], batch.left_context, slots
-            )
-            self.pending.append((kept, targets[self.rt.put(np.flatnonzero(whole))]))
+        if batch.real.all(1).any():
+            self.pending.append((batch, targets))
 
     def commit(self, chunk: Chunk) -> None:
         for batch, targets in self.pending:
             self._step(batch, targets)
         self.pending = []
-        if chunk.closes:
+        if chunk.ends_documents:
             with torch.no_grad():
                 if not self.cfg.ttt_lora_keep:
                     torch._foreach_copy_(self.params[::2], self.start)
                 torch._foreach_zero_([*self.params[1::2], *self.squares, self.steps])
 
     def _step(self, batch: Batch, targets: Tensor) -> None:
-        """One step on the sum over documents of their chunk's mean loss."""
-        slots = self.rt.put(batch.slots)  # on the device: an index on the host would wait for it
+        """One step on the sum over documents of their chunk's mean loss.
+
+        A short chunk ends its document, and nothing comes after it: it teaches nothing.
+        """
+        whole = batch.real.all(1)
+        slots = self._slots(batch)
         leaves = [p[slots].requires_grad_() for p in self.params]
-        log_p = self._predict_with(batch, leaves).log_p.flatten(0, 1)
-        nats = F.nll_loss(log_p, targets.flatten(), reduction="sum") / self.stride
-        gradients = torch.autograd.grad(nats, leaves)
-        self.steps[slots] += 1
-        bias = 1 - 0.99 ** self.steps[slots].view(-1, 1, 1)
-        rate = self.cfg.ttt_lr
+        log_p = self._predict_with(batch, leaves).log_p  # [B, S, V]
+        nats = -log_p.gather(-1, targets.unsqueeze(-1)).sum((1, 2)) / self.stride
+        gradients = torch.autograd.grad(nats @ self.rt.put(whole.astype(np.float32)), leaves)
+        rows = self.rt.put(np.flatnonzero(whole))
         with torch.no_grad():
-            for p, own, square, gradient in zip(self.params, leaves, self.squares, gradients):
-                mean = 0.99 * square[slots] + 0.01 * gradient.square()
-                step = gradient / ((mean / bias).sqrt() + 1e-10)
-                square[slots] = mean
-                p[slots] = own * (1 - 0.5 * rate) - rate * step
+            steps = self.steps[slots] + 1
+            squares = [square[slots] for square in self.squares]
+            new = self.update(leaves, squares, gradients, steps, self.cfg.ttt_lr)
+            learned = slots[rows]
+            self.steps[learned] = steps[rows]
+            for old, values in zip([*self.params, *self.squares], itertools.chain(*new)):
+                old[learned] = values[rows]
 
     def _state(self) -> list[Tensor]:
         return [*self.params, *self.squares, self.steps]
@@ -5902,7 +5995,7 @@ class PlanRuntime(Runtime):
         return torch.empty_like(stack)
 
 
-def counted(rt: PlanRuntime, action: Callable[[], Any]) -> Cost:
+def cost_of(rt: PlanRuntime, action: Callable[[], Any]) -> Cost:
     """What the action costs."""
     rt.counter.cost, rt.counter.kept = Cost(), {}
     with rt.counter.counting():
@@ -5921,7 +6014,7 @@ def plan_training(cfg: Config) -> tuple[Trainer, Cost]:
         if trainer.averager:
             trainer.averager.update(1, 1.0)
 
-    cost = counted(rt, step)
+    cost = cost_of(rt, step)
     cost.tokens = len(trainer.share) * batch.size
     return trainer, cost
 
@@ -5956,7 +6049,7 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
             network.collect(batches[-1], torch.zeros(batches[-1].index.shape, device=rt.device))
             network.commit(Chunk(0, 1, []))
 
-    batch = counted(rt, score)
+    batch = cost_of(rt, score)
     batch.tokens = batches[-1].ids.size
     total = batch.of(sum(plan.inputs(part) for part in work), len(work))
     if scorer.training:
@@ -5968,7 +6061,7 @@ def plan_adaptation(training: TestTimeTraining, cfg: Config, targets: int) -> Co
     """What test-time training costs one GPU: one step, for all of them."""
     step_targets = training.row * cfg.ttt_parts * cfg.ttt_batch_seqs
     epochs = cfg.ttt_epochs
-    step = counted(
+    step = cost_of(
         training.rt,
         lambda: training.learn(np.zeros(step_targets + 1, np.uint16), 0.0, lambda share: False),
     )

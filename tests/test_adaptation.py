@@ -1,6 +1,7 @@
 """Test-time training and adapters (section 10): score first, learn then, and what is learned."""
 
 import copy
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,19 @@ import oracles_adaptation as slow
 import pytest
 import torch
 from conftest import FULL, TINY
-from helpers import TABLE, Cases, build, config, mild, names_of, randomized, short_text, verdicts
+from helpers import (
+    LORA,
+    TABLE,
+    Cases,
+    build,
+    config,
+    mild,
+    names_of,
+    randomized,
+    short_text,
+    verdicts,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
@@ -321,3 +334,82 @@ def test_no_document_sees_another_ones_adapters(rng, rt, run_log):
     change = np.abs(nats[1] - nats[0])
     assert change[:38].max() > 0.01
     assert change[40:].max() < 1e-5
+
+
+# --- adapters on a GPU ----------------------------------------------------------------------------
+
+
+def shuffled_documents(rng, count=40):
+    """Documents of 3 to 90 tokens: their lengths rise and fall along the stream."""
+    lengths = rng.integers(3, 90, count)
+    tokens = rng.integers(4, 60, lengths.sum()).astype(np.uint16)
+    tokens[np.cumsum(lengths) - lengths] = 1
+    return tokens
+
+
+@pytest.mark.parametrize("fixed_rows", [False, True])
+def test_documents_of_like_length_stand_together(fixed_rows, rng, rt, run_log):
+    """In windows of the stream: the same charges, in fewer batches that are fuller."""
+    tokens = shuffled_documents(rng)
+    nats, batches, filled = {}, {}, {}
+    for groups in (1, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tg, "DOCUMENT_GROUPS", groups)
+            patch.setattr(rt, "profile", dataclasses.replace(rt.profile, fixed_rows=fixed_rows))
+            cfg, scorer = build(rt, **LORA, ttt_lora_keep=False, ttt_docs=5)
+            score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+            works = [chunk.work[0] for chunk in scorer.network.plan(tokens, 0).chunks()]
+        assert not tg.check_order(score).problem
+        nats[groups] = score.nats
+        batches[groups] = len(works)
+        filled[groups] = sum(len(work.first) for work in works) / (5 * len(works))
+    np.testing.assert_allclose(nats[1], nats[4], atol=1e-4)
+    assert batches[4] < 0.8 * batches[1]
+    assert filled[4] > 1.25 * filled[1]
+
+
+def test_who_keeps_adapters_keeps_the_order_of_the_stream(rt):
+    """What a slot hands on must not depend on lengths that lie ahead."""
+    tokens = np.tile(np.array([1, 5, 6], np.uint16), 50)
+    _, scorer = build(rt, **LORA)
+    assert scorer.network.plan(tokens, 0).window == 1
+
+
+def test_a_process_holds_the_adapters_of_its_own_slots(rt):
+    """Together they hold what one process holds."""
+    whole, parts = adapters_of(rt, 0, 1), [adapters_of(rt, rank, 2) for rank in (0, 1)]
+    for tensor, *own in zip(whole, *parts):
+        assert [len(part) for part in own] == [3, 2]
+        joined = torch.empty_like(tensor)
+        joined[0::2], joined[1::2] = own
+        assert torch.equal(joined, tensor)
+
+
+def adapters_of(rt, rank, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rt, "rank", rank)
+        patch.setattr(rt, "world", world)
+        _, scorer = build(rt, **LORA, ttt_docs=5)
+        return scorer.network.params
+
+
+def test_one_graph_serves_chunks_of_all_lengths(rng, rt, run_log, monkeypatch):
+    """With the gradient and without; the update has one too. Charges are those without."""
+    tokens = shuffled_documents(rng, 9)
+    settings = dict(LORA, ttt_lora_keep=False, ttt_docs=3, ttt_lora_chunk=8, num_layers=1)
+    cfg, scorer = build(rt, **settings, ve_layers=(), xsa_last_n=1)
+    expected = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
+    counters = []
+
+    def compile_counted(function):
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(rt, "profile", dataclasses.replace(rt.profile, fixed_rows=True))
+    monkeypatch.setattr(rt, "compiles", True)
+    monkeypatch.setattr(rt, "compile", compile_counted)
+    cfg, scorer = build(rt, **settings, ve_layers=(), xsa_last_n=1)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert [counter.frame_count for counter in counters] == [2, 1]
+    np.testing.assert_allclose(score.nats, expected, atol=1e-4)
