@@ -4593,11 +4593,21 @@ class Mixture(Distribution):
     weights: Tensor  # [B, S, 1 + K], base first
     counts: NgramCounts
     bucket: Tensor  # [B, S]
+    # The last ids, and their parts.
+    known: tuple[Any, Any] = dataclasses.field(default=(None, None), init=False)
 
     def parts(self, ids: Tensor) -> Tensor:
-        """What each expert adds to p of ids [B, S, C] -> [B, S, C, 1 + K]."""
-        q = self.counts.prob(self.index, ids)
-        return self.weights.unsqueeze(-2) * torch.cat((self.base.prob(ids).unsqueeze(-1), q), -1)
+        """What each expert adds to p of ids [B, S, C] -> [B, S, C, 1 + K].
+
+        Who learns asks what was charged: the host looks it up once.
+        """
+        asked, parts = self.known
+        if ids is not asked:
+            p = self.base.prob(ids).unsqueeze(-1)
+            q = self.counts.prob(self.index, ids)
+            parts = self.weights.unsqueeze(-2) * torch.cat((p, q), -1)
+            self.known = ids, parts
+        return parts
 
     def prob(self, ids: Tensor) -> Tensor:
         return self.parts(ids).sum(-1)
@@ -5183,7 +5193,8 @@ class GatedNgramMixer(Mixer):
     def __init__(self, cfg: Config, counts: NgramCounts, model: GPT):
         self.counts = counts
         self.head = model.alpha_head
-        self.columns = [NGRAM_ORDERS.index(order) for order in cfg.ngram_orders]
+        columns = [NGRAM_ORDERS.index(order) for order in cfg.ngram_orders]
+        self.columns = counts.rt.put(np.array(columns))  # from the host every batch would wait
 
     def over(self, base: Distribution, batch: Batch, network: Softmax) -> Gated:
         def chosen(index: np.ndarray, ids: Tensor) -> Tensor:

@@ -122,8 +122,11 @@ class NoData:
 class Noise:
     """Random tokens in place of a stream."""
 
+    def __init__(self, rows=2):
+        self.rows = rows
+
     def batch(self, unit):
-        ids = np.random.default_rng(unit).integers(0, 260, (2, 33))
+        ids = np.random.default_rng(unit).integers(0, 260, (self.rows, 33))
         return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
@@ -177,7 +180,7 @@ def build(rt, **settings):
     cfg = tg.Config(**dict(SHORT, **settings))
     assert not tg.check_config(cfg)
     stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
-    return cfg, stages[-1].build(mild(cfg), rt, cfg, TABLE)
+    return cfg, stages[-1].build(mild(cfg).to(rt.device), rt, cfg, TABLE)
 
 
 def windows(model, rt, cfg, stride=8):
