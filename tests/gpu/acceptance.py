@@ -1,518 +1,522 @@
-"""Acceptance of train_gpt.py on a machine with GPUs: one command, under ten minutes.
+"""Acceptance of train_gpt.py on a machine with 1 to 8 GPUs: one command, under ten minutes.
 
     python tests/gpu/acceptance.py                 # all GPUs of this machine, invented text
     python tests/gpu/acceptance.py --dry           # the same checks on a CPU, tiny shapes
-    python tests/gpu/acceptance.py --only plain,again --data DIR --tokenizer FILE
+    python tests/gpu/acceptance.py --only plain,steps --data DIR --tokenizer FILE
 
-Every check runs the program as a user would, in processes of their own with a time limit; what one
-breaks stops no other. At the end: a table, acceptance.json and all logs in --out, and exit code 1
-if anything failed. Without --data, invented text of bytes stands for the web.
+At the end: a table, acceptance.json and all logs in --out, exit code 1 if anything failed, and for
+each failure a sentence what to do. README.md beside this file says what is checked and how long it
+takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-# What the GPU of one rank needs for its eighth of a default step, measured on an H100 80GB with
-# torch 2.11 and cuDNN attention: 34.8 ms. A machine may be a quarter slower.
-SHARE_MS = 34.8
+import advice
+import inside
+from pod import BASELINE, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
+from report import EVAL_SECONDS, FULL_TARGETS, Session, report
+
+# What the GPU of one rank needs for its eighth of a step, in milliseconds, measured on an H100 80GB
+# with torch 2.11 and cuDNN attention; a machine may be a quarter slower. With the reduction between
+# eight GPUs 43.5 were published for the baseline.
+SHARE_MS = {
+    "2026-03-17_baseline": 34.8,
+    "2026-03-22_pr489": 42.6,
+    "2026-03-25_pr740_v1": 61.8,
+    "2026-03-25_pr740_v2": 61.8,
+    "2026-03-26_pr834": 91.4,
+    "2026-03-26_pr859": 91.4,
+}
 SLACK = 1.25
-MICRO_TOKENS = 65536
+REDUCTION_MS = 10.0
+PEAK_GIB = 40.0
+ALIKE = 0.01  # relative gap of a first loss in bfloat16
+COMPARED = 5  # first losses
 NOISE = re.compile(r"warn|deprecat|graph break|Traceback|Error", re.IGNORECASE)
 KNOWN_NOISE = re.compile(r"tested with torch|No module named 'flash_attn_interface'|audit .* WARN")
 
-TINY_DEVICE = ["DEVICE=cpu", "COMPILE=0"]
-TINY = (
-    """NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=64 EVAL_STRIDE=32
-    TRAIN_BATCH_TOKENS=512 MICRO_BATCH_TOKENS=64 ITERATIONS=6 WARMUP_STEPS=1""".split()
-    + TINY_DEVICE
-)
+# Stages beyond those of the systems, on the artifact of the plain run; name -> settings.
+MORE_STAGES = {
+    "windows": {"EVAL_STRIDE": 64},
+    "stream": {"EVAL_PLAIN": 0, "EVAL_STREAM": 1024, "TILT": 1, "NGRAM": "mix"},
+    "ttt": {"EVAL_PLAIN": 0, "TTT_EPOCHS": 1},
+    "adapters": {"EVAL_PLAIN": 0, "EVAL_STRIDE": 0, "TTT_LORA_RANK": 8},
+}
+DRY_STAGES = {
+    "windows": {"EVAL_STRIDE": 32},
+    "stream": {"EVAL_STREAM": 32, "TTT_CHUNK_TOKENS": 256, "MIX_CHUNK_TOKENS": 256},
+    "ttt": {"EVAL_STRIDE": 32, "TTT_CHUNK_TOKENS": 256, "TTT_BATCH_SEQS": 4},
+    "adapters": {"TTT_DOCS": 4},
+}
+WANTED = {
+    "windows": {"plain", "sliding"},
+    "stream": {"streaming", "mixed"},
+    "ttt": {"ttt"},
+    "adapters": {"ttt"},
+}
 
 
-@dataclasses.dataclass
-class Finding:
-    """One figure and whether it is as it should be."""
-
-    check: str
-    name: str
-    value: object
-    wanted: str
-    passed: bool
+# --- scores and their time ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Finished:
-    """A process that has ended."""
+def projected(stage: dict, targets: int = FULL_TARGETS, gpus: int = 8) -> float:
+    """Seconds of a stage over so many targets on so many GPUs, from its warm pace on one.
 
-    exit_code: int | str  # or "timeout"
-    seconds: float
-    text: str
-    result: dict  # result.json; empty if there is none
-
-    @property
-    def own_code(self) -> int | str:
-        """The program's exit code: torchrun's own is 1 whatever the program returned."""
-        return self.result.get("exit_code", self.exit_code)
-
-    @property
-    def noise(self) -> list[str]:
-        """Lines that somebody would have to look at."""
-        lines = [line.strip()[:200] for line in self.text.splitlines() if NOISE.search(line)]
-        return [line for line in lines if not KNOWN_NOISE.search(line)]
+    What happens once (compilation, first calls) is added. Batches are shared by all GPUs, unless
+    the stage carries what it learns from one to the next; an adaptation step is shared by as many
+    as it has parts; every process counts n-grams alone.
+    """
+    paces = stage["seconds_a_target"]
+    once = stage["seconds"] - stage["targets"] * sum(paces.values())
+    learners = min(gpus, stage["learners"])
+    pace = paces.get("count", 0.0)
+    pace += (paces.get("adapt", 0.0) + paces.get("learn", 0.0)) / learners
+    pace += paces.get("score", 0.0) / (1 if stage["one_process"] else gpus)
+    return max(once, 0.0) + targets * pace
 
 
-class Session:
-    """Where and how the checks run, and what they have found."""
-
-    def __init__(self, args: argparse.Namespace, gpus: int):
-        self.script = args.script.resolve()
-        self.out = args.out.resolve()
-        self.dry = args.dry
-        self.world = 1 if args.dry else gpus
-        self.end = time.monotonic() + args.budget
-        self.findings: list[Finding] = []
-        self.check = ""
-        self.out.mkdir(parents=True, exist_ok=True)
-        sys.path.insert(0, str(self.script.parent))
-        self.env = self._environment(args)
-
-    def _environment(self, args: argparse.Namespace) -> dict[str, str]:
-        import train_gpt as tg
-
-        kept = {k: v for k, v in os.environ.items() if k not in tg.FIELDS and k != "CONFIG"}
-        data, tokenizer, vocab = args.data, args.tokenizer, "1024"
-        if not data:
-            data, tokenizer, vocab = self.out / "data", "byte260", "260"
-            tg.synthetic_shards(data)
-        tokens = "2000" if self.dry else "300000"
-        cache = str(self.out / "inductor")
-        settings = {"DATA_PATH": str(data), "TOKENIZER_PATH": str(tokenizer), "VOCAB_SIZE": vocab}
-        settings |= {"VAL_TOKENS": tokens, "PYTHONUNBUFFERED": "1"}
-        return kept | settings | {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCH_LOGS": "recompiles"}
-
-    def expect(self, name: str, value: object, wanted: str, passed: object) -> None:
-        """Keeps a figure of the present check and prints it."""
-        finding = Finding(self.check, name, value, wanted, bool(passed))
-        self.findings.append(finding)
-        print(
-            f"{'ok  ' if passed else 'FAIL'} {self.check:10} {name}: {value} ({wanted})", flush=True
-        )
-
-    def note(self, name: str, value: object) -> None:
-        """A figure without a limit."""
-        self.expect(name, value, "noted", True)
-
-    def run(
-        self,
-        name: str,
-        limit: float,
-        ranks: int = 0,
-        on_line: Callable[[str, subprocess.Popen], None] | None = None,
-        script_args: tuple[str, ...] = (),
-        **settings: object,
-    ) -> Finished:
-        """The program with some settings -> how it ended; ranks = 0: no torchrun.
-
-        script_args: another script and its arguments instead of the program.
-        """
-        folder = self.out / name
-        env = self.env | {"OUT_DIR": str(folder)}
-        if self.dry:
-            of_artifact = settings.get("MODE") in ("eval", "sample")  # it holds its own settings
-            env |= dict(pair.split("=") for pair in (TINY_DEVICE if of_artifact else TINY))
-        env |= {key: str(value) for key, value in settings.items()}
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        program = list(script_args) or [str(self.script)]
-        command = [sys.executable, *(launcher if ranks else []), *program]
-        begin = time.monotonic()
-        code, text = self._watch(command, env, min(limit, self.end - begin), on_line)
-        (self.out / f"{name}.log").write_text(text)
-        path = folder / "result.json"
-        result = json.loads(path.read_text()) if path.is_file() else {}
-        return Finished(code, time.monotonic() - begin, text, result)
-
-    def _watch(
-        self, command: list[str], env: dict[str, str], limit: float, on_line: Callable | None
-    ) -> tuple[int | str, str]:
-        """Runs a command to its end or limit -> exit code, all that it printed."""
-        lines = []
-        with subprocess.Popen(
-            ["timeout", "--kill-after=8", str(max(1, int(limit))), *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-            text=True,
-            cwd=self.out,
-        ) as process:
-            for line in process.stdout:
-                lines.append(line)
-                if on_line:
-                    on_line(line, process)
-            code = process.wait()
-        return "timeout" if code in (124, 137) else code, "".join(lines)
-
-
-def stage_findings(session: Session, finished: Finished, wanted: set[str]) -> None:
-    """All wanted stages ran, none was skipped, no check of a score failed."""
+def judge_stages(session: Session, job: str, wanted: set[str], label: str) -> None:
+    """All wanted stages ran, no check of a score failed, and each would end within its time."""
+    finished = session.pod.finished[job]
     stages = finished.result.get("stages", {})
-    session.expect("stages", sorted(stages), f"with {sorted(wanted)}", wanted <= stages.keys())
+    missing = sorted(wanted - stages.keys())
+    do = advice.diagnose(finished, session.driver_advice)
+    session.expect(f"{label} stages", sorted(stages), f"with {sorted(wanted)}", not missing, do)
+    for name in missing:
+        session.stages[f"{label} {name}"] = {"failed": "not run"}
     for name, stage in stages.items():
-        if "skipped" in stage:
-            session.expect(f"{name} skipped", stage["skipped"], "not skipped", False)
-            continue
-        verdicts = {check: found["verdict"] for check, found in stage["audit"].items()}
-        failed = {check: text for check, text in verdicts.items() if text.startswith("FAIL")}
-        session.expect(f"{name} checks", failed or "none failed", "none failed", not failed)
-        seconds = stage["seconds"]
-        session.note(f"{name} {stage['metric']}", f"{stage[stage['metric']]:.6f} in {seconds} s")
+        verdicts = {n: found["verdict"] for n, found in stage.get("audit", {}).items()}
+        failed = {n: text for n, text in verdicts.items() if text.startswith("FAIL")}
+        told = failed or ("none failed" if verdicts else stage)
+        held = verdicts and not failed
+        session.expect(f"{label} {name} checks", told, "none failed", held, advice.SCORE)
+        row = {"metric": stage.get("metric"), "checks": bool(held)}
+        row |= {"targets": stage.get("tokens"), "seconds": stage.get("seconds")}
+        session.stages[f"{label} {name}"] = row
+        measured = finished.figures.get("stages", {}).get(name)
+        if measured:
+            row |= measured | {"projected": projected(measured)}
+            judge_time(session, f"{label} {name}", row)
+
+
+def judge_time(session: Session, label: str, row: dict) -> None:
+    """Whether a stage would end within ten minutes on eight GPUs."""
+    shown = f"{row['seconds']:.1f} s for {row['targets']} targets here, projected"
+    value = f"{shown} {row['projected']:.0f} s"
+    known = row["adapters"]  # to be too slow at full size
+    known = known or row["metric"] == "adapted_before_scoring"  # it fits with TTT_PARTS=8
+    if known or not session.timed:
+        session.note(f"{label} time", value)
+    else:
+        in_time = row["projected"] <= EVAL_SECONDS
+        session.expect(f"{label} time", value, f"<= {EVAL_SECONDS} s", in_time, advice.FITS)
+
+
+def stages_of(cfg: tg.Config) -> set[str]:
+    """The stages that settings ask for."""
+    return {stage.name for stage in tg.STAGES.values() if stage.enabled(cfg)}
 
 
 # --- the checks -----------------------------------------------------------------------------------
 
 
-def check_kernels(session: Session) -> None:
-    """A fused attention kernel serves the shape of training, forward and backward."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    device = "cpu" if session.dry else "cuda"
-    session.note("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
-    if not session.dry:
-        session.note("device", torch.cuda.get_device_name(0))
-    batch, length = (1, 64) if session.dry else (64, 1024)
-    served = []
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        q, k, v = (
-            torch.randn(batch, heads, length, 64, device=device, dtype=torch.bfloat16)
-            for heads in (8, 4, 4)
+def nvidia_smi(*query: str) -> str:
+    """What nvidia-smi says; empty if there is none."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *query], capture_output=True, text=True, timeout=20, check=False
         )
-        try:
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(
-                    q.requires_grad_(), k, v, is_causal=True, enable_gqa=True
-                ).sum().backward()
-            served.append(backend.name)
-        except RuntimeError:
-            pass
-    session.expect("fused kernels", served, "at least one", served)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def check_device(session: Session) -> None:
+    """GPUs, driver, versions; a fused attention kernel serves the shape of training."""
+    pod = session.pod
+    found = re.search(r"CUDA Version:\s*([\d.]+)", "" if pod.dry else nvidia_smi())
+    driver_cuda = found[1] if found else ""
+    fields = "name,driver_version,memory.used,power.limit,clocks.max.sm"
+    cards = nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader") if not pod.dry else ""
+    session.driver_advice = advice.for_driver(tg.torch.version.cuda, driver_cuda)
+    session.note("nvidia-smi", cards.strip().splitlines() or "not here")
+    session.note("driver's CUDA", driver_cuda or "unknown")
+    pod.run(Job("device", inside.device_facts(*pod.scale.attention), limit=90))
+    ended = session.ended("device")
+    facts = ended.figures if ended else {}
+    session.machine = facts | {"gpus": pod.gpus, "driver_cuda": driver_cuda, "cards": cards}
+    for name in ("torch", "cuda", "device", "nccl", "cudnn"):
+        session.note(name, facts.get(name, "unknown"))
+    usable = facts.get("usable", False)
+    session.expect("torch uses the GPU", usable, "yes", usable, session.driver_advice)
+    none = "not found: fine, SDPA is used"
+    session.note("FlashAttention 3", "found" if facts.get("fa3") else none)
+    session.note("varlen attention", "found" if facts.get("varlen") else "not found")
+    kernels = facts.get("attention", {})
+    served = {name: ms for name, ms in kernels.items() if not isinstance(ms, str)}
+    session.expect("fused kernels, ms", kernels, "at least one", served, advice.MATH)
+    chosen = facts.get("chosen", "unknown")
+    fused = pod.dry or chosen not in ("MATH", "ERROR")
+    session.expect("chosen by SDPA", chosen, "a fused one", fused, advice.MATH)
+
+
+def check_group(session: Session) -> None:
+    """All GPUs sum numbers together; if they cannot, the rest is run on one."""
+    pod = session.pod
+    if pod.world == 1:
+        session.note("processes", "one GPU: no group")
+        return
+    pod.run(Job("group", inside.reduction(pod.scale.reduced), ranks=pod.world, limit=75))
+    finished = pod.finished["group"]
+    held = finished.exit_code == 0 and finished.figures.get("right")
+    value = f"{finished.exit_code} after {finished.seconds:.0f} s"
+    do = advice.diagnose(finished, session.driver_advice)
+    session.expect("sum over processes", value, "0", held, do if do != advice.CODE else advice.NCCL)
+    if held:
+        speed = finished.figures["gigabytes_s"]
+        session.note("GB summed a second", f"{speed:.2f}")
+    else:
+        pod.world = pod.launched = 1
+
+
+def check_refusals(session: Session) -> None:
+    """What cannot work is refused in words."""
+    session.pod.run(Job("typo", inside.program, {"TRAIN_BATCH_TOKEN": 1}, limit=60))
+    session.ended("typo", (64,), "an unknown setting's exit code")
 
 
 def check_plain(session: Session) -> None:
-    """The plain command: to the end, quietly, as fast as the GPU allows."""
-    ended = session.run(
-        "plain", 240, ranks=session.world, ITERATIONS=30, MAX_ARTIFACT_BYTES=20_000_000
+    """The README's command: torchrun, to the end, quietly, as fast as the GPUs allow."""
+    pod = session.pod
+    settings = pod.system(BASELINE, pod.launched)
+    if pod.launched == PARTS:
+        del settings["TRAIN_BATCH_TOKENS"], settings["MICRO_BATCH_TOKENS"]  # as published
+    settings["EVAL_STRIDE"] = 32 if pod.dry else 64
+    pod.run(Job("plain", inside.torchrun(pod.launched), settings, alone=True))
+    finished = session.ended("plain")
+    session.expect(
+        "launcher's exit code",
+        pod.finished["plain"].exit_code,
+        "0",
+        pod.finished["plain"].exit_code == 0,
+        advice.diagnose(pod.finished["plain"], session.driver_advice),
     )
-    session.expect("exit code", ended.own_code, "0", ended.own_code == 0)
-    session.expect("launcher's exit code", ended.exit_code, "0", ended.exit_code == 0)
-    session.expect("noise", ended.noise[:5], "none", not ended.noise)
-    stage_findings(session, ended, {"plain", "sliding"})
-    result = ended.result
-    phases = result.get("seconds", {})
-    session.expect("warm-up s", phases.get("warmup"), "<= 120", phases.get("warmup", 999) <= 120)
-    session.expect("checks s", phases.get("audit"), "<= 10", phases.get("audit", 999) <= 10)
-    memory = result.get("peak_memory_bytes", 0) / 2**30
-    session.expect("peak GiB", round(memory, 2), "<= 16", 0 < memory <= 16)
-    metrics = session.out / "plain" / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    times = {m["step"]: m["train_seconds"] for m in lines if "train_loss" in m}
-    last, first = max(times), 2 if session.dry else 10
-    pace = 1000 * (times[last] - times[first]) / (last - first)
-    limit = math.inf if session.dry else SHARE_MS * 8 / session.world * SLACK
-    session.expect("ms a step", round(pace, 2), f"<= {limit:.1f}", pace <= limit)
-    recompiled = ended.text.count("Recompiling function")
-    session.expect("recompiled graphs", recompiled, "<= 6", recompiled <= 6)
+    if not finished:
+        return
+    lines = [line.strip()[:200] for line in finished.text.splitlines() if NOISE.search(line)]
+    noise = [line for line in lines if not KNOWN_NOISE.search(line)]
+    session.note("lines to look at", noise[:5] or "none")
+    judge_stages(session, "plain", {"plain", "sliding"}, "plain")
+    pace = step_ms(finished.steps(), pod.scale.paced_from)
+    session.speed("ms a step", pace, limit_of(BASELINE, pod.launched))
+    trained = finished.text.partition("step:1/")[2].partition("training finished")[0]
+    recompiled = trained.count("Recompiling function")
+    session.expect("recompiles in training", recompiled, "0", not recompiled, advice.GRAPHS)
+    judge_run(session, finished)
+
+
+def judge_run(session: Session, finished: Finished) -> None:
+    """What a run took before its clock, and of memory."""
+    warmup = finished.result.get("seconds", {}).get("warmup", math.inf)
+    name = finished.out.name
+    session.expect(f"{name} warm-up s", warmup, "<= 150", warmup <= 150, advice.WARMUP)
+    memory = finished.result.get("peak_memory_bytes", 0) / 2**30
+    fits = 0 < memory <= PEAK_GIB
+    session.expect(f"{name} peak GiB", round(memory, 2), f"<= {PEAK_GIB}", fits, advice.MEMORY)
+
+
+def limit_of(system: str, gpus: int) -> float:
+    """Milliseconds that a step of one eighth a GPU may take; none for a system without a time."""
+    return SHARE_MS.get(system, math.inf) * SLACK + (REDUCTION_MS if gpus > 1 else 0)
 
 
 def check_code(session: Session) -> None:
     """Generated kernels work out no rotary angles."""
     found = collections.Counter()
-    for path in (session.out / "inductor").rglob("*.py"):
+    for path in session.pod.inductor.rglob("*.py"):
         found.update(re.findall(r"(?:tl_math|libdevice)\.(sin|cos|pow)\b", path.read_text()))
-    session.expect("sin, cos, pow in kernels", dict(found), "none", not found)
-
-
-def check_again(session: Session) -> None:
-    """MODE=eval in fresh processes gives the score again; MODE=sample writes a text."""
-    artifact = session.out / "plain" / "model.ptz"
-    ended = session.run("again", 120, ranks=session.world, MODE="eval", ARTIFACT=artifact)
-    session.expect("exit code", ended.own_code, "0", ended.own_code == 0)
-    stage_findings(session, ended, {"plain", "sliding"})
-    before = json.loads((session.out / "plain" / "result.json").read_text())
-    for name, stage in ended.result.get("stages", {}).items():
-        gap = abs(stage.get("loss", math.nan) - before["stages"][name].get("loss", math.nan))
-        # Inductor times kernels on the spot and may choose others: 6e-6 was seen.
-        session.expect(f"{name} moved by nats", gap, "<= 5e-5", gap <= 5e-5)
-    sample = session.run("sample", 90, MODE="sample", ARTIFACT=artifact, SAMPLE_TOKENS=24)
-    session.expect("sample exit code", sample.own_code, "0", sample.own_code == 0)
-
-
-def check_long(session: Session) -> None:
-    """A validation set of full length per rank is scored, not skipped because of compilation."""
-    import numpy as np
-
-    import train_gpt as tg
-
-    tokens = np.concatenate(
-        [tg.read_shard(p) for p in sorted(Path(session.env["DATA_PATH"]).glob("*val*.bin"))]
-    )
-    size = 4000 if session.dry else 62_021_633 * session.world // 8
-    folder = session.out / "long"
-    tg.write_shard(folder / "fineweb_val_000000.bin", np.resize(tokens, size))
-    settings = {"MODE": "eval", "ARTIFACT": session.out / "plain" / "model.ptz"}
-    settings |= {"DATA_PATH": folder, "VAL_TOKENS": 0, "EVAL_PLAIN": 0}
-    ended = session.run("long_eval", 150, ranks=session.world, **settings)
-    session.expect("exit code", ended.own_code, "0", ended.own_code == 0)
-    stage_findings(session, ended, {"sliding"})
-
-
-def check_losses(session: Session) -> None:
-    """The first losses in bf16 are those of float32 on the CPU."""
-    common = {"TRAIN_BATCH_TOKENS": 2048, "MICRO_BATCH_TOKENS": 2048, "ITERATIONS": 3}
-    common |= {"WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "EVAL_STRIDE": 0, "WARMDOWN_ITERS": 0}
-    common |= {"SCHEDULE": "tokens", "VAL_TOKENS": 1000}
-    losses = {}
-    for device in ("cpu", "cpu" if session.dry else "cuda"):
-        name = f"losses_{device}_{len(losses)}"
-        session.run(name, 90, DEVICE=device, **common)
-        metrics = session.out / name / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-        losses[name] = [row["train_loss"] for row in rows if "train_loss" in row]
-    exact, fast = losses.values()
-    gap = max((abs(a - b) / a for a, b in zip(exact, fast, strict=True)), default=math.inf)
-    session.expect("largest relative gap", f"{gap:.2g}", "< 0.005", gap < 0.005)
+    session.expect("sin, cos, pow in kernels", dict(found), "none", not found, advice.SLOW)
 
 
 def check_signal(session: Session) -> None:
-    """SIGTERM writes a checkpoint and ends with 143; RESUME goes on from there."""
-    settings = {"TRAIN_BATCH_TOKENS": 512 if session.dry else MICRO_TOKENS, "VAL_LOSS_EVERY": 0}
-    settings |= {"MICRO_BATCH_TOKENS": settings["TRAIN_BATCH_TOKENS"], "EVAL_STRIDE": 0}
-    settings |= {"SCHEDULE": "tokens", "WARMDOWN_ITERS": 0, "WARMUP_STEPS": 1}
-    sent = []
-
-    def stop(line: str, process: subprocess.Popen) -> None:
-        if line.startswith("step:8/") and not sent:
-            sent.append(process.send_signal(signal.SIGTERM))  # `timeout` passes it on
-
-    ended = session.run("signal", 90, on_line=stop, ITERATIONS=10**6, **settings)
-    session.expect("exit code", ended.own_code, "143", ended.own_code == 143)
-    found = re.findall(r"checkpoint: (\S+) at step (\d+)", ended.text)
-    session.expect("checkpoint", found, "one", found)
+    """SIGTERM to torchrun writes a checkpoint and ends with 143; RESUME goes on from there."""
+    pod = session.pod
+    micro = 64 if pod.dry else 1024
+    settings = pod.system(BASELINE, 1) | {"TRAIN_BATCH_TOKENS": micro * pod.launched}
+    settings |= {"MICRO_BATCH_TOKENS": micro, "COMPILE": 0, "EVAL_STRIDE": 0, "VAL_TOKENS": micro}
+    settings |= {"WARMUP_STEPS": 1, "WARMDOWN_ITERS": 0, "SCHEDULE": "tokens"}
+    endless = settings | {"ITERATIONS": 10**6}
+    launched = inside.torchrun(pod.launched)
+    pod.run(Job("signal", launched, endless, limit=90, alone=True, stop_at="step:8/"))
+    session.ended("signal", (143,), "exit code after SIGTERM")
+    text = pod.finished["signal"].text
+    found = re.findall(r"checkpoint: (\S+) at step (\d+)", text)
+    session.expect("checkpoint", found, "one", len(found) == 1, advice.RESUME)
     if found:
-        path, step = found[-1]
-        ended = session.run("signal", 90, RESUME=path, ITERATIONS=int(step) + 3, **settings)
-        session.expect("resumed", ended.own_code, "0 or 2", ended.own_code in (0, 2))
+        path, step = found[0]
+        goes_on = settings | {"RESUME": path, "ITERATIONS": int(step) + 3}
+        pod.run(Job("resume", inside.program, goes_on, limit=90))
+        session.ended("resume")
+        steps = [row["step"] for row in pod.finished["resume"].steps()]
+        wanted = [int(step) + i for i in (1, 2, 3)]
+        session.expect("resumed steps", steps, str(wanted), steps == wanted, advice.RESUME)
 
 
-def check_stages(session: Session) -> None:
-    """The other evaluators run on the plain artifact: stream, mixture, adaptation, adapters."""
-    artifact = session.out / "plain" / "model.ptz"
-    few = {"MODE": "eval", "ARTIFACT": artifact, "EVAL_PLAIN": 0, "EVAL_STRIDE": 0}
-    few |= {"VAL_TOKENS": 1500 if session.dry else 60000, "MAX_EVAL_SECONDS": 0}
-    width, chunk = (32, 512) if session.dry else (1024, 16384)
-    stream = {"EVAL_STREAM": width, "TILT": 1, "NGRAM": "mix", "MIX_CHUNK_TOKENS": chunk}
-    adapted = {"TTT_EPOCHS": 1, "TTT_CHUNK_TOKENS": chunk, "TTT_BATCH_SEQS": 4}
-    cases = {
-        "stream": ({"streaming", "mixed"}, stream | {"TTT_CHUNK_TOKENS": chunk}),
-        "ttt": ({"ttt"}, adapted),
-        "adapters": ({"ttt"}, {"TTT_LORA_RANK": 4, "VAL_TOKENS": 1500 if session.dry else 8000}),
-    }
-    for name, (stages, settings) in cases.items():
-        ended = session.run(f"stage_{name}", 90, **few | settings)
-        session.expect(f"{name} exit code", ended.own_code, "0", ended.own_code == 0)
-        stage_findings(session, ended, stages)
+def training_of(cfg: tg.Config) -> str:
+    """What decides the losses of a system, as a text."""
+    return json.dumps(cfg.group("model", "train", "optim"), sort_keys=True)
 
 
-def check_step(session: Session) -> None:
-    """No host waits inside a training step; the GPU is busy (asked in a process of its own)."""
-    settings = {"TRAIN_BATCH_TOKENS": 512 if session.dry else MICRO_TOKENS, "WARMUP_STEPS": 3}
-    settings["MICRO_BATCH_TOKENS"] = settings["TRAIN_BATCH_TOKENS"]
-    args = (str(HERE), "--probe", "--script", str(session.script))
-    ended = session.run("step", 120, script_args=args, **settings)
-    found = re.search(r"^PROBE (.*)$", ended.text, re.MULTILINE)
-    session.expect("probe", ended.exit_code, "0", found)
-    if found:
-        figures = json.loads(found[1])
-        session.expect("waits in 3 steps", figures["waits"], "none", not figures["waits"])
-        busy = figures["busy_ms"] / max(figures["ms"], 1e-9)
-        session.note("ms a step, kernel ms", [figures["ms"], figures["busy_ms"]])
-        session.expect("GPU busy", round(busy, 3), ">= 0.9", session.dry or busy >= 0.9)
-        session.note("kernels a step", figures["kernels"])
+def shape_of(cfg: tg.Config) -> str:
+    """What decides the time of a system's step: all of it but its rates."""
+    settings = cfg.group("model", "train", "optim")
+    return json.dumps({k: v for k, v in settings.items() if not k.endswith("_lr")}, sort_keys=True)
 
 
-def check_refusals(session: Session) -> None:
-    """What cannot work is refused in words: too large a batch, too many ranks, no GPU."""
-    artifact = session.out / "plain" / "model.ptz"
-    if not session.dry:
-        big = {"EVAL_BATCH_TOKENS": 2**27, "VAL_TOKENS": 0, "DATA_PATH": session.out / "long"}
-        ended = session.run(
-            "memory", 60, MODE="eval", ARTIFACT=artifact, EVAL_STRIDE=0, COMPILE=0, **big
-        )
-        session.expect("out of memory", ended.own_code, "3", ended.own_code == 3)
-        ended = session.run("ranks", 60, ranks=session.world + 1, MICRO_BATCH_TOKENS=1024)
-        session.expect("a rank too many", ended.noise[:1], "no traceback", not ended.noise)
-        ended = session.run("no_gpu", 60, CUDA_VISIBLE_DEVICES="", SMOKE=1, ITERATIONS=2)
-        session.expect("DEVICE=auto, GPU hidden", ended.own_code, "64", ended.own_code == 64)
-    ended = session.run("typo", 30, TRAIN_BATCH_TOKEN=1)
-    session.expect("unknown setting", ended.exit_code, "64", ended.exit_code == 64)
+def exact_jobs(pod: Pod, systems: Sequence[str]) -> dict[str, Job]:
+    """The first steps of each system in float32, without compilation; one for equal trainings."""
+    jobs: dict[str, Job] = {}
+    for system in systems:
+        cfg = pod.config(system)
+        settings = pod.system(system, pod.launched if system == BASELINE else 1)
+        micro = int(settings["MICRO_BATCH_TOKENS"])
+        row = int(settings.get("TRAIN_SEQ_LEN", cfg.train_seq_len))
+        settings |= {"MICRO_BATCH_TOKENS": max(row, micro // 8), "ITERATIONS": COMPARED}
+        settings |= {"WARMDOWN_ITERS": 0, "WARMUP_STEPS": 0, "COMPILE": 0}
+        if "DTYPE" in tg.FIELDS:
+            settings["DTYPE"] = "float32"
+        name = f"exact_{system}"
+        jobs.setdefault(training_of(cfg), Job(name, inside.training_steps, settings, limit=120))
+    return {system: jobs[training_of(pod.config(system))] for system in systems}
+
+
+def stage_jobs(pod: Pod) -> list[Job]:
+    """The evaluators beyond those of the systems, and a sample, on the plain run's artifact."""
+    artifact = {"ARTIFACT": pod.out / "plain" / "model.ptz", "VAL_TOKENS": pod.scale.targets}
+    common = artifact | {"MODE": "eval", "MAX_EVAL_SECONDS": 0}
+    common |= {"EVAL_BATCH_TOKENS": pod.scale.eval_batch}
+    jobs = []
+    for name, settings in MORE_STAGES.items():
+        settings = common | settings | (DRY_STAGES[name] if pod.dry else {})
+        if name == "adapters":
+            settings["VAL_TOKENS"] = pod.scale.adapter_targets
+        jobs.append(Job(f"stage_{name}", inside.watched_program, settings, after="plain"))
+    few = 4 if pod.dry else 24
+    settings = artifact | {"MODE": "sample", "SAMPLE_TOKENS": few, "SEED": 1}
+    jobs.append(Job("sample", inside.program, settings, limit=90, after="plain"))
+    return jobs
+
+
+def check_systems(session: Session) -> None:
+    """Each system on one GPU, whole: its eighth of a step, its artifact, its scoring stages.
+
+    Beside them float32, and the other stages; as many at a time as there are GPUs (two on one).
+    """
+    pod = session.pod
+    systems = sorted(session.systems, key=lambda name: -SHARE_MS.get(name, math.inf))
+    exact = exact_jobs(pod, systems)
+    has = pod.dry or "DTYPE" in tg.FIELDS
+    session.expect("setting DTYPE", has, "for the losses in float32", has, advice.OLD)
+    jobs = []
+    for system in systems:
+        if system != BASELINE:
+            settings = pod.system(system, 1) | pod.scoring(system)
+            jobs.append(Job(f"run_{system}", inside.watched_program, settings, limit=300))
+    if "plain" in pod.finished:
+        jobs += stage_jobs(pod)
+    different = {job.name: job for job in exact.values()}
+    pod.run_all([*jobs, *different.values()], pod.lanes)
+    for system in session.systems:
+        judge_system(session, system, exact[system].name)
+    if "plain" in pod.finished:
+        judge_more_stages(session)
+
+
+def judge_system(session: Session, system: str, exact: str) -> None:
+    """A system's row of the table."""
+    pod = session.pod
+    name = "plain" if system == BASELINE else f"run_{system}"
+    row = session.systems[system]
+    if name not in pod.finished:
+        session.expect(f"{system} ran", "no", "yes: add the check plain", False, advice.TIME)
+        return
+    finished = pod.finished[name]
+    pace = step_ms(finished.steps(), pod.scale.paced_from)
+    row |= {"ms": pace, "limit": limit_of(system, pod.launched if name == "plain" else 1)}
+    row["warmup"] = finished.result.get("seconds", {}).get("warmup")
+    row["memory"] = finished.result.get("peak_memory_bytes", 0) / 2**30
+    if name != "plain":
+        row["graphs"] = finished.figures.get("graphs")
+        row["recompiles"] = finished.figures.get("recompiles")
+        if session.ended(name):
+            session.speed(f"{system} ms of an eighth of a step", pace, row["limit"])
+            new = row["recompiles"]
+            session.expect(f"{system} recompiles", new, "0", new == 0, advice.GRAPHS)
+            judge_run(session, finished)
+        judge_stages(session, name, stages_of(pod.config(system)), system)
+    judge_losses(session, system, finished, pod.finished[exact])
+
+
+def judge_losses(session: Session, system: str, fast: Finished, exact: Finished) -> None:
+    """The first losses are those of float32."""
+    wanted = exact.losses()
+    got = fast.losses()
+    gaps = [abs(got[n] - loss) / loss for n, loss in wanted.items() if n in got]
+    gap = max(gaps) if len(gaps) == COMPARED else math.inf
+    session.systems[system]["gap"] = gap
+    do = advice.LOSSES if gaps else advice.diagnose(exact, session.driver_advice)
+    session.expect(f"{system} gap to float32", f"{gap:.2g}", f"<= {ALIKE}", gap <= ALIKE, do)
+
+
+def judge_more_stages(session: Session) -> None:
+    """The other evaluators; a fresh process gives the plain run's score again."""
+    pod = session.pod
+    for name, wanted in WANTED.items():
+        session.ended(f"stage_{name}")
+        judge_stages(session, f"stage_{name}", wanted, name)
+    session.ended("sample")
+    before = pod.finished["plain"].result.get("stages", {})
+    after = pod.finished["stage_windows"].result.get("stages", {})
+    for name in ("plain", "sliding"):
+        gap = after.get(name, {}).get("loss", math.nan) - before.get(name, {}).get("loss", math.nan)
+        # Inductor times kernels on the spot and may choose others: 6e-6 was seen.
+        held = abs(gap) <= 1e-4
+        session.expect(f"{name} moved by nats", f"{gap:.1g}", "<= 1e-4", held, advice.AGAIN)
+
+
+def check_steps(session: Session) -> None:
+    """Each kind of system's whole step on all GPUs: its time, waits of the host, idle time.
+
+    Systems that differ in their rates alone are one kind. On one GPU the baseline's only: the
+    check `systems` has timed the others there.
+    """
+    pod = session.pod
+    kinds: dict[str, str] = {}
+    for system in session.systems:
+        kinds.setdefault(shape_of(pod.config(system)), system)
+    first = list(kinds.values()) if pod.world > 1 else [BASELINE]
+    for system in first:
+        settings = pod.system(system, pod.world)
+        name = f"steps_{system}"
+        pod.run(Job(name, inside.examined_steps, settings, ranks=pod.world, limit=150))
+        finished = session.ended(name)
+        if finished and finished.exit_code == 0:
+            judge_steps(session, system, finished)
+    for system, row in session.systems.items():
+        row["like"] = kinds[shape_of(pod.config(system))]
+        row["ms_together"] = session.systems[row["like"]].get("ms_together")
+
+
+def judge_steps(session: Session, system: str, finished: Finished) -> None:
+    """What was seen in the steps of a system."""
+    pod = session.pod
+    figures = finished.figures
+    pace = step_ms(finished.steps(), pod.scale.paced_from)
+    row = session.systems[system]
+    row |= {"ms_together": pace, "gpus": pod.world}
+    row.setdefault("graphs", figures["graphs"])
+    row.setdefault("recompiles", figures["recompiles"])
+    session.speed(f"{system} ms a step on {pod.world} GPUs", pace, limit_of(system, pod.world))
+    new = figures["recompiles"]
+    session.expect(f"{system} graphs, recompiles", [figures["graphs"], new], "0 new", new == 0)
+    waits = figures["waits"]
+    session.expect(f"{system} waits in 3 steps", waits, "none", not waits, advice.WAITS)
+    session.note(f"{system} kernels a step, their ms", [figures["kernels"], figures["busy_ms"]])
+    if pod.world == 1 and not pod.dry:
+        busy = figures["busy_ms"] / pace
+        session.expect(f"{system} GPU busy", round(busy, 3), ">= 0.9", busy >= 0.9, advice.IDLE)
 
 
 CHECKS = {
-    "kernels": check_kernels,
-    "plain": check_plain,
-    "code": check_code,
-    "again": check_again,
-    "long": check_long,
-    "step": check_step,
-    "stages": check_stages,
-    "signal": check_signal,
-    "losses": check_losses,
+    "device": check_device,
+    "group": check_group,
     "refusals": check_refusals,
+    "plain": check_plain,
+    "signal": check_signal,
+    "systems": check_systems,
+    "steps": check_steps,
+    "code": check_code,
 }
-
-
-# --- the probe: a training step, looked at from inside --------------------------------------------
-
-
-def waits_of(run: Callable[[], None], file: str) -> dict[str, int]:
-    """Host synchronisations while it runs, by the program's line."""
-    import torch
-
-    places = collections.Counter()
-
-    def note(message: object, *rest: object, **more: object) -> None:
-        stack = [f for f in traceback.extract_stack() if f.filename == file]
-        if "synchroniz" in str(message) and stack:
-            places[f"{stack[-1].name}:{stack[-1].lineno}"] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return dict(places)
-
-
-def kernel_times(run: Callable[[], None]) -> tuple[float, int]:
-    """Milliseconds of all kernels and copies while it runs, and their number."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        run()
-        torch.cuda.synchronize()
-    events = [e for e in recorded.events() if str(e.device_type).endswith("CUDA")]
-    events = [e for e in events if not e.name.startswith("Optimizer.")]
-    return sum(e.time_range.end - e.time_range.start for e in events) / 1000, len(events)
-
-
-def probe() -> None:
-    """Prints the figures of one process's training step as a line of JSON."""
-    import torch
-
-    import train_gpt as tg
-
-    cfg = tg.load_config(os.environ)
-    rt = tg.Runtime(cfg, os.environ)
-    trainer = tg.build_trainer(cfg, rt, tg.RunLog(Path(cfg.out_dir), rt))
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            loss = trainer.step(trainer.stream.batch, cfg.iterations)
-            trainer.steps_done += 1
-            trainer.send_report(loss)
-            trainer.in_flight.clear()
-
-    steps(5)
-    rt.sync()
-    begin = time.perf_counter()
-    steps(20)
-    rt.sync()
-    figures = {"ms": round(50 * (time.perf_counter() - begin), 3), "busy_ms": 0.0}
-    figures |= {"waits": {}, "kernels": 0}
-    if torch.cuda.is_available() and rt.cuda:
-        figures["waits"] = waits_of(lambda: steps(3), tg.__file__)
-        milliseconds, kernels = kernel_times(lambda: steps(3))
-        figures |= {"busy_ms": round(milliseconds / 3, 3), "kernels": kernels // 3}
-    print("PROBE " + json.dumps(figures))
 
 
 # --- main -----------------------------------------------------------------------------------------
 
 
-def count_gpus() -> int:
-    """GPUs of this machine, asked in another process so that this one holds no memory on them."""
-    code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+def count_gpus() -> tuple[int, float]:
+    """GPUs and GiB of the smallest, asked in another process: this one must not touch them."""
+    code = "import torch; c = torch.cuda; n = c.device_count(); print(n, min([c."
+    code += "get_device_properties(i).total_memory for i in range(n)], default=0))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        )
+        count, memory = done.stdout.split()[-2:]
+        return int(count), int(memory) / 2**30
+    except (subprocess.TimeoutExpired, ValueError):
+        return 0, 0.0
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    root = next((p for p in HERE.parents if (p / "train_gpt.py").is_file()), HERE.parent)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("logs/acceptance"))
-    parser.add_argument("--script", type=Path, default=root / "train_gpt.py")
     parser.add_argument("--only", default=",".join(CHECKS), help="some of the checks")
     parser.add_argument("--budget", type=float, default=580.0, help="seconds for all")
-    parser.add_argument("--data", type=Path, help="folder of shards of 1,024 tokens")
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--data", type=Path, help=f"folder of shards of {VOCAB} tokens")
+    parser.add_argument("--tokenizer", type=Path, help="their SentencePiece model")
+    args = parser.parse_args(argv)
+    unknown = set(args.only.split(",")) - CHECKS.keys()
+    if unknown:
+        parser.error(f"--only: no check {', '.join(sorted(unknown))}; there are {list(CHECKS)}")
+    return args
 
 
-def main() -> int:
+def open_session(args: argparse.Namespace) -> Session:
+    """Looks for GPUs and makes the text."""
+    gpus, memory = (0, 0.0) if args.dry else count_gpus()
+    data = (args.data.resolve(), args.tokenizer.resolve()) if args.data else None
+    pod = Pod(args.out, gpus, args.dry, args.budget, data)
+    if gpus == 1 and memory > 60:
+        pod.lanes = 2  # while one compiles, the other computes
+    return Session(pod)
+
+
+def main(argv: Sequence[str]) -> int:
     """Runs the checks -> exit code."""
-    args = parse()
-    if args.probe:
-        sys.path.insert(0, str(args.script.resolve().parent))
-        probe()
-        return 0
-    gpus = 0 if args.dry else count_gpus()
-    if not gpus and not args.dry:
-        print("no GPU here: --dry rehearses on the CPU", file=sys.stderr)
-        return 1
-    session = Session(args, gpus)
-    for name in args.only.split(","):
+    begin = time.monotonic()
+    args = parse(argv)
+    session = open_session(args)
+    usable = args.dry or session.pod.gpus > 0
+    if not usable:
+        print("torch finds no GPU here; --dry rehearses on the CPU", file=sys.stderr)
+    for name in args.only.split(",") if usable else ["device"]:
         session.check = name
-        if session.end - time.monotonic() < 10:
-            session.expect("time", "none left", "in time", False)
+        if session.pod.left() < 5:
+            session.expect("time", "none left", "in time", False, advice.TIME)
             continue
-        begin = time.monotonic()
+        start = time.monotonic()
         try:
             CHECKS[name](session)
         except Exception as error:  # one broken check stops no other
-            (session.out / f"{name}.error").write_text(traceback.format_exc())
-            session.expect("ran", f"{type(error).__name__}: {error}"[:200], "to the end", False)
-        session.note("seconds", round(time.monotonic() - begin, 1))
-    failed = [f for f in session.findings if not f.passed]
-    table = [dataclasses.asdict(finding) for finding in session.findings]
-    (session.out / "acceptance.json").write_text(json.dumps(table, indent=1, default=str) + "\n")
-    print("-" * 72)
-    for finding in failed:
-        print(f"FAIL {finding.check} {finding.name}: {finding.value} ({finding.wanted})")
-    print(f"{len(session.findings) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed else 0
+            (session.pod.out / f"{name}.error").write_text(traceback.format_exc())
+            told = f"{type(error).__name__}: {error}"[:200]
+            session.expect("ran", told, "to the end", False, advice.BUG)
+        session.note("seconds", round(time.monotonic() - start, 1))
+    return report(session, time.monotonic() - begin)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
