@@ -15,17 +15,22 @@ import pytest
 import torch
 from conftest import FULL, TINY
 from helpers import (
+    PUBLISHED,
     compiled,
     config,
     cpu_runtime,
     in_processes,
     losses_of,
     on_device_with,
+    published,
     random_ids,
     run,
     take_step,
 )
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as tg
@@ -42,20 +47,27 @@ def counted_compiler(counters):
 
 
 # Two layers, one that pushes and one that pops; a shorter Newton-Schulz: less to trace.
-SHALLOW = dict(num_layers=2, muon_backend_steps=2, ema_decay=0.9, grad_clip_norm=1.0, device="cpu")
-WHOLE_STEPS = {
-    "baseline": TINY | SHALLOW,
-    "everything": dict(FULL | SHALLOW, ve_layers=(0, 1), xsa_last_n=1),
-}
+SHALLOW = dict(num_layers=2, muon_backend_steps=2, device="cpu")
+WHOLE_STEPS = {name: published(name) | SHALLOW for name in PUBLISHED}
+WHOLE_STEPS["everything"] = dict(
+    FULL | SHALLOW, ve_layers=(0, 1), xsa_last_n=1, ema_decay=0.9, grad_clip_norm=1.0
+)
+SAME_GRAPH = ("pr740_v2", "pr834")  # as pr740_v1 and pr859
 
 
-@pytest.mark.parametrize("name", WHOLE_STEPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SAME_GRAPH else [])
+        for name in WHOLE_STEPS
+    ],
+)
 def test_the_whole_step_compiles_once_without_graph_breaks(name, run_log, rng):
-    """bf16 autocast, fullgraph: one graph for the model, none later.
+    """bf16 autocast, fullgraph: one graph for the model forward and backward, none later.
 
     Newton-Schulz has one a matrix shape.
     """
-    cfg = tg.Config(**WHOLE_STEPS[name])
+    cfg = tg.Config(**WHOLE_STEPS[name] | dict(late_qat_threshold=0.0))  # which has another graph
     counters = []
     rt = tg.Runtime(cfg, {})
     rt.compile = counted_compiler(counters)
@@ -77,6 +89,44 @@ def test_the_whole_step_compiles_once_without_graph_breaks(name, run_log, rng):
         assert torch.isfinite(loss)
     ids, _ = batch(0)
     assert model.hidden(torch.from_numpy(ids)).dtype == torch.bfloat16
+
+
+def one_layer():
+    return tg.GPT(config(TINY, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1))
+
+
+def test_rotary_angles_are_read_in_the_graphs(rng):
+    """Forward and backward: no sine, cosine or power is worked out."""
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    model, ids = one_layer(), random_ids(rng, 2, 16)
+    context = model.context(ids)
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    torch._dynamo.reset()
+    step = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
+    step(ids, ids, None, context).backward()
+    assert len(graphs) == 2
+    assert "aten.mm.default" in graphs[0] & graphs[1]
+    assert not [name for name in graphs[0] | graphs[1] if re.search(r"aten\.(sin|cos|pow\.Scalar)", name)]
+    torch._dynamo.reset()
+    step(ids, ids).backward()  # which makes the tables inside
+    assert any("aten.cos" in name for name in graphs[2])
+
+
+@pytest.mark.slow
+def test_rotary_angles_are_read_in_the_generated_code(rng):
+    model, ids = one_layer(), random_ids(rng, 2, 16)
+    context = model.context(ids)
+    step = torch.compile(model, dynamic=False, fullgraph=True)
+    torch._dynamo.reset()
+    with fresh_cache():
+        _, sources = run_and_get_code(lambda: step(ids, ids, None, context).backward())
+    assert len(sources) == 2
+    assert not re.search(r"\b(sin|cos|pow)_?\(", "\n".join(sources))
 
 
 def test_bf16_stream_stays_close_to_float32(rng):

@@ -11,16 +11,18 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, ROOT, TINY
+from conftest import FULL, TINY
 from far_device import FAR, Costs, FarDevice, far_device, far_runtime
 from helpers import (
     NESTINGS,
+    PUBLISHED,
     SHORT,
     TABLE,
     Noise,
     build,
     cpu_runtime,
     mild,
+    published,
     short_text,
     verdicts,
 )
@@ -30,42 +32,6 @@ import train_gpt as tg
 
 PLAIN = dict(TINY, num_layers=2)
 TWO_LAYERS = dict(num_layers=2, ve_layers=(1,))
-# Of a published run: what is larger is made so small.
-LARGEST = dict(
-    num_layers=2,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=2,
-    rope_dims=8,
-    rope_train_seq_len=16,
-    xsa_last_n=2,
-    bigram_vocab_size=64,
-    bigram_dim=8,
-    ve_dim=8,
-    keep_float_max_numel=256,
-    train_seq_len=32,
-    warmdown_iters=10,
-    eval_stride=8,
-    ttt_epochs=1,
-    ttt_batch_seqs=1,
-    ttt_chunk_tokens=64,
-    ngram_buckets=64,
-    ngram_stride=16,
-    ngram_min_count=1,
-    ngram_chunk_tokens=64,
-)
-PUBLISHED = ("baseline", "pr489", "pr740_v1", "pr740_v2", "pr834", "pr859")
-
-
-def published(name):
-    """Settings of a published run, its switches as they were, its sizes small."""
-    (path,) = ROOT.glob(f"records/track_10min_16mb/*_{name}/config.env")
-    cfg = tg.load_config({"CONFIG": str(path)})
-    settings = {field: min(getattr(cfg, field), most) for field, most in LARGEST.items()}
-    settings["ve_layers"] = (1,) if cfg.ve_layers else ()
-    for field in ("vocab_size", "tokenizer_path", "train_batch_tokens", "micro_batch_tokens"):
-        settings[field] = TINY[field]
-    return {**dataclasses.asdict(cfg), **settings}
 
 
 @pytest.fixture(scope="module")
