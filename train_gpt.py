@@ -1150,7 +1150,7 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         elif self.device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode("error")  # the other name of it imports a compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
             keep_freed_memory()
 
