@@ -1,5 +1,6 @@
 """What users lose nothing by (section 12): signals, full disks, used folders, restarts."""
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 from helpers import (
+    Program,
+    forked,
     free_port,
     in_processes,
     log_of,
@@ -185,23 +188,12 @@ def test_the_artifact_comes_before_the_raw_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("limit", [0, 100, 2_000, 20_000])
 def test_files_of_limited_size(limit, tmp_path):
     """The limit that `ulimit -f` sets; a run's own log is among the files."""
-
-    def bounded():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    bounded = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     env = tiny_env(tmp_path / "out", DATA_PATH=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=bounded,
-        check=False,
-    )
-    assert done.returncode == 64
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "File too large" in done.stderr + done.stdout
+    codes, said = forked(Program([SCRIPT], env, first=bounded))
+    assert codes == [64]
+    assert "Traceback" not in said
+    assert "File too large" in said
     left = {path.name for path in (tmp_path / "out").glob("*.tmp")}
     assert not left
 
