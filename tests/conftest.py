@@ -61,7 +61,7 @@ TINY_RUN = dict(
 )
 
 
-LONGEST = ("test_record.py", "test_lost_nothing.py", "test_record_faults.py", "test_predictors.py")
+LONGEST = ("test_record.py", "test_lost_nothing.py", "test_predictors.py", "test_record_faults.py")
 
 
 def pytest_collection_modifyitems(items):

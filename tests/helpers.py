@@ -261,12 +261,6 @@ def python(arguments, env, **options):
     )
 
 
-def torchrun(processes, program, env):
-    """A program and its arguments, as so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return python([*launcher, *program], env)
-
-
 # Several processes without torchrun and imports, which take longer than a tiny run: they are forked
 # from one that has imported everything.
 FORKS = multiprocessing.get_context("forkserver")
@@ -348,20 +342,20 @@ def as_program(program, pipe):
     if sys.argv[0] == "-c":
         code = sys.argv.pop(1)
         exec(code, {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(Path(sys.argv[0]).parent.resolve()))
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def forked(program, world=1):
-    """A program's exit codes and all that its processes say; none of them need import torch."""
+def forked(*programs):
+    """Exit codes of programs at once, and all that they say; none of them need import torch."""
     start_fork_server()
     reader, writer = FORKS.Pipe(duplex=False)
-    processes = []
-    for ranks in rank_settings(world):
-        env = {**program.env, **(ranks if world > 1 else {})}
-        processes.append(FORKS.Process(target=as_program, args=(program._replace(env=env), writer)))
-        processes[-1].start()
+    processes = [FORKS.Process(target=as_program, args=(each, writer)) for each in programs]
+    for process in processes:
+        process.start()
     writer.close()
     said = b""
     while connection.wait([reader], 300):
@@ -374,6 +368,24 @@ def forked(program, world=1):
         process.kill()
         process.join()
     return [process.exitcode for process in processes], said.decode(errors="replace")
+
+
+def forked_ranks(world, program):
+    """A program as torchrun would start it, so often."""
+    ranks = [program._replace(env={**program.env, **env}) for env in rank_settings(world)]
+    return forked(*ranks)
+
+
+def torchrun(options, program, env, cwd=ROOT):
+    """What starts a program with torchrun: the agent is forked, what it starts is not."""
+    return Program(["-m", "torch.distributed.run", *options, *program], env, cwd)
+
+
+def torchrun_alone(processes, program, env):
+    """A program and its arguments, as so many processes of this machine -> exit code, output."""
+    options = ["--standalone", f"--nproc_per_node={processes}"]
+    (code,), said = forked(torchrun(options, program, env))
+    return code, said
 
 
 def main_of_rank(env, settings):

@@ -10,7 +10,7 @@ import sys
 import time
 
 import record
-from helpers import Program, forked
+from helpers import Program, forked, forked_ranks
 from tool import checks, rerun, runs, static
 from tool.case import Case
 from tool.finding import text_of
@@ -101,12 +101,13 @@ def without_waiting(patch):
 def run_command(command, cwd, env):
     """A command of the tool: Python or torchrun, behind what confines it -> exit code, output."""
     arguments = command[command.index(sys.executable) + 1 :]
-    world = 1
-    if arguments[0] == "-m":
-        _, torchrun, _, processes, *arguments = arguments
-        assert torchrun == "torch.distributed.run"
-        world = int(processes.partition("=")[2])
-    codes, said = forked(Program(arguments, env, cwd), world)
+    if arguments[0] != "-m":
+        (code,), said = forked(Program(arguments, env, cwd))
+        return code, said
+    _, torchrun, _, processes, *arguments = arguments
+    assert torchrun == "torch.distributed.run"
+    world = int(processes.partition("=")[2])
+    codes, said = forked_ranks(world, Program(arguments, env, cwd))
     return max(codes, key=abs), said
 
 

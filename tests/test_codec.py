@@ -338,12 +338,13 @@ def test_a_count_that_the_code_does_not_hold(count, code, decoder, packed, tmp_p
         assert 0 < len(decoded) < 1000
 
 
-def test_any_changed_byte(decoder, packed, tmp_path, rng):
+@pytest.mark.parametrize("times", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_any_changed_byte(times, decoder, packed, tmp_path, rng):
     """Cut, extended, or bytes changed, with a wrong and with the right checksum."""
     header, code = header_of(packed)
     text = json.dumps(header).encode()
     blobs = []
-    for _ in range(25):
+    for _ in range(times):
         at = int(rng.integers(len(packed)))
         byte = bytes([packed[at] ^ int(rng.integers(1, 256))])
         blobs += [changed(packed, at, byte), packed[:at], packed[at:], packed[:at] + byte]
