@@ -1242,7 +1242,7 @@ class Runtime:
             exact = self.profile.dtype == torch.float32
             torch.set_float32_matmul_precision("highest" if exact else "high")
         elif self.device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode("error")  # the other name of it imports a compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
             keep_freed_memory()
 

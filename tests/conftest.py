@@ -61,7 +61,7 @@ TINY_RUN = dict(
 )
 
 
-LONGEST = ("test_record.py", "test_predictors.py", "test_runs.py", "test_audit.py")
+LONGEST = ("test_record.py", "test_lost_nothing.py", "test_predictors.py", "test_record_faults.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -114,6 +114,32 @@ def world(tmp_path):
 
     with new_world(tmp_path) as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder like a checkout, with data and settings for the record tool (record_help.py)."""
+    from record_help import checkout
+
+    return checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def own_machine(tmp_path_factory):
+    """For the record tool: a machine's lock of the tests' own, an environment without settings."""
+    from record_help import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch, tmp_path_factory.getbasetemp())
+        yield
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The record tool waits for no process to start (record_help.py)."""
+    from record_help import without_waiting
+
+    without_waiting(monkeypatch)
 
 
 def clean_env(**extra: str) -> dict[str, str]:

@@ -5,12 +5,15 @@ import functools
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import traceback
-from multiprocessing import forkserver
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -299,12 +302,6 @@ def python(arguments, env, **options):
     )
 
 
-def torchrun(processes, program, env):
-    """A program and its arguments, as so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return python([*launcher, *program], env)
-
-
 # Several processes without torchrun and imports, which take longer than a tiny run: they are forked
 # from one that has imported everything.
 FORKS = multiprocessing.get_context("forkserver")
@@ -313,7 +310,7 @@ FORKS = multiprocessing.get_context("forkserver")
 @functools.cache
 def start_fork_server():
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    FORKS.set_forkserver_preload(["helpers"])
+    FORKS.set_forkserver_preload(["helpers", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         forkserver.ensure_running()
@@ -337,20 +334,99 @@ def as_rank(function, env, log, arguments):
             raise
 
 
+def rank_settings(world):
+    """What torchrun tells each of so many processes, by rank."""
+    shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return [dict(shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world)]
+
+
 def in_processes(world, folder, function, *arguments):
     """function(env, *arguments) in so many processes at once, which must all succeed."""
     start_fork_server()
-    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     logs = [Path(folder, f"rank{rank}_of_{world}.txt") for rank in range(world)]
     processes = []
-    for rank, log in enumerate(logs):
-        own = dict(env, RANK=str(rank), LOCAL_RANK=str(rank))
-        processes.append(FORKS.Process(target=as_rank, args=(function, own, log, arguments)))
+    for env, log in zip(rank_settings(world), logs):
+        processes.append(FORKS.Process(target=as_rank, args=(function, env, log, arguments)))
         processes[-1].start()
     for process in processes:
         process.join(300)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * world, "".join(log.read_text() for log in logs)
+
+
+OWN_PLACES = [ROOT, *(ROOT / name for name in ("data", "records", "tests"))]
+
+
+class Program(NamedTuple):
+    """A Python program: its arguments, and what it finds; `first` is done before it begins."""
+
+    arguments: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path = ROOT
+    first: Callable[[], object] | None = None
+
+
+def as_program(program, pipe):
+    """What a forked process does to be a program that says what it says to a pipe."""
+    for descriptor in (1, 2):
+        os.dup2(pipe.fileno(), descriptor)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.path[:] = [name for name in sys.path if Path(name).resolve() not in OWN_PLACES]
+    os.chdir(program.cwd)
+    os.environ.clear()
+    os.environ.update(program.env)
+    torch.set_num_threads(int(program.env.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    sys.argv = list(map(str, program.arguments))
+    if program.first:
+        program.first()
+    if sys.argv[0] == "-c":
+        code = sys.argv.pop(1)
+        exec(code, {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent.resolve()))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def forked(*programs):
+    """Exit codes of programs at once, and all that they say; none of them need import torch."""
+    start_fork_server()
+    reader, writer = FORKS.Pipe(duplex=False)
+    processes = [FORKS.Process(target=as_program, args=(each, writer)) for each in programs]
+    for process in processes:
+        process.start()
+    writer.close()
+    said = b""
+    while connection.wait([reader], 300):
+        piece = os.read(reader.fileno(), 1 << 16)
+        said += piece
+        if not piece:
+            break
+    for process in processes:
+        process.join(10)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes], said.decode(errors="replace")
+
+
+def forked_ranks(world, program):
+    """A program as torchrun would start it, so often."""
+    ranks = [program._replace(env={**program.env, **env}) for env in rank_settings(world)]
+    return forked(*ranks)
+
+
+def torchrun(options, program, env, cwd=ROOT):
+    """What starts a program with torchrun: the agent is forked, what it starts is not."""
+    return Program(["-m", "torch.distributed.run", *options, *program], env, cwd)
+
+
+def torchrun_alone(processes, program, env):
+    """A program and its arguments, as so many processes of this machine -> exit code, output."""
+    options = ["--standalone", f"--nproc_per_node={processes}"]
+    (code,), said = forked(torchrun(options, program, env))
+    return code, said
 
 
 def main_of_rank(env, settings):

@@ -1,11 +1,17 @@
-"""What the tests of the record tool share: damaging a record, checking it, watching processes."""
+"""What the tests of the record tool share: making a record, damaging and checking it, processes."""
 
 import contextlib
+import functools
 import json
+import os
 import pathlib
+import shutil
+import sys
 import time
 
-from tool import checks
+import record
+from helpers import Program, forked, forked_ranks
+from tool import checks, rerun, runs, static
 from tool.case import Case
 from tool.finding import text_of
 from tool.folder import Folder
@@ -34,6 +40,97 @@ EVAL_STRIDE=32
 KEEP_FLOAT_MAX_NUMEL=256
 """
 GONE = object()  # in an edit: takes the value away
+
+
+VAL_BYTES = 5277  # of the tiny validation text
+
+
+# --- a record -------------------------------------------------------------------------------------
+
+
+def checkout(root):
+    """A folder like a checkout: data/, config.env; records and work come from the tests."""
+    tg.synthetic_shards(root / "data" / "tiny")
+    (root / "config.env").write_text(CONFIG)
+    return root
+
+
+def new_arguments(place, name, *more):
+    places = ["--records", str(place / "records"), "--work", str(place / "work")]
+    return ["new", name, *places, "--date", "2026-01-31", *more]
+
+
+def new(place, name, *more):
+    return record.main(new_arguments(place, name, *more))
+
+
+def make_record(place, *more):
+    """The record of two seeds."""
+    config = ["--config", str(place / "config.env"), "--seeds", "1,2"]
+    assert new(place, "tiny", "--track", "non_record_cpu", *config, *more) == 0
+    return place / "records" / "track_non_record_cpu" / "2026-01-31_tiny"
+
+
+def copy_of(made):
+    """A copy beside a record, so that its data is found, to be damaged."""
+    target = made.parent / "copy"
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(made, target)
+
+
+def prepare(patch, base):
+    """A machine's lock of the tests' own, and an environment without settings."""
+    patch.setattr(runs, "LOCK", base / "machine.lock")
+    for name in {*tg.FIELDS, "CONFIG"} & os.environ.keys():
+        patch.delenv(name)
+
+
+# --- the tool without waiting for its processes to start ------------------------------------------
+
+
+def without_waiting(patch):
+    """What the tool starts is forked from a process that has imported torch, and is not confined.
+
+    And the static checks of one text are made once.
+    """
+    patch.setattr(rerun, "execute", execute)
+    patch.setattr(runs, "run_to_its_end", run_to_its_end)
+    patch.setattr(checks, "static_checks", static_checks)
+
+
+def run_command(command, cwd, env):
+    """A command of the tool: Python or torchrun, behind what confines it -> exit code, output."""
+    arguments = command[command.index(sys.executable) + 1 :]
+    if arguments[0] != "-m":
+        (code,), said = forked(Program(arguments, env, cwd))
+        return code, said
+    _, torchrun, _, processes, *arguments = arguments
+    assert torchrun == "torch.distributed.run"
+    world = int(processes.partition("=")[2])
+    codes, said = forked_ranks(world, Program(arguments, env, cwd))
+    return max(codes, key=abs), said
+
+
+def execute(command, cwd, env, limit):
+    return rerun.Done(*run_command(command, cwd, env))
+
+
+def run_to_its_end(command, cwd, env):
+    code, said = run_command(command, cwd, env)
+    print(said)
+    return code
+
+
+def static_checks(text, **inputs):
+    return list(_static_checks(text, json.dumps(inputs)))
+
+
+@functools.cache
+def _static_checks(text, inputs):
+    return static.static_checks(text, **json.loads(inputs))
+
+
+# --- damage, and what is found --------------------------------------------------------------------
 
 
 def _put(tree, dotted, value):
@@ -79,6 +176,9 @@ def expect(finding: tg.Check, word: str, *sentences: str) -> None:
     assert finding.word == word, finding
     for sentence in sentences:
         assert sentence in text_of(finding), finding
+
+
+# --- processes ------------------------------------------------------------------------------------
 
 
 def is_alive(pid):

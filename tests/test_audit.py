@@ -439,7 +439,7 @@ def settings_of(out, **env):
 
 def test_true_scores_pass_and_labelled_ones_fail_as_expected(trained, capsys):
     stages = dict(EVAL_STREAM="16", TILT="1", NGRAM="backoff", NGRAM_BUCKETS="64")
-    chunks = dict(TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64", VAL_TOKENS="700")
+    chunks = dict(TTT_CHUNK_TOKENS="64", MIX_CHUNK_TOKENS="64", VAL_TOKENS="400")
     artifact = str(trained / "run" / "model.ptz")
     assert audit.main([artifact, *settings_of(trained, **stages, **chunks)], {}) == 0
     told = capsys.readouterr().out
@@ -456,7 +456,7 @@ def test_a_failed_check_is_exit_code_6(trained, monkeypatch, capsys):
     cheat = tg.Stage("plain", tg.STAGES["plain"].enabled, toy(Ahead))
     monkeypatch.setitem(tg.STAGES, "plain", cheat)
     folder = str(trained / "run")
-    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
+    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="400")], {}) == 6
     told = capsys.readouterr().out
     assert "future         FAIL: later tokens move charges" in told
     assert "fresh_process  FAIL: other scores in a process of its own" in told

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_RUN, clean_env
 from data_hub import small_model
-from helpers import FakeClock, python
+from helpers import FakeClock, Program, forked, python
 from tool import progress
 
 import train_gpt as tg
@@ -51,6 +51,13 @@ def tool(env, *arguments):
     return python([ROOT / "records/codec.py", *arguments], clean_env(**env))
 
 
+def forked_tool(env, *arguments, first=None):
+    """The same in a forked process -> exit code, output."""
+    program = [ROOT / "records/codec.py", *arguments]
+    (code,), said = forked(Program(program, clean_env(**env), first=first))
+    return code, said
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -64,8 +71,7 @@ def test_compress_and_decompress(env, packed, tmp_path):
     assert "zstd" in done.stdout
     assert (tmp_path / "speech.txt.pgolf").read_bytes() == packed
     path.unlink()
-    done = tool(env, "decompress", tmp_path / "speech.txt.pgolf")
-    assert done.returncode == 0, done.stderr
+    assert forked_tool(env, "decompress", tmp_path / "speech.txt.pgolf")[0] == 0
     assert path.read_bytes() == TEXT.encode()
 
 
@@ -91,7 +97,7 @@ def test_named_outputs(env, tmp_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_errors_of_real_processes(env, packed, tmp_path):
+def test_errors_of_processes(env, packed, tmp_path):
     text = tmp_path / "latin.txt"
     bad = tmp_path / "bad.txt.pgolf"
     text.write_bytes("l\u00e4ngst".encode("latin-1"))
@@ -100,10 +106,10 @@ def test_errors_of_real_processes(env, packed, tmp_path):
         ("compress", text, "latin.txt: not UTF-8"),
         ("decompress", bad, "wrong checksum"),
     ):
-        done = tool(env, command, path)
-        assert done.returncode == 64
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        code, said = forked_tool(env, command, path)
+        assert code == 64
+        assert message in said
+        assert "Traceback" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"latin.txt", "bad.txt.pgolf"}
 
 
@@ -332,12 +338,13 @@ def test_a_count_that_the_code_does_not_hold(count, code, decoder, packed, tmp_p
         assert 0 < len(decoded) < 1000
 
 
-def test_any_changed_byte(decoder, packed, tmp_path, rng):
+@pytest.mark.parametrize("times", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_any_changed_byte(times, decoder, packed, tmp_path, rng):
     """Cut, extended, or bytes changed, with a wrong and with the right checksum."""
     header, code = header_of(packed)
     text = json.dumps(header).encode()
     blobs = []
-    for _ in range(25):
+    for _ in range(times):
         at = int(rng.integers(len(packed)))
         byte = bytes([packed[at] ^ int(rng.integers(1, 256))])
         blobs += [changed(packed, at, byte), packed[:at], packed[at:], packed[:at] + byte]
@@ -404,20 +411,19 @@ def test_a_file_written_meanwhile_is_kept(packed, refused, tmp_path, monkeypatch
     assert target.read_text() == "somebody else's"
 
 
-def test_a_full_disk_leaves_no_half_file(env, packed, tmp_path, monkeypatch):
+def little_room():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+
+def test_a_full_disk_leaves_no_half_file(env, packed, tmp_path):
     """The text is written under another name, which goes away."""
     small = tmp_path / "a.pgolf"
     small.write_bytes(packed)
-
-    def little_room():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
-
-    command = [ROOT / "records/codec.py", "decompress", small]
-    done = python(command, clean_env(**env), preexec_fn=little_room)
-    assert done.returncode == 64
-    assert "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = forked_tool(env, "decompress", small, first=little_room)
+    assert code == 64
+    assert "File too large" in said
+    assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["a.pgolf"]
 
 

@@ -1,5 +1,6 @@
 """What users lose nothing by (section 12): signals, full disks, used folders, restarts."""
 
+import functools
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 from helpers import (
+    Program,
+    forked,
     free_port,
     in_processes,
     log_of,
@@ -21,6 +24,7 @@ from helpers import (
     run_in_processes,
     tiny_env,
     tiny_settings,
+    torchrun,
 )
 
 import train_gpt as tg
@@ -185,23 +189,12 @@ def test_the_artifact_comes_before_the_raw_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("limit", [0, 100, 2_000, 20_000])
 def test_files_of_limited_size(limit, tmp_path):
     """The limit that `ulimit -f` sets; a run's own log is among the files."""
-
-    def bounded():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    bounded = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     env = tiny_env(tmp_path / "out", DATA_PATH=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=bounded,
-        check=False,
-    )
-    assert done.returncode == 64
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "File too large" in done.stderr + done.stdout
+    codes, said = forked(Program([SCRIPT], env, first=bounded))
+    assert codes == [64]
+    assert "Traceback" not in said
+    assert "File too large" in said
     left = {path.name for path in (tmp_path / "out").glob("*.tmp")}
     assert not left
 
@@ -345,9 +338,9 @@ def test_a_restart_by_torchrun_goes_on_from_the_checkpoint(tmp_path):
     driver.write_text(FAILS_ONCE)
     env = tiny_env("", SAVE_EVERY="2", VAL_TOKENS="0", WARMUP_STEPS="0")
     env.pop("OUT_DIR")
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
-    done = python([*launcher, driver, ROOT], env, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    codes, said = forked(torchrun(options, [driver, ROOT], env, tmp_path))
+    assert codes == [0], said
     (out,) = (tmp_path / "logs").iterdir()
     log = log_of(out)
     assert "step:1/6" in log
@@ -437,7 +430,7 @@ def test_a_restart_of_two_nodes_resumes_what_the_first_one_has(tmp_path):
 # --- two nodes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_nodes(shared, tmp_path):
     """Two agents, with disks of their own or one that they share."""
     port = free_port()
@@ -446,26 +439,11 @@ def test_two_nodes(shared, tmp_path):
         folder = tmp_path if shared else tmp_path / f"node{node}"
         folder.mkdir(exist_ok=True)
         env = tiny_env("out", WARMUP_STEPS="0", ITERATIONS="2")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=2",
-            f"--node_rank={node}",
-        ]
-        command += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        agents.append(
-            subprocess.Popen(
-                [*command, str(SCRIPT)],
-                env=env,
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    said = [agent.communicate(timeout=200)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
+        options = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        options += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+        agents.append(torchrun(options, [SCRIPT], env, folder))
+    codes, said = forked(*agents)
+    assert codes == [0, 0], said
     first = tmp_path if shared else tmp_path / "node0"
     assert result_of(first / "out")["world_size"] == 2
     if not shared:

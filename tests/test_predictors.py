@@ -373,7 +373,7 @@ def score_nestings(env, folder):
     rt.close()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_processes_does_not_matter(world, scores, tmp_path):
     in_processes(world, tmp_path, score_nestings, tmp_path)
     losses = json.loads((tmp_path / f"{world}.json").read_text())

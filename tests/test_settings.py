@@ -6,7 +6,7 @@ import os
 
 import pytest
 from conftest import ROOT, TINY, clean_env
-from helpers import settings_in, torchrun
+from helpers import settings_in, torchrun_alone
 
 import train_gpt as tg
 
@@ -304,8 +304,8 @@ def test_a_real_torchrun_environment(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     out = tmp_path / "env.json"
-    done = torchrun(1, [probe, out], clean_env())
-    assert done.returncode == 0, done.stderr
+    code, said = torchrun_alone(1, [probe, out], clean_env())
+    assert code == 0, said
     env = json.loads(out.read_text())
     assert "TORCHELASTIC_RUN_ID" in env
     assert env["WORLD_SIZE"] == "1"
