@@ -15,6 +15,10 @@ NOT_HERE = {
     "--nproc_per_node=8": "eight GPUs",
     "MICRO_BATCH_TOKENS=32768 python train_gpt.py": "a GPU, and the challenge's shards",
     "prepare.py fineweb": "a download of 16 GB",
+    "nvidia-smi": "a driver",
+    "git clone ": "the project's address",
+    "pip install -r requirements.txt": "an environment of its own",
+    "tests/gpu/acceptance.py  ": "a GPU",
     "-m pytest": "the tests themselves",
 }
 

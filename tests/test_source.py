@@ -118,12 +118,12 @@ def test_statements_are_simple(name):
     assert sum(isinstance(node, ast.Lambda) for node in nodes) <= 10
 
 
-def test_the_script_has_at_most_3850_statements():
+def test_the_script_has_at_most_3900_statements():
     """Docstrings are not counted: text costs nothing."""
     nodes = list(ast.walk(TREE))
     texts = [node for node in nodes if isinstance(node, ast.Expr)]
     docstrings = sum(isinstance(node.value, ast.Constant) for node in texts)
-    assert statements_of(nodes) - docstrings <= 3850
+    assert statements_of(nodes) - docstrings <= 3900
 
 
 @pytest.mark.parametrize("name", FILES)
