@@ -76,7 +76,7 @@ def projected(stage: dict, targets: int = FULL_TARGETS, gpus: int = 8) -> float:
 
     What happens once (compilation, first calls) is added. Batches are shared by all GPUs, unless
     the stage carries what it learns from one to the next; an adaptation step is shared by as many
-    as it has parts; every process counts n-grams alone.
+    as it has rows; every process counts n-grams alone.
     """
     paces = stage["seconds_a_target"]
     once = stage["seconds"] - stage["targets"] * sum(paces.values())
@@ -115,9 +115,7 @@ def judge_time(session: Session, label: str, row: dict) -> None:
     """Whether a stage would end within ten minutes on eight GPUs."""
     shown = f"{row['seconds']:.1f} s for {row['targets']} targets here, projected"
     value = f"{shown} {row['projected']:.0f} s"
-    known = row["adapters"]  # to be too slow at full size
-    known = known or row["metric"] == "adapted_before_scoring"  # it fits with TTT_PARTS=8
-    if known or not session.timed:
+    if row["adapters"] or not session.timed:  # adapters were too slow at full size when last seen
         session.note(f"{label} time", value)
     else:
         in_time = row["projected"] <= EVAL_SECONDS

@@ -275,11 +275,14 @@ class Paces:
         """Keeps the present stage."""
         warm = {kind: warm_pace(kind, entries) for kind, entries in self.kinds.items()}
         adapters = isinstance(scorer.network, tg.PerDocumentLoRA)
+        learners = 8 if adapters else 1
+        if scorer.training:
+            learners = min(8, cfg.ttt_batch_seqs * cfg.ttt_parts)  # rows of a step
         self.stages[scorer.name] = {
             "targets": targets,
             "seconds": seconds,
             "one_process": scorer.alone,
-            "learners": 8 if adapters else min(8, cfg.ttt_parts),
+            "learners": learners,
             "adapters": adapters,
             "seconds_a_target": warm,
         }
