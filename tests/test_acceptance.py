@@ -153,7 +153,7 @@ def test_a_broken_check_stops_no_other(parts, tmp_path, monkeypatch):
 
 
 LOGS = {
-    "The NVIDIA driver on your system is too old (found version 12080)": "--index-url",
+    "The NVIDIA driver on your system is too old (found version 12080)": "index cu126",
     "torch.OutOfMemoryError: CUDA out of memory. Tried": "MICRO_BATCH_TOKENS",
     "[rank3]: ProcessGroupNCCL.cpp watchdog thread": "NCCL_P2P_DISABLE=1",
     "RuntimeError: Failed to find C compiler.": "build-essential",
@@ -172,11 +172,11 @@ def test_a_log_is_diagnosed(log, parts):
 
 @pytest.mark.parametrize(
     "driver, index",
-    [("13.1", "cu130"), ("13.0", "cu130"), ("12.8", "cu128"), ("12.4", "cu126"), ("", "cu126")],
+    [("13.1", "cu130"), ("13.2", "cu132"), ("12.8", "cu126"), ("12.9", "cu129"), ("", "cu126")],
 )
 def test_the_wheel_for_a_driver(driver, index, parts):
-    assert parts[1].wheel_index(driver).endswith(f"/{index}")
-    assert f"whl/{index};" in parts[1].for_driver("13.0", driver)
+    assert parts[1].wheel_index(driver) == index
+    assert f"index {index} " in parts[1].for_driver("13.0", driver)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------

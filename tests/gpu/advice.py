@@ -6,9 +6,8 @@ import re
 
 from pod import Finished
 
-# CUDA versions of torch's wheel indices, the newest first.
-WHEELS = ("13.0", "12.9", "12.8", "12.6")
-INDEX = "https://download.pytorch.org/whl/cu"
+# CUDA versions of torch 2.13's wheels, the newest first.
+WHEELS = ("13.2", "13.0", "12.9", "12.6")
 
 MEMORY = (
     "Lower MICRO_BATCH_TOKENS (training) or EVAL_BATCH_TOKENS (scoring); nvidia-smi shows who else "
@@ -30,8 +29,7 @@ MATH = (
 )
 GRAPHS = (
     "A graph was compiled on the clock: TORCH_LOGS=recompiles names the guard that failed; "
-    "WARMUP_STEPS must be 2 or more where LATE_QAT_THRESHOLD is set; this torch may differ from "
-    "the tested ones."
+    "this torch may differ from the tested ones, 2.11 and 2.13."
 )
 LOSSES = (
     "bfloat16 does not compute what float32 does: train with COMPILE=0, then with ATTN=sdpa, to "
@@ -53,7 +51,7 @@ WAITS = "The host waits for the GPU in the line that is named: it costs speed, n
 IDLE = "The GPU waits for the host: see with top whether other processes hold its cores."
 OLD = "This train_gpt.py is older than the check: take both from one commit."
 TIME = "The budget of this check was used up: run the rest with --only NAMES, or all with --budget."
-CODE = "The log of that name says why; the exit codes stand at the head of section 12."
+CODE = "The log of that name says why; the exit codes stand at the head of section 13."
 RESUME = (
     "A run that is interrupted would be lost: see whether OUT_DIR is on a disk that keeps files, "
     "and whether something kills the processes without SIGTERM."
@@ -92,14 +90,14 @@ DIAGNOSES = {
 
 
 def wheel_index(driver_cuda: str) -> str:
-    """The index of torch's wheels that a driver of this CUDA version can use."""
+    """The name of the index of torch's wheels that a driver of this CUDA version can use."""
     numbers = re.findall(r"\d+", driver_cuda)
     driver = (int(numbers[0]), int(numbers[1])) if len(numbers) > 1 else (12, 6)
     for version in WHEELS:
         major, minor = map(int, version.split("."))
         if (major, minor) <= driver:
-            return f"{INDEX}{major}{minor}"
-    return f"{INDEX}{WHEELS[-1].replace('.', '')}"  # any driver of CUDA 12 takes it
+            return f"cu{major}{minor}"
+    return "cu126"  # any driver of CUDA 12 takes it
 
 
 def for_driver(torch_cuda: str | None, driver_cuda: str) -> str:
@@ -108,8 +106,8 @@ def for_driver(torch_cuda: str | None, driver_cuda: str) -> str:
         said = "This torch is built for CPUs"
     else:
         said = f"torch is built for CUDA {torch_cuda}, the driver is of CUDA {driver_cuda or '?'}"
-    command = f"pip install --force-reinstall torch --index-url {wheel_index(driver_cuda)}"
-    return f"{said}: {command}; or rent a pod with a newer driver."
+    wheel = f"install the torch wheel of PyTorch's index {wheel_index(driver_cuda)}"
+    return f"{said}: {wheel} (its site prints the command), or rent a pod with a newer driver."
 
 
 def diagnose(finished: Finished, driver: str = "") -> str:
