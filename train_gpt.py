@@ -1292,8 +1292,8 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def mark_varying(self, tensor: Tensor, axis: int) -> None:
-        """Compiled functions shall take any length of this axis, in one graph."""
-        if self.compiles:
+        """Compiled functions shall take any length of this axis, in one graph (1 has its own)."""
+        if self.compiles and tensor.size(axis) > 1:
             torch._dynamo.mark_dynamic(tensor, axis)
 
     def sync(self) -> None:
@@ -1496,6 +1496,7 @@ class RunLog:
         self.began: dict[str, float] = {}  # each phase's first second
         self.result: dict[str, Any] = {"status": "started", "stages": {}}
         self.result["phases_began"] = self.began
+        self.files: dict[str, io.FileIO] = {}  # that lines are appended to
         self.unwritten: dict[str, str] = {}  # file -> why something is missing in it
         self.start = time.perf_counter()
         self._inner = 0.0  # seconds booked by phases inside the present one
@@ -1527,8 +1528,10 @@ class RunLog:
 
     def _append(self, name: str, line: str) -> None:
         if self.writes:
-            with self.optional(name), open(self.out_dir / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self.optional(name):
+                if name not in self.files:
+                    self.files[name] = open(self.out_dir / name, "ab", buffering=0)
+                self.files[name].write(line.encode() + b"\n")
 
     def log(self, line: str, show: bool = True) -> None:
         """A line of train.log, and of the terminal if show."""
@@ -2183,9 +2186,9 @@ def previous(x: Tensor, cache: KVCache | None, key: str) -> Tensor:
 
 
 def row_scales(w: Tensor, qmax: int, floor: bool) -> Tensor:
-    """Quantization step of every row for whole numbers up to qmax: [R, C] -> [R, 1]."""
+    """Quantization step of every row for whole numbers up to qmax: [..., R, C] -> [..., R, 1]."""
     least = 1 / qmax if floor else 1e-12
-    return (w.detach().abs().amax(1, keepdim=True) / qmax).clamp(min=least)
+    return (w.detach().abs().amax(-1, keepdim=True) / qmax).clamp(min=least)
 
 
 class Linear(nn.Module):
@@ -3040,10 +3043,13 @@ def quantized_matrices(model: GPT, cfg: Config) -> list[QuantizedMatrix]:
 
 def quantization_penalty(matrices: Sequence[QuantizedMatrix], cfg: Config) -> Tensor:
     """CROWN-Q (PR 859): lambda / 12 times the sum of mean(w^2 step^2), the steps held fixed."""
-    parts = []
+    alike: dict[Any, list[Tensor]] = {}  # matrices of one shape are one operation
     for matrix in matrices:
-        w = matrix.linear.weight
-        parts.append((w * row_scales(w, matrix.qmax, False)).square().mean())
+        alike.setdefault((matrix.linear.weight.shape, matrix.qmax), []).append(matrix.linear.weight)
+    parts = []
+    for (_, qmax), weights in alike.items():
+        w = torch.stack(weights)
+        parts.append((w * row_scales(w, qmax, False)).square().mean((1, 2)).sum())
     return cfg.crown_q_lambda / 12 * torch.stack(parts).sum()
 
 
@@ -3242,8 +3248,9 @@ class Trainer:
             loss = self.compiled_model(ids, targets, ratios, self.context) / self.micro_batches
             loss.backward()
             total += loss.detach()
-        if cfg.crown_q_lambda and self.quantized and rate < 0.5 and rt.main:  # once, not by all
-            penalty = quantization_penalty(self.quantized, cfg)
+        mine = self.quantized[rt.rank :: rt.world]  # gradients are summed
+        if cfg.crown_q_lambda and mine and rate < 0.5:
+            penalty = quantization_penalty(mine, cfg)
             penalty.backward()
             total += penalty.detach()
 
@@ -4689,15 +4696,14 @@ class WindowNetwork:
 
     def plan(self, tokens: np.ndarray, chunk_targets: int) -> Plan:
         """The batches that score a stream, in chunks of so many targets; 0 = one chunk."""
-        targets = len(tokens) - 1
-        rows = -(-targets // self.stride)  # no more than there are
+        targets = most = len(tokens) - 1
         if chunk_targets:
-            rows = -(-chunk_targets // self.stride // BUSY_PROCESSES)
+            most = -(-min(targets, chunk_targets) // BUSY_PROCESSES)
         return Windows(
             targets=targets,
             seq_len=self.seq_len,
             stride=self.stride,
-            batch_rows=min(self.batch_rows, rows),
+            batch_rows=min(self.batch_rows, -(-most // self.stride)),
             chunk_targets=chunk_targets,
             fixed_rows=self.rt.profile.fixed_rows,
         )
