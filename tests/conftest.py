@@ -61,7 +61,17 @@ TINY_RUN = dict(
 )
 
 
-LONGEST = ("test_record.py", "test_lost_nothing.py", "test_predictors.py", "test_record_faults.py")
+LONGEST = (
+    "test_record.py",
+    "test_lost_nothing.py",
+    "test_audit.py",
+    "test_predictors.py",
+    "test_record_faults.py",
+    "test_record_runs.py",
+    "test_devices.py",
+    "test_plan.py",
+    "test_acceptance.py",
+)
 
 
 def pytest_collection_modifyitems(items):

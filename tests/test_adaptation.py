@@ -413,3 +413,36 @@ def test_one_graph_serves_chunks_of_all_lengths(rng, rt, run_log, monkeypatch):
     score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     assert [counter.frame_count for counter in counters] == [2, 1]
     np.testing.assert_allclose(score.nats, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("docs", [5, 4, 1])
+def test_checks_of_adapters_pass_in_every_process(docs, rng, rt, run_log, monkeypatch):
+    """Whatever slots it has of its own, and with batches of fixed rows."""
+    tokens = short_text(rng)
+    monkeypatch.setattr(rt, "sum_", lambda tensor: tensor)
+    monkeypatch.setattr(rt, "profile", dataclasses.replace(rt.profile, fixed_rows=True))
+    for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)):
+        monkeypatch.setattr(rt, "rank", rank)
+        monkeypatch.setattr(rt, "world", world)
+        cfg, scorer = build(rt, **LORA, ttt_docs=docs)
+        score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+        found = verdicts(score, scorer, tokens, cfg, rt)
+        assert (found["future"], found["distribution"]) == ("PASS", "PASS")
+
+
+def test_mixers_learn_after_every_group_of_documents(rt):
+    _, scorer = build(rt, **LORA, ttt_lora_keep=False, tilt=True)
+    assert scorer.network.groups == 1
+
+
+def test_adapters_take_any_length_whatever_the_attention(rt):
+    """Attention in blocks unrolls a length of its own."""
+    _, scorer = build(rt, **LORA)
+    network = scorer.network
+    seen = []
+    network._hidden = lambda model, ids, context: seen.append(context.backend)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    for backend in (tg.blocked_attention, tg.sdpa_attention):
+        context = dataclasses.replace(network.model.context(ids), backend=backend)
+        network.hidden(network.model, ids, context)
+    assert seen == [tg.sdpa_attention] * 2

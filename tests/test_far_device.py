@@ -173,7 +173,7 @@ def stepped(quiet_log):
             before = device.costs()
             whole_step(trainer)
             costs = device.costs(before)
-            losses = [pending.numpy().tolist()[1] for _, pending in trainer.in_flight]
+            losses = [pending.result()[1] for _, pending in trainer.in_flight]
         return costs, losses
 
     return stepped

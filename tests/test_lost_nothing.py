@@ -1,4 +1,4 @@
-"""What users lose nothing by (section 12): signals, full disks, used folders, restarts."""
+"""What users lose nothing by (section 13): signals, full disks, used folders, restarts."""
 
 import functools
 import json

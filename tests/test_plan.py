@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL, ROOT, TINY
-from helpers import NESTINGS, build, config, short_text
+from helpers import NESTINGS, build, config, settings_in, short_text
 from published_times import PUBLISHED, planned
 
 import train_gpt as tg
 
-CONFIGS = sorted((ROOT / "records").glob("track_*/*/config.env"))
+CONFIGS = [
+    pytest.param(path, marks=[pytest.mark.slow] if "cpu" in str(path) else [])
+    for path in sorted((ROOT / "records").glob("track_*/*/config.env"))
+]
 
 
 def forward_flops(cfg, rows, length):
@@ -118,6 +121,27 @@ def test_inputs_of_a_batch_are_those_that_it_reads(name, rng, rt):
     for chunk in plan.chunks():
         for work in chunk.work:
             assert plan.inputs(work) == plan.batch(tokens, work).ids.size
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("NUM_HEADS=7", "NUM_HEADS"),
+        ("TRAIN_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN"),
+        ("TTT_LR=0.1", "cannot act"),
+    ],
+)
+def test_settings_that_do_not_go_together_have_no_plan(text, words, capsys):
+    assert tg.main([], {"MODE": "plan", **settings_in(text)}) == tg.BAD_INPUT
+    assert words in capsys.readouterr().err
+
+
+def test_micro_batches_that_eight_cannot_share_are_pointed_out(capsys):
+    env = {"MODE": "plan", "MICRO_BATCH_TOKENS": "524288", "VAL_TOKENS": "100000"}
+    assert tg.main([], env) == tg.OK
+    printed = capsys.readouterr().out
+    assert "8 processes cannot share the 1 micro-batches" in printed
+    assert "100000 validation targets" in printed
 
 
 def test_a_plan_of_data_that_is_there_counts_it(tmp_path, capsys):

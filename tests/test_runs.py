@@ -1,4 +1,4 @@
-"""Whole runs (section 12), as users start them: in one process, in two, interrupted, damaged."""
+"""Whole runs (section 13), as users start them: in one process, in two, interrupted, damaged."""
 
 import dataclasses
 import hashlib

@@ -213,7 +213,7 @@ def report_of(rank, world, cfg, run_log, batches):
     trainer.clock.origin = 2.0
     trainer.send_report(trainer.step(lambda unit: batches[unit], 1))
     _, pending = trainer.in_flight[0]
-    seconds, loss, *_ = pending.numpy()
+    seconds, loss, *_ = pending.result()
     return np.array([seconds, loss])
 
 

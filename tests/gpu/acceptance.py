@@ -75,8 +75,8 @@ def projected(stage: dict, targets: int = FULL_TARGETS, gpus: int = 8) -> float:
     """Seconds of a stage over so many targets on so many GPUs, from its warm pace on one.
 
     What happens once (compilation, first calls) is added. Batches are shared by all GPUs, unless
-    the stage carries what it learns from one to the next; an adaptation step is shared by as many
-    as it has rows; every process counts n-grams alone.
+    the stage carries what it learns from one to the next; the rows of an adaptation step are
+    shared; n-grams are counted once a machine.
     """
     paces = stage["seconds_a_target"]
     once = stage["seconds"] - stage["targets"] * sum(paces.values())

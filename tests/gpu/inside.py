@@ -277,7 +277,8 @@ class Paces:
         adapters = isinstance(scorer.network, tg.PerDocumentLoRA)
         learners = 8 if adapters else 1
         if scorer.training:
-            learners = min(8, cfg.ttt_batch_seqs * cfg.ttt_parts)  # rows of a step
+            rows = cfg.ttt_batch_seqs * cfg.ttt_parts  # of a step
+            learners = -(-rows // -(-rows // tg.BUSY_PROCESSES))
         self.stages[scorer.name] = {
             "targets": targets,
             "seconds": seconds,
