@@ -4350,9 +4350,9 @@ class NgramCounts:
         self.tokens = tokens
         self.sorted = None
         if whole:
-            counts = causal_counts(tokens, NGRAM_ORDERS, self.bos, hints=True)  # not yet begun
+            count = functools.partial(causal_counts, tokens, NGRAM_ORDERS, self.bos, hints=True)
             arrays = self.rt.once_a_machine(
-                lambda: itertools.chain(*discounted(counts, self.vocab))
+                lambda: itertools.chain(*discounted(count(), self.vocab))
             )
             self.sorted = arrays[: len(NGRAM_ORDERS)], NgramFacts(*arrays[len(NGRAM_ORDERS) :])
         self.unigram = np.zeros(self.vocab, np.int64)
