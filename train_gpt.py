@@ -572,6 +572,9 @@ LEAKY_SLOPE=0.5
 SAMPLE_TOKENS=60
 """
 
+# Modes whose settings must make a training.
+TRAINING_MODES = ("train", "plan")
+
 # Other spellings that people's scripts use, and what the setting is called here.
 OLD_NAMES = {
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
@@ -775,7 +778,7 @@ def read_settings(
         for name in idle_names(given, dataclasses.replace(below or Config(), **values)):
             needs = FIELDS[name].metadata["needs"]
             idle.append(f"{name}={as_typed(given[name])} needs {needs}: as it is, it cannot act")
-    decided = below or values.get("mode", "train") in ("train", "plan")
+    decided = below or values.get("mode", "train") in TRAINING_MODES
     return values, problems + (idle if decided else [])
 
 
@@ -945,7 +948,7 @@ def relation_problems(cfg: Config, world: int) -> list[str]:
     _check_model(cfg, relations)
     _check_training(cfg, relations)
     _check_scoring(cfg, relations)
-    if not relations.problems and cfg.mode in ("train", "plan"):
+    if not relations.problems and cfg.mode in TRAINING_MODES:
         count = cfg.micro_batches
         sizes = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
         relations.require(
@@ -977,7 +980,7 @@ def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Confi
     values, problems = read_settings(env, artifact)
     cfg = dataclasses.replace(artifact or Config(), **values)
     problems += value_problems(cfg)
-    if not problems and (artifact or cfg.mode in ("train", "plan")):
+    if not problems and (artifact or cfg.mode in TRAINING_MODES):
         problems = relation_problems(cfg, launched(env, "WORLD_SIZE", 1))
     raise_if(problems)
     return cfg
@@ -1028,6 +1031,14 @@ class DeviceProfile:
     def tolerance(self) -> float:
         """Nats by which a score may differ in a batch of another shape."""
         return 0.05 if self.dtype == torch.bfloat16 else 1e-4
+
+    def in_format(self, wanted: str) -> DeviceProfile:
+        """With DTYPE's number format; auto is the profile's own."""
+        if wanted == "auto":
+            return self
+        dtype = getattr(torch, wanted)
+        fixed_rows = self.fixed_rows or dtype == torch.bfloat16
+        return dataclasses.replace(self, dtype=dtype, fixed_rows=fixed_rows)
 
 
 GPU_PROFILE = DeviceProfile(torch.bfloat16, lag=2, score_tokens=1 << 19, fixed_rows=True)
@@ -1183,7 +1194,7 @@ class Runtime:
                     f"--nproc_per_node may be {found} at most"
                 )
             self.device = torch.device(kind, self.local_rank)
-        self.profile = self._pick_profile(cfg.dtype)
+        self.profile = (GPU_PROFILE if self.cuda else CPU_PROFILE).in_format(cfg.dtype)
         self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
@@ -1219,14 +1230,6 @@ class Runtime:
             found = ", ".join(available)
             raise ConfigError(f"DEVICE={wanted}: torch finds none here; available: {found}")
         return wanted
-
-    def _pick_profile(self, wanted: str) -> DeviceProfile:
-        profile = GPU_PROFILE if self.cuda else CPU_PROFILE
-        if wanted == "auto":
-            return profile
-        dtype = getattr(torch, wanted)
-        fixed_rows = profile.fixed_rows or dtype == torch.bfloat16
-        return dataclasses.replace(profile, dtype=dtype, fixed_rows=fixed_rows)
 
     def _prepare_device(self) -> None:
         if self.cuda:
@@ -1373,7 +1376,7 @@ class Runtime:
         Each process would need gigabytes and the processors of all. The files are in TMPDIR; where
         they cannot be written, every process does make the arrays.
         """
-        if self.world == 1 or self.local_world == 1:
+        if self.local_world == 1:
             return list(make())
         try:
             with self._shared_folder() as folder:
@@ -3198,6 +3201,8 @@ class Trainer:
         self.gradients = bind_flat_gradients(list(model.parameters()))
         self.optimizers = build_optimizers(model, cfg, rt)
         self.quantized = quantized_matrices(model, cfg)
+        # This process's share: gradients are summed.
+        self.penalized = self.quantized[rt.rank :: rt.world] if cfg.crown_q_lambda else []
         self.averager = WeightAverager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.ngram_table = FrozenNgramTable(cfg, rt.device) if cfg.mixer_head else None
         self.steps_done = 0
@@ -3250,9 +3255,8 @@ class Trainer:
             loss = self.compiled_model(ids, targets, ratios, self.context) / self.micro_batches
             loss.backward()
             total += loss.detach()
-        mine = self.quantized[rt.rank :: rt.world]  # gradients are summed
-        if cfg.crown_q_lambda and mine and rate < 0.5:
-            penalty = quantization_penalty(mine, cfg)
+        if self.penalized and rate < 0.5:
+            penalty = quantization_penalty(self.penalized, cfg)
             penalty.backward()
             total += penalty.detach()
 
@@ -4049,6 +4053,8 @@ class Documents:
         self.fixed_rows = fixed_rows  # of inputs in all batches; 0 = as many as documents
         self.starts = self._starts(tokens[:-1])
         self.ends = np.append(self.starts[1:], len(tokens) - 1)
+        self.lengths = self.ends - self.starts
+        self.counts = -(-self.lengths // chunk_targets)  # chunks of each
 
     def _starts(self, inputs: np.ndarray) -> np.ndarray:
         """First input of every document."""
@@ -4061,8 +4067,7 @@ class Documents:
         for first in range(0, len(self.starts), together):
             documents = np.arange(first, min(first + together, len(self.starts)))
             lo, hi = int(self.starts[documents[0]]), int(self.ends[documents[-1]])
-            lengths = self.ends[documents] - self.starts[documents]
-            documents = documents[np.argsort(-lengths, kind="stable")]
+            documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
             for at in range(0, len(documents), self.slots):
                 group = documents[at : at + self.slots]
                 slots = group % self.slots if self.window == 1 else np.arange(len(group))
@@ -4079,11 +4084,9 @@ class Documents:
     ) -> list[DocumentRows | None]:
         """Chunk by chunk the rows of those documents of a group that are this process's."""
         size = self.chunk_targets
-        count = -(-(self.ends - self.starts)[mine] // size)  # of chunks of each
-        longest = int((self.ends - self.starts)[group].max())
         works: list[DocumentRows | None] = []
-        for number in range(-(-longest // size)):
-            rows = count > number
+        for number in range(int(self.counts[group].max())):
+            rows = self.counts[mine] > number
             first = self.starts[mine[rows]] + number * size
             work = DocumentRows(number, first, self.ends[mine[rows]], slots[rows])
             works.append(work if rows.any() else None)
@@ -4907,8 +4910,11 @@ class PerDocumentLoRA(WindowNetwork):
         return self._hidden(model, ids, AttentionContext(backend, cos, sin))
 
     def _slots(self, batch: Batch) -> Tensor:
-        """Own number of the adapters of every row of inputs, on the device: an index on the host
-        would wait for it. A slot of other processes, which checks ask for too, is the last one."""
+        """Own number of the adapters of every row of inputs.
+
+        On the device: an index on the host would wait for it. A slot of other processes, which
+        checks ask for too, is the last one.
+        """
         own = np.minimum(batch.slots // self.rt.world, len(self.steps) - 1)
         return self.rt.put(np.resize(own, len(batch.ids)))
 
@@ -5966,9 +5972,7 @@ class PlanRuntime(Runtime):
         self.attention = self.counter.attention
         self.device = torch.device("meta")
         self.world = PLANNED_GPUS
-        self.profile = GPU_PROFILE
-        if cfg.dtype != "auto":
-            self.profile = dataclasses.replace(GPU_PROFILE, dtype=getattr(torch, cfg.dtype))
+        self.profile = GPU_PROFILE.in_format(cfg.dtype)
 
     def model(self) -> GPT:
         """The settings' model."""
@@ -6026,10 +6030,10 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
     scorer = stage.build(rt.model().requires_grad_(False), rt, cfg, ByteTable.bytes260())
     network = scorer.network
     plan = network.plan(tokens, scorer.chunk_targets)
-    rank, world = (0, 1) if scorer.alone else (0, PLANNED_GPUS)
-    work = [work for chunk in plan.chunks(rank, world) for work in chunk.work if work is not None]
+    chunks = plan.chunks(0, 1 if scorer.alone else PLANNED_GPUS)
+    work = [work for chunk in chunks for work in chunk.work if work is not None]
     batches = [plan.batch(tokens, part) for part in work[:2]]
-    network.predict(batches[0])
+    network.predict(batches[0])  # which a network that carries on continues
 
     def score() -> None:
         with torch.no_grad():

@@ -177,7 +177,8 @@ class Audit:
     def processes(self) -> Check:
         """One process gives what several gave."""
         solo = copy.copy(self.scores.rt)
-        solo.rank, solo.world = 0, 1
+        solo.rank = solo.local_rank = 0
+        solo.world = solo.local_world = 1
         moved = self.scores(self.stream, rt=solo) - self.nats
         return self.gap("processes", "other numbers of processes", moved, self.tolerance)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL, ROOT, TINY, TINY_RUN, clean_env
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
@@ -134,6 +135,16 @@ def compiled(function):
     """As torch.compile would run it, in one graph."""
     torch.compiler.reset()
     return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+def counted_compiler(counters):
+    """A compiler that counts graphs, one counter a function."""
+
+    def compile_counted(function):
+        counters.append(CompileCounterWithBackend("aot_eager"))
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
+
+    return compile_counted
 
 
 def take_step(trainer, batch_of):

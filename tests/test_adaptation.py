@@ -16,13 +16,13 @@ from helpers import (
     Cases,
     build,
     config,
+    counted_compiler,
     mild,
     names_of,
     randomized,
     short_text,
     verdicts,
 )
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt as tg
 
@@ -400,15 +400,10 @@ def test_one_graph_serves_chunks_of_all_lengths(rng, rt, run_log, monkeypatch):
     cfg, scorer = build(rt, **settings, ve_layers=(), xsa_last_n=1)
     expected = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
     counters = []
-
-    def compile_counted(function):
-        counters.append(CompileCounterWithBackend("aot_eager"))
-        return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
-
     torch._dynamo.reset()
     monkeypatch.setattr(rt, "profile", dataclasses.replace(rt.profile, fixed_rows=True))
     monkeypatch.setattr(rt, "compiles", True)
-    monkeypatch.setattr(rt, "compile", compile_counted)
+    monkeypatch.setattr(rt, "compile", counted_compiler(counters))
     cfg, scorer = build(rt, **settings, ve_layers=(), xsa_last_n=1)
     score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     assert [counter.frame_count for counter in counters] == [2, 1]

@@ -16,8 +16,10 @@ import torch
 from conftest import FULL, TINY
 from helpers import (
     PUBLISHED,
+    Noise,
     compiled,
     config,
+    counted_compiler,
     cpu_runtime,
     in_processes,
     losses_of,
@@ -28,23 +30,11 @@ from helpers import (
     take_step,
 )
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as tg
-
-
-def counted_compiler(counters):
-    """A compiler that counts graphs, one counter a function."""
-
-    def compile_counted(function):
-        counters.append(CompileCounterWithBackend("aot_eager"))
-        return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
-
-    return compile_counted
-
 
 # Two layers, one that pushes and one that pops; a shorter Newton-Schulz: less to trace.
 SHALLOW = dict(num_layers=2, muon_backend_steps=2, device="cpu")
@@ -62,7 +52,7 @@ SAME_GRAPH = ("pr740_v2", "pr834")  # as pr740_v1 and pr859
         for name in WHOLE_STEPS
     ],
 )
-def test_the_whole_step_compiles_once_without_graph_breaks(name, run_log, rng):
+def test_the_whole_step_compiles_once_without_graph_breaks(name, run_log):
     """bf16 autocast, fullgraph: one graph for the model forward and backward, none later.
 
     Newton-Schulz has one a matrix shape.
@@ -76,18 +66,15 @@ def test_the_whole_step_compiles_once_without_graph_breaks(name, run_log, rng):
     model = tg.build_model(cfg, rt)
     trainer = tg.Trainer(cfg, rt, run_log, model, None)
 
-    def batch(unit):
-        ids = rng.integers(0, 260, (2, 33))
-        return ids[:, :-1].copy(), ids[:, 1:].copy()
-
+    noise = Noise()
     shapes = {p.shape for _, p in tg.parameter_groups(model, cfg)["matrices"]}
     for _ in range(4):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = take_step(trainer, batch)
+            loss = take_step(trainer, noise.batch)
         trainer.steps_done += 1
         assert [counter.frame_count for counter in counters] == [1, len(shapes)]
         assert torch.isfinite(loss)
-    ids, _ = batch(0)
+    ids, _ = noise.batch(0)
     assert model.hidden(torch.from_numpy(ids)).dtype == torch.bfloat16
 
 

@@ -12,7 +12,7 @@ from published_times import PUBLISHED, planned
 import train_gpt as tg
 
 CONFIGS = [
-    pytest.param(path, marks=[pytest.mark.slow] if "cpu" in str(path) else [])
+    pytest.param(path, marks=[pytest.mark.slow] if "cpu" in path.parts[-3] else [])
     for path in sorted((ROOT / "records").glob("track_*/*/config.env"))
 ]
 

@@ -42,18 +42,18 @@ def late_by_its_clock(real, guard, share):
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
 
-def settings_of(tmp_path, world, **env):
-    """A tiny run whose steps the processes share evenly."""
+def run_with_one_changed(tmp_path, world, place, replacement, code, **env):
+    """A tiny run whose steps the processes share evenly, the last one changed -> result.json."""
     batch = dict(TRAIN_BATCH_TOKENS=str(64 * 2 * world), MICRO_BATCH_TOKENS="64")
-    return tiny_settings(tmp_path / "out", **batch, **env)
+    settings = tiny_settings(tmp_path / "out", **batch, **env)
+    in_processes(world, tmp_path, patched_run, settings, place, replacement, code)
+    return result_of(tmp_path / "out")
 
 
 @WORLDS
 def test_a_slow_process_is_waited_for(world, tmp_path):
-    settings = settings_of(tmp_path, world, SCHEDULE="clock", MAX_WALLCLOCK_SECONDS="60")
-    change = ("Trainer.step", slowly, 0)
-    in_processes(world, tmp_path, patched_run, settings, *change)
-    result = result_of(tmp_path / "out")
+    limit = dict(SCHEDULE="clock", MAX_WALLCLOCK_SECONDS="60")
+    result = run_with_one_changed(tmp_path, world, "Trainer.step", slowly, 0, **limit)
     assert (result["status"], result["exit_code"], result["steps"]) == ("finished", 0, 6)
     assert set(result["stages"]) == {"plain", "sliding"}
     assert result["train_seconds"] > 0.5
@@ -62,29 +62,23 @@ def test_a_slow_process_is_waited_for(world, tmp_path):
 @WORLDS
 def test_a_verdict_of_one_process_is_that_of_all(world, tmp_path):
     """The results are written before any process leaves."""
-    settings = settings_of(tmp_path, world)
-    change = ("check_score", one_failed, tg.AUDIT_FAILED)
-    in_processes(world, tmp_path, patched_run, settings, *change)
-    result = result_of(tmp_path / "out")
-    assert (result["status"], result["exit_code"]) == ("finished", tg.AUDIT_FAILED)
+    code = tg.AUDIT_FAILED
+    result = run_with_one_changed(tmp_path, world, "check_score", one_failed, code)
+    assert (result["status"], result["exit_code"]) == ("finished", code)
     assert set(result["stages"]) == {"plain", "sliding"}
     assert "exit code    6" in log_of(tmp_path / "out")
 
 
 @WORLDS
 def test_a_loss_that_is_no_number_in_one_process_ends_all(world, tmp_path):
-    settings = settings_of(tmp_path, world)
-    change = ("GPT.forward", not_a_number, tg.DIVERGED)
-    in_processes(world, tmp_path, patched_run, settings, *change)
-    result = result_of(tmp_path / "out")
+    result = run_with_one_changed(tmp_path, world, "GPT.forward", not_a_number, tg.DIVERGED)
     assert (result["status"], result["exit_code"]) == ("diverged", tg.DIVERGED)
 
 
 @WORLDS
 def test_no_time_left_by_one_clock_is_no_time_for_all(world, tmp_path):
     """Rank 0's clock decides on stages, whatever the others' say."""
-    settings = settings_of(tmp_path, world, MAX_EVAL_SECONDS="600")
-    change = ("TimeGuard.fits", late_by_its_clock, 0)
-    in_processes(world, tmp_path, patched_run, settings, *change)
-    result = result_of(tmp_path / "out")
+    limit = dict(MAX_EVAL_SECONDS="600")
+    place = "TimeGuard.fits"
+    result = run_with_one_changed(tmp_path, world, place, late_by_its_clock, 0, **limit)
     assert not [stage for stage in result["stages"].values() if "skipped" in stage]

@@ -204,13 +204,9 @@ def check_plain(session: Session) -> None:
     settings["EVAL_STRIDE"] = 32 if pod.dry else 64
     pod.run(Job("plain", inside.torchrun(pod.launched), settings, alone=True))
     finished = session.ended("plain")
-    session.expect(
-        "launcher's exit code",
-        pod.finished["plain"].exit_code,
-        "0",
-        pod.finished["plain"].exit_code == 0,
-        advice.diagnose(pod.finished["plain"], session.driver_advice),
-    )
+    ran = pod.finished["plain"]
+    do = advice.diagnose(ran, session.driver_advice)
+    session.expect("launcher's exit code", ran.exit_code, "0", ran.exit_code == 0, do)
     if not finished:
         return
     lines = [line.strip()[:200] for line in finished.text.splitlines() if NOISE.search(line)]
@@ -293,8 +289,7 @@ def exact_jobs(pod: Pod, systems: Sequence[str]) -> dict[str, Job]:
         row = int(settings.get("TRAIN_SEQ_LEN", cfg.train_seq_len))
         settings |= {"MICRO_BATCH_TOKENS": max(row, micro // 8), "ITERATIONS": COMPARED}
         settings |= {"WARMDOWN_ITERS": 0, "WARMUP_STEPS": 0, "COMPILE": 0}
-        if "DTYPE" in tg.FIELDS:
-            settings["DTYPE"] = "float32"
+        settings["DTYPE"] = "float32"
         name = f"exact_{system}"
         jobs.setdefault(training_of(cfg), Job(name, inside.training_steps, settings, limit=120))
     return {system: jobs[training_of(pod.config(system))] for system in systems}
@@ -325,8 +320,6 @@ def check_systems(session: Session) -> None:
     pod = session.pod
     systems = sorted(session.systems, key=lambda name: -SHARE_MS.get(name, math.inf))
     exact = exact_jobs(pod, systems)
-    has = pod.dry or "DTYPE" in tg.FIELDS
-    session.expect("setting DTYPE", has, "for the losses in float32", has, advice.OLD)
     jobs = []
     for system in systems:
         if system != BASELINE:

@@ -49,7 +49,6 @@ WARMUP = (
 )
 WAITS = "The host waits for the GPU in the line that is named: it costs speed, no truth."
 IDLE = "The GPU waits for the host: see with top whether other processes hold its cores."
-OLD = "This train_gpt.py is older than the check: take both from one commit."
 TIME = "The budget of this check was used up: run the rest with --only NAMES, or all with --budget."
 CODE = "The log of that name says why; the exit codes stand at the head of section 13."
 RESUME = (
