@@ -205,6 +205,11 @@ class Config:
     tokenizer_path: str = _data(
         "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model or byte260"
     )
+    case_transform: str = _data(
+        "",
+        "what makes capitals markers before a tokenizer with case markers; empty = as recorded",
+        choices=("", "caseops", "case2"),
+    )
     val_tokens: int = _data(
         0, "validation targets to score (development: no val_bpb); 0 = all", low=0
     )
@@ -1153,6 +1158,11 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16, as oneDNN sees it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class PendingSum:
     """Sums over all processes that are on their way to the host."""
 
@@ -1198,6 +1208,9 @@ class Runtime:
         self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
+        self.emulates = kind == "cpu" and compute == "bfloat16" and not cpu_has_bfloat16()
+        if self.emulates:
+            self.notes.append("WARNING: DTYPE=bfloat16: emulated on this CPU, and many times slower")
         self._prepare_device()
         self.attention = self._pick_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
@@ -1257,7 +1270,8 @@ class Runtime:
         if wanted == "fa3":
             problem = f"FlashAttention 3 does not run here ({reason})"
             raise ConfigError(f"ATTN=fa3: {problem}; allowed: auto, sdpa")
-        if wanted == "auto" and self.device.type == "cpu" and self.compiles:
+        faster = self.device.type == "cpu" and self.compiles and not self.emulates
+        if wanted == "auto" and faster:
             self.notes.append("attention:blocks (compiled on a CPU: faster than sdpa)")
             return blocked_attention
         self.notes.append(f"attention:sdpa ({reason})")
@@ -1673,15 +1687,25 @@ def how_to_get(text: str) -> str:
     return "see data/README.md"
 
 
+CHARGES = "val_bytes"  # the split of the byte side file: bytes of each validation token
+
+
 def shard_name(split: str, number: int | None = None) -> str:
     """The file name of a split's shard; without a number, the pattern of all (of both: split *)."""
     return f"fineweb_{split}_{'*' if number is None else f'{number:06d}'}.bin"
 
 
+def shards_in(folder: Path, split: str) -> list[Path]:
+    """The files of a split (train, val or val_bytes) in a folder, in order of name."""
+    paths = sorted(folder.glob(shard_name(split)))
+    others = shard_name(CHARGES).split("*")[0]  # which the pattern of val fits, too
+    return [path for path in paths if split == CHARGES or not path.name.startswith(others)]
+
+
 def shard_paths(cfg: Config, split: str) -> list[Path]:
     """The shards of a split (train or val), in order of name; at least one."""
     folder = find_path(cfg.data_path)
-    paths = sorted(folder.glob(shard_name(split)))
+    paths = shards_in(folder, split)
     check(paths, f"DATA_PATH={cfg.data_path!r}: no {shard_name(split)} in {folder}")
     return paths
 
@@ -1751,6 +1775,76 @@ def load_validation(cfg: Config) -> np.ndarray:
     return tokens
 
 
+# --- capital letters as markers: text in small letters, and the exact way back --------------------
+
+TITLE = "\ue001"  # the next letter is a capital
+ALLCAPS = "\ue002"  # all letters of the next run are
+CAPNEXT = "\ue003"  # the next letter is, inside a run
+ESCAPE = "\ue004"  # the next character is text, although it looks like a marker
+CASE_MARKERS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
+MARKER_BYTES = len(TITLE.encode())
+
+# A run of ASCII letters that has a capital. Looking back keeps long runs without one linear.
+_RUN = "(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*"
+# What a transform rewrites: a literal marker, or white space that it jumps over and a run.
+CASE_TRANSFORMS = {
+    "caseops": re.compile(f"[{CASE_MARKERS}]|()({_RUN})"),
+    "case2": re.compile(rf"[{CASE_MARKERS}]|((?<!\s)\s+|)({_RUN})"),
+}
+_INNER_CAPITALS = {ord(c): CAPNEXT + c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+_MARKED = re.compile(
+    rf"{ESCAPE}(.)|[{TITLE}{CAPNEXT}](\s*[a-z])|{ALLCAPS}(\s*[a-z]+)|[{CASE_MARKERS}]", re.DOTALL
+)
+_MARKER_IN_BYTES = re.compile(b"\xee\x80\x84(?:...)|\xee\x80[\x81-\x83]", re.DOTALL)
+
+
+def mark_case(text: str, transform: str) -> str:
+    """A text in small ASCII letters and markers, from which `restore_case` gives it back.
+
+    caseops (PR 1729 of openai/parameter-golf): a run of letters with one capital in front gets
+    TITLE, one of two or more capitals ALLCAPS, all other capitals CAPNEXT; ESCAPE comes before
+    characters of the text that are markers. case2: TITLE and ALLCAPS stand before the white space
+    in front of the run, whatever it is (spaces, line ends), so that " The" has the piece of " the".
+    """
+    return CASE_TRANSFORMS[transform].sub(_with_markers, text)
+
+
+def _with_markers(found: re.Match[str]) -> str:
+    space, run = found.groups()
+    if run is None:
+        return ESCAPE + found[0]
+    if len(run) > 1 and run.isupper():
+        return ALLCAPS + space + run.lower()
+    rest = run[1:].translate(_INNER_CAPITALS)
+    if run[0].isupper():
+        return TITLE + space + run[0].lower() + rest
+    return space + run[0] + rest
+
+
+def restore_case(text: str) -> str:
+    """The text that either transform was made from.
+
+    A marker that stands before nothing that it could act on, as a model may write it, is dropped.
+    """
+    return _MARKED.sub(_with_capitals, text)
+
+
+def _with_capitals(found: re.Match[str]) -> str:
+    escaped, *capitals = found.groups("")
+    return escaped or "".join(capitals).upper()
+
+
+def bytes_before(marked: str) -> np.ndarray:
+    """Bytes of the original text before each byte of a transformed text, and all -> [bytes + 1]."""
+    encoded = marked.encode()
+    is_text = np.ones(len(encoded), np.int64)
+    for found in _MARKER_IN_BYTES.finditer(encoded):
+        is_text[found.start() : found.start() + MARKER_BYTES] = 0
+    return np.concatenate(([0], np.cumsum(is_text)))
+
+
+# --- how many bytes of text a token stands for ----------------------------------------------------
+
 WORD_MARK = "\u2581"  # SentencePiece's sign for a space before a word
 
 
@@ -1764,7 +1858,8 @@ class ByteTable:
 
     A token counts the UTF-8 bytes of its piece, a word mark in it one byte as the space that it
     stands for; a mark in front counts nothing after a control, unknown or unused token. Those count
-    nothing themselves, byte pieces count one.
+    nothing themselves, byte pieces count one. A case marker counts nothing, unless it is text: then
+    ESCAPE comes before it.
     """
 
     def __init__(
@@ -1774,17 +1869,24 @@ class ByteTable:
         boundary: np.ndarray,
         name: str,
         processor: sentencepiece.SentencePieceProcessor | None = None,
+        markers: Sequence[int] = (),
+        transform: str = "",
     ):
         self.sizes = sizes  # [V] int16, bytes without the mark
         self.marked = marked  # [V] bool, the piece begins with a mark
         self.boundary = boundary  # [V] bool, control, unknown or unused
         self.name = name
         self.processor = processor
+        self.markers = list(markers)  # the tokens of CASE_MARKERS, if its text has them
+        self.transform = transform  # that its text goes through; empty = none, or not known
         self.vocab_size = len(sizes)
 
     @classmethod
-    def from_sentencepiece(cls, path: str | Path) -> ByteTable:
-        """The table of a SentencePiece model file; InputError if it is none."""
+    def from_sentencepiece(cls, path: str | Path, transform: str = "") -> ByteTable:
+        """The table of a SentencePiece model file; InputError if it is none.
+
+        transform: what its text goes through; only `encode` cannot do without.
+        """
         check(Path(path).is_file(), f"{path}: no such tokenizer file")
         unusable = (RuntimeError, OSError, UnicodeDecodeError)
         with input_error_from(f"{path}: not a SentencePiece model", *unusable):
@@ -1800,13 +1902,22 @@ class ByteTable:
             f"{path}: no piece for the word mark U+2581; a space would be spelled in three bytes, "
             "and charged as three",
         )
+        markers = []
+        if words.issuperset(CASE_MARKERS):
+            markers = [sp.piece_to_id(marker) for marker in CASE_MARKERS]
+        check(
+            markers or not transform,
+            f"{path}: no pieces for the case markers U+E001 to U+E004, so that {transform} text is "
+            "none of its",
+        )
         sizes = np.zeros(len(ids), dtype=np.int16)
         for i in ids:
             if sp.is_byte(i):
                 sizes[i] = 1
-            elif not boundary[i]:
+            elif not boundary[i] and i not in markers:
                 sizes[i] = len(pieces[i].removeprefix(WORD_MARK).replace(WORD_MARK, " ").encode())
-        return cls(sizes, np.array(marked), np.array(boundary), Path(path).name, sp)
+        name = Path(path).name
+        return cls(sizes, np.array(marked), np.array(boundary), name, sp, markers, transform)
 
     @classmethod
     def bytes260(cls) -> ByteTable:
@@ -1818,44 +1929,93 @@ class ByteTable:
         return cls((~boundary).astype(np.int16), np.zeros(260, bool), boundary, "byte260")
 
     @classmethod
-    def named(cls, cfg: Config) -> ByteTable:
-        """The table that TOKENIZER_PATH names; InputError if it does not fit the settings."""
+    def named(cls, cfg: Config, recorded: str = "") -> ByteTable:
+        """The table that TOKENIZER_PATH names; InputError if it does not fit the settings.
+
+        recorded: the case transform that the manifest says.
+        """
         if cfg.tokenizer_path == "byte260":
+            check(not cfg.case_transform, "CASE_TRANSFORM cannot act with TOKENIZER_PATH=byte260")
             table = cls.bytes260()
         else:
-            table = cls.from_sentencepiece(find_path(cfg.tokenizer_path))
+            path = find_path(cfg.tokenizer_path)
+            table = cls.from_sentencepiece(path, cfg.case_transform or recorded)
         has = f"the tokenizer {table.name} has {table.vocab_size} tokens"
         check(table.vocab_size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}, but {has}")
+        table.check_transform()
         return table
 
     @classmethod
     def load(cls, cfg: Config) -> ByteTable:
-        """The same; InputError, too, if another tokenizer made the shards."""
-        table = cls.named(cfg)
-        made_by = maker_of_shards(cfg)
+        """The same; InputError, too, if other than this made the shards."""
+        maker = recorded_entries(cfg)[1]
+        made_by = _digest_in(maker)
         check(
             made_by in (None, tokenizer_hash(cfg)),
             f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the manifest says that another tokenizer "
             f"(sha256 {printable(made_by, 16)}) made the shards in {cfg.data_path}",
         )
-        return table
+        recorded = str(maker.get("case_transform", ""))
+        check(
+            cfg.case_transform in ("", recorded or cfg.case_transform),
+            f"CASE_TRANSFORM={cfg.case_transform}: the manifest says that the shards in "
+            f"{cfg.data_path} were made with {printable(recorded)}",
+        )
+        return cls.named(cfg, recorded)
+
+    def check_transform(self) -> None:
+        """InputError unless it is known what text with case markers goes through."""
+        check(
+            not self.markers or self.transform in CASE_TRANSFORMS,
+            f"{self.name}: a tokenizer of text with case markers, and no manifest records which "
+            "transform made it; CASE_TRANSFORM says so: caseops is the published one",
+        )
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes charged to tokens[1:] -> int16 [len(tokens) - 1]."""
         spaces = self.marked[tokens[1:]] & ~self.boundary[tokens[:-1]]
-        return self.sizes[tokens[1:]] + spaces
+        sizes = self.sizes[tokens[1:]] + spaces
+        if self.markers:
+            sizes[self.escaped(tokens)] = MARKER_BYTES
+        return sizes
+
+    def escaped(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of tokens[1:] are markers that are text: after an odd number of ESCAPE -> bool."""
+        places = np.arange(len(tokens))
+        is_escape = tokens == self.markers[CASE_MARKERS.index(ESCAPE)]
+        last_other = np.maximum.accumulate(np.where(is_escape, -1, places))
+        odd = (places - last_other)[:-1] % 2 == 1
+        return odd & np.isin(tokens[1:], self.markers)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
-        if self.processor:
-            return self.processor.encode(text)
-        return [byte + 4 for byte in text.encode()]
+        if not self.processor:
+            return [byte + 4 for byte in text.encode()]
+        return self.processor.encode(self.marked_text(text))
+
+    def marked_text(self, text: str) -> str:
+        """What SentencePiece sees of a text."""
+        self.check_transform()
+        return mark_case(text, self.transform) if self.markers else text
+
+    def encode_charged(self, text: str) -> tuple[list[int], np.ndarray]:
+        """A text's tokens, and the bytes of it that each stands for -> [T] int64.
+
+        By the places in the text that SentencePiece gives, where normalization may have changed its
+        length; what it drops at the ends is charged to no token.
+        """
+        marked = self.marked_text(text)
+        found = self.processor.encode(marked, return_type="offset_mapping", return_bytes=True)
+        before = bytes_before(marked)
+        places = np.array(found["offsets"], dtype=np.int64).reshape(-1, 2)
+        return found["ids"], before[places[:, 1]] - before[places[:, 0]]
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The text of the tokens, as bytes. Control tokens are empty."""
-        if self.processor:
-            return self.processor.decode([int(t) for t in tokens]).encode()
-        return bytes(int(t) - 4 for t in tokens if t >= 4)
+        if not self.processor:
+            return bytes(int(t) - 4 for t in tokens if t >= 4)
+        text = self.processor.decode([int(t) for t in tokens])
+        return (restore_case(text) if self.markers else text).encode()
 
 
 def tokenizer_hash(cfg: Config) -> str:
@@ -1883,13 +2043,16 @@ NOT_SAID = (
 )  # of a manifest that lacks something
 
 
-def _digest_in(tokenizer: Mapping[str, Any]) -> str | None:
+def _digest_in(tokenizer: Mapping[str, Any]) -> Any:
     """A manifest's tokenizer as tokenizer_hash gives it."""
     return "byte260" if tokenizer.get("kind") == "byte" else tokenizer.get("sha256")
 
 
-def maker_of_shards(cfg: Config) -> str | None:
-    """The hash of the tokenizer that made the shards, if data/prepare.py's manifest.json tells."""
+def recorded_entries(cfg: Config) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What data/prepare.py's manifest.json says of DATA_PATH's shards and of their tokenizer.
+
+    Both are empty if it says nothing.
+    """
     for resolve in (os.path.abspath, os.path.realpath):  # links may lead to or from a manifest
         folder = Path(resolve(cfg.data_path))
         with contextlib.suppress(InputError):
@@ -1898,8 +2061,8 @@ def maker_of_shards(cfg: Config) -> str | None:
         with contextlib.suppress(*NOT_SAID):
             (dataset,) = (entry for entry in manifest["datasets"] if entry["name"] == folder.name)
             tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-            return _digest_in(tokenizers[dataset["tokenizer_name"]])
-    return None
+            return dict(dataset), dict(tokenizers[dataset["tokenizer_name"]])
+    return {}, {}
 
 
 def find_tokenizer(digest: str, models: Sequence[Path]) -> str:
@@ -1944,6 +2107,79 @@ def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
     return places
 
 
+# --- the byte side file: what normalization and markers hide from the table -----------------------
+
+PLAUSIBLE = 0.05  # by which a side file that nothing records may differ from the table's count
+
+
+def charge_paths(cfg: Config, table: ByteTable) -> list[Path]:
+    """The byte side files of the validation shards, one each; none without case markers.
+
+    InputError unless each is there, as long as its shard, or if there is one that nothing needs.
+    """
+    folder = find_path(cfg.data_path)
+    if not table.markers:
+        check(
+            not shards_in(folder, CHARGES),
+            f"{folder}: has a byte side file ({shard_name(CHARGES)}), so that its shards are of "
+            f"text with case markers; TOKENIZER_PATH={cfg.tokenizer_path} has none",
+        )
+        return []
+    paths = []
+    for shard in shards_in(folder, "val"):
+        path = folder / shard.name.replace("_val_", f"_{CHARGES}_")
+        check(
+            path.is_file(),
+            f"{path}: no such file; it says how many bytes of text each validation token stands "
+            "for, which tokens with case markers do not tell. `python data/prepare.py export` and "
+            "`fineweb --variant sp8192_caseops` make it",
+        )
+        counts = [(file.stat().st_size - SHARD_HEADER_BYTES) // 2 for file in (path, shard)]
+        check(
+            counts[0] == counts[1],
+            f"{path}: {counts[0]} byte counts for the {counts[1]} tokens of {shard.name}",
+        )
+        paths.append(path)
+    return paths
+
+
+def load_charges(cfg: Config, table: ByteTable, tokens: np.ndarray) -> np.ndarray:
+    """Bytes charged to tokens[1:] of load_validation: by side file or table -> [T - 1].
+
+    InputError for a side file that is none of these tokens.
+    """
+    paths = charge_paths(cfg, table)
+    if not paths:
+        return table.count(tokens)
+    charges = np.concatenate([read_shard(path) for path in paths])
+    name = paths[0].with_name(shard_name(CHARGES))
+    total = int(charges.sum(dtype=np.int64))
+    told = None
+    with contextlib.suppress(*NOT_SAID):
+        told = recorded_entries(cfg)[0]["charged_bytes"]["val"]
+    check(
+        told in (None, total),
+        f"{name}: {total} bytes of text, but the manifest says {printable(told)}",
+    )
+    charges = charges[1 : len(tokens)]
+    counted = table.count(tokens)
+    control = table.boundary | np.isin(np.arange(table.vocab_size), table.markers)
+    silent = control[tokens[1:]] & (counted == 0)
+    wrong = np.flatnonzero(silent & (charges > 0))
+    check(
+        not len(wrong),
+        f"{name}: {len(wrong)} document starts or case markers are charged (the first is token "
+        f"{wrong[:1] + 1}): it is not of these tokens, or counts transformed text",
+    )
+    share = charges.sum(dtype=np.int64) / max(1, counted.sum(dtype=np.int64))
+    check(
+        told is not None or abs(share - 1) < PLAUSIBLE,
+        f"{name}: charges {share:.3f} times the bytes of the pieces' text, and no manifest "
+        "records its sum",
+    )
+    return charges
+
+
 # What tells data apart: fields of the result, and a log line as `data/prepare.py verify` prints it.
 
 
@@ -1951,8 +2187,13 @@ def tokenizer_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], s
     """The tokenizer's hash, for result and log."""
     digest = tokenizer_hash(cfg)
     kind = "sentencepiece" if table.processor else "bytes"
-    path = f"tokenizer_path={cfg.tokenizer_path} sha256:{digest}"
-    return {"tokenizer_sha256": digest}, f"val_bpb:enabled tokenizer_kind={kind} {path}"
+    fields = {"tokenizer_sha256": digest}
+    line = f"val_bpb:enabled tokenizer_kind={kind} tokenizer_path={cfg.tokenizer_path} "
+    line += f"sha256:{digest}"
+    if table.markers:
+        fields["case_transform"] = table.transform
+        line += f" case_transform:{table.transform}"
+    return fields, line
 
 
 def shards_identity(cfg: Config, split: str, tokens: int) -> tuple[dict[str, Any], str]:
@@ -1969,6 +2210,15 @@ def shards_identity(cfg: Config, split: str, tokens: int) -> tuple[dict[str, Any
     }
     shards = f"{split}_shards:{len(paths)} tokens:{tokens} first_sha256:{hashes[0]}"
     return fields, f"{split}_loader:dataset:{name} {shards}"
+
+
+def charges_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], str]:
+    """Hashes and sum of the byte side files."""
+    paths = charge_paths(cfg, table)
+    hashes = [sha256(path) for path in paths]
+    total = sum(int(read_shard(path).sum(dtype=np.int64)) for path in paths)
+    fields = {f"{CHARGES}_sha256": hashes, "val_text_bytes": total}
+    return fields, f"{CHARGES}_files:{len(paths)} text_bytes:{total} first_sha256:{hashes[0]}"
 
 
 def synthetic_shards(folder: Path, seed: int = 0) -> None:
@@ -3832,10 +4082,13 @@ def read_artifact(cfg: Config) -> bytes:
         return path.read_bytes()
 
 
-def tokenizer_noted(header: Mapping[str, Any]) -> str:
-    """The hash of the tokenizer that an artifact was trained with; empty if it does not say."""
+def noted(header: Mapping[str, Any], name: str) -> str:
+    """What an artifact's notes say under a name; empty if nothing.
+
+    tokenizer: the hash of the one that it was trained with; case_transform: of its text.
+    """
     notes = header.get("notes")
-    return str(notes.get("tokenizer", "")) if isinstance(notes, dict) else ""
+    return str(notes.get(name, "")) if isinstance(notes, dict) else ""
 
 
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
@@ -3843,7 +4096,7 @@ def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     stored, header, tensors = expand(blob)
     model = build_model(stored, rt, weights_of(tensors))
     here = tokenizer_hash(cfg)
-    made_with = tokenizer_noted(header)
+    made_with = noted(header, "tokenizer")
     check(
         made_with in ("", here),
         f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
@@ -3868,7 +4121,9 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
             problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")
     raise_if(problems)
     merged = load_config(env, stored)
-    places = find_data(tokenizer_noted(header), given.keys())
+    places = find_data(noted(header, "tokenizer"), given.keys())
+    if "case_transform" not in given:
+        places["case_transform"] = noted(header, "case_transform")
     return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id, **places)
 
 
@@ -5412,10 +5667,17 @@ class TimeGuard:
 
 
 def evaluate(
-    scorer: Scorer, tokens: np.ndarray, table: ByteTable, cfg: Config, rt: Runtime, log: RunLog
+    scorer: Scorer,
+    tokens: np.ndarray,
+    table: ByteTable,
+    cfg: Config,
+    rt: Runtime,
+    log: RunLog,
+    sizes: np.ndarray | None = None,
 ) -> Score | None:
     """Scores every target once, left to right. None: it would not fit the time.
 
+    sizes: bytes of text of each target, if not the table's.
     The batches are the same for any number of processes, which take consecutive shares of every
     chunk, or the slots of each batch.
     """
@@ -5423,7 +5685,7 @@ def evaluate(
     score = Score(
         name=scorer.name,
         nats=np.zeros(targets, np.float32),
-        sizes=table.count(tokens),
+        sizes=table.count(tokens) if sizes is None else sizes,
         coverage=np.zeros(targets, np.uint8),
         validity=scorer.validity,
         complete=not cfg.val_tokens,
@@ -5838,13 +6100,14 @@ def check_score(
     cfg: Config,
     rt: Runtime,
     true_scores: Mapping[str, float],
+    sizes: np.ndarray | None = None,
 ) -> list[Check]:
-    """The checks of every score; true_scores: bpb of the stages before it."""
+    """The checks of every score; true_scores: bpb of the stages before it; sizes: as evaluate."""
     early, spread = scorer.network.probe(tokens, scorer.chunk_targets).samples(tokens, 256)
     return [
         check_coverage(score, len(tokens) - 1),
         check_bytes(tokens, table, cfg.bos_id),
-        check_byte_algebra(score, table.count(tokens)),
+        check_byte_algebra(score, table.count(tokens) if sizes is None else sizes),
         check_order(score),
         check_future(scorer, early, tokens, cfg.vocab_size, rt),
         check_distribution(scorer, spread, tokens, cfg.vocab_size, score, rt),
@@ -6219,6 +6482,7 @@ class Validator:
         network = WindowNetwork(trainer.model, trainer.rt, cfg, cfg.score_len, cfg.score_len)
         self.scorer = Scorer("validate", network)
         self.tokens: np.ndarray | None = None
+        self.sizes: np.ndarray | None = None  # bytes of each target
 
     def __call__(self, step: int) -> None:
         cfg, rt, log = self.trainer.cfg, self.trainer.rt, self.trainer.log
@@ -6226,7 +6490,8 @@ class Validator:
         if self.tokens is None:
             with rt.together():
                 self.tokens = load_validation(cfg)
-        score = evaluate(self.scorer, self.tokens, self.table, cfg, rt, log)
+                self.sizes = load_charges(cfg, self.table, self.tokens)
+        score = evaluate(self.scorer, self.tokens, self.table, cfg, rt, log, self.sizes)
         if score:
             log.log(
                 f"step:{step}/{cfg.iterations} val_loss:{score.loss:.4f} "
@@ -6256,11 +6521,16 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
             hessians = collect_hessians(trainer.model, cfg, rt, trainer.stream)
-    return status, pack_model(cfg, rt, log, trainer.model, hessians)
+    return status, pack_model(cfg, rt, log, trainer.model, hessians, table.transform)
 
 
 def pack_model(
-    cfg: Config, rt: Runtime, log: RunLog, model: GPT, hessians: dict[str, Tensor]
+    cfg: Config,
+    rt: Runtime,
+    log: RunLog,
+    model: GPT,
+    hessians: dict[str, Tensor],
+    transform: str,
 ) -> bytes:
     """Artifact and raw weights on disk, before anything is scored -> its bytes on every process.
 
@@ -6275,6 +6545,8 @@ def pack_model(
             if rt.main:
                 state = {name: w.cpu() for name, w in model.state_dict().items()}
                 notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
+                if transform:
+                    notes["case_transform"] = transform
                 blob = pack(state, cfg, hessians, code, notes)
                 atomic_write(log.out_dir / "model.ptz", blob)
                 with log.optional("final_model.pt"):
@@ -6294,7 +6566,10 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
     with log.phase("unpack"), rt.together():
         model = load_artifact(cfg, blob, rt)
         tokens = load_validation(cfg)
+        sizes = load_charges(cfg, table, tokens)
         log.identify(shards_identity, cfg, "val", len(tokens))
+        if table.markers:
+            log.identify(charges_identity, cfg, table)
         if not (tokens == cfg.bos_id).any():
             log.log(f"note: no validation token is BOS_ID={cfg.bos_id}: it is all one document")
     true_scores: dict[str, float] = {}
@@ -6304,13 +6579,13 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
             continue
         scorer = stage.build(model, rt, cfg, table)
         state = scorer.state_dict()  # what a stage learns ends with it
-        score = evaluate(scorer, tokens, table, cfg, rt, log)
+        score = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
         if score is None:
             log.result["stages"][stage.name] = {"skipped": "MAX_EVAL_SECONDS"}
             code = code or OVER_TIME
         else:
             with log.phase("audit"):
-                checks = check_score(score, scorer, tokens, table, cfg, rt, true_scores)
+                checks = check_score(score, scorer, tokens, table, cfg, rt, true_scores, sizes)
             log_score(cfg, log, score, checks)
             if score.validity == "valid":  # the last true score is the run's
                 true_scores[stage.name] = score.bpb
@@ -6382,6 +6657,8 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     with rt.together():
         table = ByteTable.load(cfg)
         log.identify(tokenizer_identity, cfg, table)
+        if cfg.mode != "sample":
+            charge_paths(cfg, table)  # what scoring will need is missed now
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)

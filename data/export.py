@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,9 @@ from shown import shown
 from tqdm import tqdm
 
 from train_gpt import (
+    CASE_MARKERS,
+    CASE_TRANSFORMS,
+    CHARGES,
     SHARD_HEADER_BYTES,
     ByteTable,
     Config,
@@ -45,6 +48,7 @@ from train_gpt import (
     atomic_write,
     check,
     input_error_from,
+    mark_case,
     sha256,
     shard_header,
     shard_name,
@@ -53,6 +57,7 @@ from train_gpt import (
 
 SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 1 << 18  # text handed to a process at a time
+MOST_CHARGED = (1 << 16) - 1  # bytes that a side file can say of a token
 # The trainer's default: longer documents teach the official tokenizers nothing.
 OFFICIAL_SENTENCE_BYTES = 4192
 RESERVED = "\u2585"  # the trainer skips documents with its own mark for unknown pieces
@@ -90,12 +95,16 @@ class TokenizerPlan:
     vocab_size: int = 1024
     tokenizer_train_docs: int = 50_000  # the first so many training documents train it
     max_sentence_length: int = OFFICIAL_SENTENCE_BYTES
+    transform: str = ""  # of capitals into markers, one of CASE_TRANSFORMS
 
     def identity(self) -> dict[str, Any]:
         """What of this determines the tokens, for the manifest."""
+        told = {"case_transform": self.transform} if self.transform else {}
         if self.given:
-            return {"tokenizer_sha256": tokenizer_hash(Config(tokenizer_path=self.given))}
+            digest = tokenizer_hash(Config(tokenizer_path=self.given))
+            return {**told, "tokenizer_sha256": digest}
         return {
+            **told,
             "vocab_size": self.vocab_size,
             "tokenizer_train_docs": self.tokenizer_train_docs,
             "max_sentence_length": self.max_sentence_length,
@@ -104,9 +113,15 @@ class TokenizerPlan:
     def table(self) -> ByteTable:
         """The given tokenizer, or byte260; InputError if shards cannot be made with it."""
         if self.given == "byte260":
+            check(not self.transform, f"--transform {self.transform}: byte260 has no case markers")
             table = ByteTable.bytes260()
         else:
-            table = ByteTable.from_sentencepiece(self.given)
+            table = ByteTable.from_sentencepiece(self.given, self.transform)
+        check(
+            bool(table.markers) == bool(self.transform),
+            f"{self.given}: a tokenizer of text with case markers; --transform says which "
+            f"({' or '.join(CASE_TRANSFORMS)})",
+        )
         size = table.vocab_size
         check(size <= 1 << 16, f"{self.given}: {size} tokens; a shard's uint16 holds 65536")
         no_start = f"{self.given}: has no document start (bos_id); shards need one"
@@ -167,13 +182,19 @@ def train_tokenizer(
     vocab_size: int,
     path: Path,
     max_sentence_length: int = OFFICIAL_SENTENCE_BYTES,
+    transform: str = "",
 ) -> Skipped:
     """Writes a BPE model of the official recipe from these documents.
 
+    transform: it learns from their text with case markers, which become pieces by themselves.
     Returns what the trainer left out. InputError if the text is too little for that vocabulary.
     """
     model = io.BytesIO()
     skipped = Skipped(max_sentence_length)
+    recipe = dict(RECIPE)
+    if transform:
+        documents = (mark_case(text, transform) for text in documents)
+        recipe["user_defined_symbols"] = list(CASE_MARKERS)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=skipped.watch(documents),
@@ -181,7 +202,7 @@ def train_tokenizer(
             vocab_size=vocab_size,
             minloglevel=2,
             max_sentence_length=max_sentence_length,
-            **RECIPE,
+            **recipe,
         )
     except RuntimeError as error:
         if "KeyboardInterrupt" in str(error):  # the trainer passes on no exception but its own
@@ -207,11 +228,11 @@ def train_tokenizer(
 _table: ByteTable | None = None
 
 
-def _load_table(tokenizer: str) -> None:
+def _load_table(plan: TokenizerPlan) -> None:
     global _table  # noqa: PLW0603 - one tokenizer a worker process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _table = TokenizerPlan(tokenizer).table()
+    _table = plan.table()
 
 
 def _end_with_parent() -> None:
@@ -235,20 +256,35 @@ class Document:
     tokens: np.ndarray  # uint16, after a document start
     digest: bytes  # document_hash of the tokens
     bytes: int  # of its text
-    charged: int  # bytes
+    charges: np.ndarray  # bytes that each token is charged; a document start none
 
 
-def _encode(texts: list[str]) -> list[Document]:
+def charged_document(table: ByteTable, text: str, exactly: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens, its start before them, and the bytes that each is charged.
+
+    exactly: with case markers by their places in the text, as a side file has it; a token that
+    stands for more text than it can say (white space without end) is charged what it can.
+    """
+    if exactly and table.markers:
+        ids, charges = table.encode_charged(text)
+        tokens = np.array([bos_of(table), *ids], dtype=np.uint16)
+        charges = np.minimum(charges, MOST_CHARGED)
+    else:
+        tokens = np.array([bos_of(table), *table.encode(text)], dtype=np.uint16)
+        charges = table.count(tokens)
+    return tokens, np.concatenate(([0], charges))
+
+
+def _encode(texts: list[str], exactly: bool) -> list[Document]:
     """Texts as tokens, in a worker process.
 
     The document start is a control token, which no text is encoded to: documents stay apart.
     """
     documents = []
     for text in texts:
-        tokens = np.array([bos_of(_table), *_table.encode(text)], dtype=np.uint16)
-        charged = int(_table.count(tokens).sum(dtype=np.int64))
+        tokens, charges = charged_document(_table, text, exactly)
         digest = document_hash(tokens[1:])
-        documents.append(Document(tokens, digest, len(text.encode()), charged))
+        documents.append(Document(tokens, digest, len(text.encode()), charges))
     return documents
 
 
@@ -334,13 +370,14 @@ class Exporter:
     Keeps the validation documents' hashes.
     """
 
-    def __init__(self, folder: Path, tokenizer: str, workers: int):
+    def __init__(self, folder: Path, plan: TokenizerPlan, workers: int):
         # Forked processes start at once; elsewhere than on Linux system libraries may not survive a
         # fork.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.folder = folder
+        self.transform = plan.transform
         self.window = 4 * workers  # batches
-        self.pool = ProcessPoolExecutor(workers, context, _load_table, (tokenizer,))
+        self.pool = ProcessPoolExecutor(workers, context, _load_table, (plan,))
         self.seen: set[bytes] = set()
 
     def __enter__(self) -> Exporter:
@@ -349,7 +386,7 @@ class Exporter:
     def __exit__(self, *failure: Any) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def encoded(self, documents: Iterable[str]) -> Iterator[Document]:
+    def encoded(self, documents: Iterable[str], exactly: bool) -> Iterator[Document]:
         """All documents, in their order.
 
         A bounded window of batches is in flight, so memory is constant.
@@ -359,7 +396,7 @@ class Exporter:
         while True:
             for batch in itertools.islice(batches, self.window - len(window)):
                 with interrupts_held():  # the first starts the processes
-                    window.append(self.pool.submit(_encode, batch))
+                    window.append(self.pool.submit(_encode, batch, exactly))
             if not window:
                 return
             yield from window.popleft().result()
@@ -368,22 +405,28 @@ class Exporter:
         """All documents of a split as shards.
 
         Returns how many documents, files, tokens, bytes and charged bytes. Validation documents are
-        remembered; training documents equal to one of them are left out, and counted.
+        remembered; training documents equal to one of them are left out, and counted. With case
+        markers, validation gets a byte side file.
         """
         writer = ShardWriter(self.folder, split)
+        side_file = ShardWriter(self.folder, CHARGES)
+        validates = split == "val"
         stats = {"docs": 0, "bytes": 0, "charged": 0, "left_out": 0}
-        for document in self.encoded(documents):
+        for document in self.encoded(documents, exactly=validates):
             bar.update(document.bytes)
-            if split == "val":
+            if validates:
                 self.seen.add(document.digest)
             elif document.digest in self.seen:
                 stats["left_out"] += 1
                 continue
             writer.add(document.tokens)
+            if validates and self.transform:
+                side_file.add(document.charges)
             stats["docs"] += 1
             stats["bytes"] += document.bytes
-            stats["charged"] += document.charged
+            stats["charged"] += int(document.charges.sum(dtype=np.int64))
         writer.close()
+        side_file.close()
         return {**stats, "files": writer.files, "tokens": writer.tokens}
 
 
@@ -494,7 +537,8 @@ class Export:
         A folder that is there must be whole.
         """
         tokenizer = self.tokenizer_file()
-        stats = self.write_shards(str(tokenizer or "byte260"))
+        made = replace(self.plan, given=str(tokenizer or "byte260"))
+        stats = self.write_shards(made)
         with manifest.adding(self.root, *self.entries(tokenizer, stats)):
             if tokenizer is not None:
                 self.place_tokenizer(tokenizer)
@@ -505,7 +549,7 @@ class Export:
                 f"{counts['files']} files"
             )
 
-    def write_shards(self, tokenizer: str) -> dict[str, dict[str, int]]:
+    def write_shards(self, plan: TokenizerPlan) -> dict[str, dict[str, int]]:
         """Both splits in the draft folder -> the counts of Exporter.write by split.
 
         InputError if a split would be empty.
@@ -513,7 +557,7 @@ class Export:
         stats = {}
         label = dict(desc="text", unit="B", unit_scale=True, mininterval=1)
         with (
-            Exporter(self.draft, tokenizer, self.workers) as exporter,
+            Exporter(self.draft, plan, self.workers) as exporter,
             tqdm(total=self.corpus.size, **label) as bar,
         ):
             for split in ("val", "train"):
@@ -546,7 +590,9 @@ class Export:
         path = folder / f"{self.name}_bpe.model"
         print(f"training a tokenizer of {plan.vocab_size} pieces", flush=True)
         documents = itertools.islice(self.corpus.documents("train"), plan.tokenizer_train_docs)
-        skipped = train_tokenizer(documents, plan.vocab_size, path, plan.max_sentence_length)
+        skipped = train_tokenizer(
+            documents, plan.vocab_size, path, plan.max_sentence_length, plan.transform
+        )
         print("\n".join(skipped.told()), flush=True)
         return path
 
@@ -571,7 +617,7 @@ class Export:
 
         The official manifest's fields, what made them, and every file's size and hash.
         """
-        model = tokenizer_entry(tokenizer)
+        model = tokenizer_entry(tokenizer, self.plan.transform)
         folder = f"datasets/{self.name}"
         dataset = {
             "name": self.name,
@@ -581,6 +627,8 @@ class Export:
             "train_glob": f"{folder}/{shard_name('train')}",
             "val_glob": f"{folder}/{shard_name('val')}",
         }
+        if self.plan.transform:
+            dataset["val_bytes_glob"] = f"{folder}/{shard_name(CHARGES)}"
         for field in ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size"):
             dataset[field] = model[field]
         dataset["stats"] = official_stats(stats)
@@ -606,9 +654,9 @@ def official_stats(stats: dict[str, dict[str, int]]) -> dict[str, int]:
     return found
 
 
-def tokenizer_entry(path: Path | None) -> manifest.Entry:
+def tokenizer_entry(path: Path | None, transform: str = "") -> manifest.Entry:
     """A tokenizer for the manifest: a model file, or byte260 if there is none."""
-    table = TokenizerPlan(str(path or "byte260")).table()
+    table = TokenizerPlan(str(path or "byte260"), transform=transform).table()
     entry = {
         "name": "pure_byte_260",
         "kind": "byte",
@@ -627,4 +675,6 @@ def tokenizer_entry(path: Path | None) -> manifest.Entry:
         entry["unk_id"] = table.processor.unk_id()
         entry["model_path"] = f"tokenizers/{path.name}"
         entry["sha256"] = sha256(path)
+    if transform:
+        entry["case_transform"] = transform
     return entry

@@ -35,6 +35,7 @@ FIELDS = {
         "bos_id": int,
         "model_path": str,
         "sha256": str,
+        "case_transform": str,
     },
     "datasets": {
         "name": str,
@@ -147,7 +148,7 @@ def refuse_other_tokenizer(root: Path, dataset: Entry, tokenizer: Entry) -> None
             users.append(other["name"])
     old = entry(manifest, "tokenizers", name) or {}
     differ = []
-    for key in ("kind", "vocab_size", "model_path", "sha256"):
+    for key in ("kind", "vocab_size", "model_path", "sha256", "case_transform"):
         if key in old and key in tokenizer and old[key] != tokenizer[key]:
             differ.append(key)
     if users and differ:

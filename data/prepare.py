@@ -37,7 +37,7 @@ try:
     import verify
     from shown import paragraph, shell_word
 
-    from train_gpt import AUDIT_FAILED, BAD_INPUT, OK, InputError, check
+    from train_gpt import AUDIT_FAILED, BAD_INPUT, CASE_TRANSFORMS, OK, InputError, check
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
 except ValueError as unusable:  # huggingface_hub reads its address when it is imported
@@ -80,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for command in (demo, text, exported):
         command.add_argument(
+            "--transform",
+            default="",
+            choices=tuple(CASE_TRANSFORMS),
+            help="make capital letters markers before the tokenizer (default: leave them)",
+        )
+        command.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)"
         )
     for command, small in ((text, True), (exported, False)):
@@ -88,6 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
     checked.add_argument("folder", type=Path, help="datasets/<name>")
     checked.add_argument(
         "--tokenizer", default="", help="model file or byte260 (default: the manifest's)"
+    )
+    checked.add_argument(
+        "--transform",
+        default="",
+        choices=tuple(CASE_TRANSFORMS),
+        help="what made the markers of a given tokenizer's text (default: the manifest's)",
     )
     checked.add_argument(
         "--documents", type=Path, nargs="+", default=[], help="the text that made the shards"
@@ -146,7 +158,12 @@ def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.Toke
             f"{option}: is for a tokenizer to be trained, not for --tokenizer {args.tokenizer}",
         )
         asked[name] = value
-    return dataclasses.replace(plan, given=args.tokenizer, **asked)
+    given = args.tokenizer
+    check(
+        not (args.transform and given == "byte260"),
+        f"--transform {args.transform}: is for SentencePiece tokenizers, not for byte260",
+    )
+    return dataclasses.replace(plan, given=given, transform=args.transform, **asked)
 
 
 def exporter(args: argparse.Namespace) -> export.Export:
@@ -155,6 +172,8 @@ def exporter(args: argparse.Namespace) -> export.Export:
     if args.command == "demo":
         plan = plan_of(args, SMALL)
         name = f"sotu_{args.tokenizer or f'sp{plan.vocab_size}'}"
+        if plan.transform:
+            name += f"_{plan.transform}"
         return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
     check(
         re.fullmatch(r"\w[\w.+-]*", args.name),
@@ -188,7 +207,7 @@ def main(argv: list[str], env: Mapping[str, str] = os.environ) -> int:
     try:
         args = build_parser().parse_args(argv)
         if args.command == "verify":
-            good = verify.verify(args.folder, args.tokenizer, args.documents)
+            good = verify.verify(args.folder, args.tokenizer, args.documents, args.transform)
             return OK if good else AUDIT_FAILED
         needed = fetch(args, env) if args.command == "fineweb" else exporter(args).run()
         print(" ".join(f"{name}={shell_word(value)}" for name, value in needed.items()))

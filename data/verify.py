@@ -23,7 +23,7 @@ from pathlib import Path
 import manifest
 import numpy as np
 from corpora import Corpus, file_corpus
-from export import TokenizerPlan, bos_of, document_hash
+from export import MOST_CHARGED, TokenizerPlan, bos_of, charged_document, document_hash
 from shown import LONGEST_LINE, shown
 from tqdm import tqdm
 
@@ -54,6 +54,7 @@ class Dataset:
     folder: Path
     tokenizer: str  # given by the user; empty = the manifest's
     documents: Sequence[Path]  # text files that the shards were made from, if here
+    transform: str = ""  # of capitals into markers, given by the user; empty = the manifest's
 
     @property
     def root(self) -> Path:
@@ -79,7 +80,9 @@ class Dataset:
     @functools.cached_property
     def table(self) -> ByteTable:
         """The tokenizer that the user or the manifest names."""
-        return TokenizerPlan(self.tokenizer_path).table()
+        told = self.tokenizer_entry or {}
+        transform = self.transform or told.get("case_transform", "")
+        return TokenizerPlan(self.tokenizer_path, transform=transform).table()
 
     @functools.cached_property
     def tokenizer_path(self) -> str:
@@ -97,7 +100,7 @@ class Dataset:
 
     def paths(self, split: str) -> list[Path]:
         """The shards of a split, in order of name."""
-        return sorted(self.folder.glob(shard_name(split)))
+        return tg.shards_in(self.folder, split)
 
     @functools.cached_property
     def shards(self) -> dict[str, list[np.ndarray]]:
@@ -158,10 +161,20 @@ class Dataset:
         """Split -> number of tokens."""
         return {split: sum(map(len, shards)) for split, shards in self.shards.items()}
 
+    @property
+    def settings(self) -> tg.Config:
+        """What train_gpt.py would need to read it."""
+        return tg.Config(data_path=str(self.folder), tokenizer_path=self.tokenizer_path)
+
     @functools.cached_property
+    def charges(self) -> np.ndarray:
+        """Bytes that each validation token but the first is charged for."""
+        return tg.load_charges(self.settings, self.table, self.spelled("val"))
+
+    @property
     def charged(self) -> int:
-        """Bytes that validation is charged for."""
-        return int(self.table.count(self.spelled("val")).sum(dtype=np.int64))
+        """Their sum."""
+        return int(self.charges.sum(dtype=np.int64))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,6 +343,17 @@ def check_bytes(data: Dataset) -> str:
     return f"{found}, its raw text has {text}" if text else found
 
 
+def check_charges(data: Dataset) -> str:
+    """The byte side file of a tokenizer with case markers: as long as its shards, zeros, sum."""
+    charged = data.charged
+    if not data.table.markers:
+        return "no case markers, so that the tokenizer's pieces tell the bytes"
+    told = (data.entry or {}).get("charged_bytes", {}).get("val")
+    known = "as the manifest says" if told == charged else "and no manifest tells their sum"
+    files = len(data.paths(tg.CHARGES))
+    return f"{files} side files charge {charged} bytes, {known}; document starts and markers none"
+
+
 def refuse_marks_in_bytes(tokens: np.ndarray, table: ByteTable, split: str) -> None:
     """Fault if a word mark is spelled in byte pieces: three bytes are charged for one space.
 
@@ -355,14 +379,29 @@ def refuse_marks_in_bytes(tokens: np.ndarray, table: ByteTable, split: str) -> N
 def most_bytes(table: ByteTable, text: str) -> int:
     """The bytes of a text as the tokenizer normalises it, each word mark but the first a space.
 
-    No tokens of it stand for more: a mark at a document's start is not charged.
+    No tokens of it stand for more: a mark at a document's start is not charged. With case markers,
+    which a side file charges by the text itself: the text without what is dropped at its ends.
     """
     sp = table.processor
+    if table.markers:
+        kept = between_dropped_ends(table, table.marked_text(text))
+        return int(tg.bytes_before(kept)[-1])
     if sp:
         text = sp.normalize(text)
     if sp and tg.marks_spaces(sp):
         text = text.removeprefix(tg.WORD_MARK).replace(tg.WORD_MARK, " ")
     return len(text.encode())
+
+
+def between_dropped_ends(table: ByteTable, marked: str) -> str:
+    """A text from the first to the last character that the tokenizer does not drop at an end."""
+    first = 0
+    last = len(marked)
+    while first < last and not table.processor.normalize(marked[first]):
+        first += 1
+    while first < last and not table.processor.normalize(marked[last - 1]):
+        last -= 1
+    return marked[first:last]
 
 
 def check_published(data: Dataset) -> str:
@@ -431,21 +470,33 @@ def check_documents(data: Dataset) -> str:
     raw = 0
     charged = 0
     number = 0
+    at = 0  # in the validation tokens
+    told = np.concatenate(([0], data.charges))
     parts = data.split_documents("val")
     for number, text in enumerate(source_of(data).documents("val"), 1):
         part = next(parts, None)
-        expected = [data.bos, *data.table.encode(text)]
-        if part is None or part.tolist() != expected:
+        expected, charges = charged_document(data.table, text, exactly=True)
+        if part is None or part.tolist() != expected.tolist():
             raise Fault(
                 f"validation document {number} is not the text's {number}. document, tokenized: "
                 f"{text[:60]!r}"
             )
-        count = int(data.table.count(part).sum(dtype=np.int64))
+        if not np.array_equal(told[at : at + len(part)], charges):
+            raise Fault(
+                f"validation document {number} is charged {told[at : at + len(part)].sum()} bytes "
+                f"by its side file; its text gives {charges.sum()}, token by token"
+            )
+        at += len(part)
+        count = int(charges.sum(dtype=np.int64))
         most = most_bytes(data.table, text)
         if count > most:
             raise Fault(
                 f"validation document {number} is charged {count} bytes; its text, normalised, "
                 f"has {most}"
+            )
+        if data.table.markers and count < most and charges.max() < MOST_CHARGED:
+            raise Fault(
+                f"validation document {number} is charged {count} bytes; its text has {most}"
             )
         raw += len(text.encode())
         charged += count
@@ -464,6 +515,7 @@ CHECKS: dict[str, Callable[[Dataset], str]] = {
     "tokens": check_tokens,
     "tokenizer": check_tokenizer,
     "bytes": check_bytes,
+    "charges": check_charges,
     "published": check_published,
     "documents": check_documents,
     "disjoint": check_disjoint,
@@ -473,13 +525,16 @@ CHECKS: dict[str, Callable[[Dataset], str]] = {
 def identities(data: Dataset) -> list[str]:
     """The lines by which train_gpt.py's log identifies this data; none if it would not read it."""
     with contextlib.suppress(InputError, NotTested, OSError, *DAMAGED):
-        cfg = tg.Config(data_path=str(data.folder), tokenizer_path=data.tokenizer_path)
+        cfg = data.settings
         _, line = tg.tokenizer_identity(cfg, data.table)
         lines = [line]
         for split, tokens in data.tokens_in.items():
             if tokens:
                 _, line = tg.shards_identity(cfg, split, tokens)
                 lines.append(line)
+        if data.table.markers:
+            _, line = tg.charges_identity(cfg, data.table)
+            lines.append(line)
         return lines
     return []
 
@@ -496,29 +551,33 @@ def outcome(name: str, data: Dataset) -> Check:
         return Check(name, f"the manifest's entry is damaged ({error!r})")
 
 
-def dataset_at(folder: Path, tokenizer: str, documents: Sequence[Path]) -> Dataset:
+def dataset_at(
+    folder: Path, tokenizer: str, documents: Sequence[Path], transform: str
+) -> Dataset:
     """The folder as it is spelt, or where its links lead if only there a manifest describes it."""
-    spelt = Dataset(Path(os.path.abspath(folder)), tokenizer, documents)
-    resolved = Dataset(folder.resolve(), tokenizer, documents)
+    spelt = Dataset(Path(os.path.abspath(folder)), tokenizer, documents, transform)
+    resolved = Dataset(folder.resolve(), tokenizer, documents, transform)
     if spelt.entry or not resolved.entry:
         return spelt
     return resolved
 
 
-def verify(folder: Path, tokenizer: str = "", documents: Sequence[Path] = ()) -> bool:
+def verify(
+    folder: Path, tokenizer: str = "", documents: Sequence[Path] = (), transform: str = ""
+) -> bool:
     """Prints identities and one line a check; returns whether none failed.
 
     tokenizer: a model file or byte260, empty = the manifest's; documents: text files that made the
-    shards. InputError for a folder, tokenizer or files that cannot be looked at.
+    shards; transform: what made a given tokenizer's case markers. InputError for a folder, tokenizer or files that cannot be looked at.
     """
     tg.check(
         folder.is_dir(), f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"
     )
     if tokenizer:
-        TokenizerPlan(tokenizer).table()
+        TokenizerPlan(tokenizer, transform=transform).table()
     if documents:
         file_corpus(documents, val_docs=1)
-    data = dataset_at(folder, tokenizer, documents)
+    data = dataset_at(folder, tokenizer, documents, transform)
     for line in identities(data):
         print(printable(line, LONGEST_LINE))
     good = True

@@ -268,6 +268,7 @@ def audit_artifact(env: Mapping[str, str]) -> bool:
     rt = tg.Runtime(cfg, env)
     table = tg.ByteTable.load(cfg)
     tokens = tg.load_validation(cfg)
+    sizes = tg.load_charges(cfg, table, tokens)
     blob = tg.read_artifact(cfg)
     log = tg.RunLog(Path(os.devnull), rt, silent=True)
     true_scores: dict[str, float] = {}
@@ -277,12 +278,12 @@ def audit_artifact(env: Mapping[str, str]) -> bool:
         if stage.enabled(cfg):
             print(f"{stage.name}:", flush=True)
             scorer = stage.build(tg.load_artifact(cfg, blob, rt), rt, cfg, table)
-            score = tg.evaluate(scorer, tokens, table, cfg, rt, log)
+            score = tg.evaluate(scorer, tokens, table, cfg, rt, log, sizes)
             if score is None:
                 print("  skipped: MAX_EVAL_SECONDS")
                 continue
             scores.append(score)
-            checks = tg.check_score(score, scorer, tokens, table, cfg, rt, true_scores)
+            checks = tg.check_score(score, scorer, tokens, table, cfg, rt, true_scores, sizes)
             model = tg.load_artifact(cfg, blob, rt)
             checks += audit_stage(stage.build, model, rt, cfg, table, tokens)
             for check in checks:

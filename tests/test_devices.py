@@ -229,6 +229,16 @@ def test_the_attention_of_a_cpu_is_chosen_by_what_is_faster():
         assert rt.attention is chosen
 
 
+@pytest.mark.parametrize("instructions", [False, True])
+def test_emulated_bfloat16_is_said_and_leaves_attention_to_torch(instructions, monkeypatch):
+    """Products of blocks are slower than torch's own attention where the CPU emulates them."""
+    monkeypatch.setattr(tg, "cpu_has_bfloat16", lambda: instructions)
+    rt = tg.Runtime(tg.Config(device="cpu", dtype="bfloat16", compile="1"), {})
+    assert rt.attention is (tg.blocked_attention if instructions else tg.sdpa_attention)
+    assert ("emulated" in "".join(rt.notes)) != instructions
+    assert tg.Runtime(tg.Config(device="cpu", compile="1"), {}).attention is tg.blocked_attention
+
+
 # --- number formats -------------------------------------------------------------------------------
 
 

@@ -106,10 +106,10 @@ def _range_of(low: float, high: float) -> str:
 
 
 def _recount(case: Case) -> int | None:
-    """Bytes of the validation text by the tokenizer here, if both are those of the first run."""
-    if case.validation is None or "bytes" not in case.ours[0].score or case.table is None:
+    """Bytes of the validation text by what is here, if it is what the first run had."""
+    if case.charges is None or "bytes" not in case.ours[0].score:
         return None
-    return int(case.table.count(case.validation).sum(dtype=np.int64))
+    return int(case.charges.sum(dtype=np.int64))
 
 
 # --- P5: data -------------------------------------------------------------------------------------

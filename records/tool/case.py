@@ -14,7 +14,7 @@ from tool.finding import NotHere
 from tool.folder import Folder
 from tool.logs import Run
 from tool.script import declared_settings
-from train_gpt import FIELDS, ByteTable, read_shard, sha256, shard_name
+from train_gpt import CHARGES, FIELDS, ByteTable, read_shard, sha256, shards_in
 
 # Settings that say where and how a run was made, not what was trained.
 RUN_SETTINGS = frozenset(name for name, field in FIELDS.items() if field.metadata["group"] == "run")
@@ -97,16 +97,40 @@ class Case:
     def shards(self, split: str) -> list[Path]:
         """The shards of a split where the first run's were, or --data says; empty without."""
         folder = self.located("DATA_PATH")
-        return sorted(folder.glob(shard_name(split))) if folder else []
+        return shards_in(folder, split) if folder else []
+
+    def tokens_of(self, split: str) -> np.ndarray | None:
+        """What a split's shards hold, if they are the very files that the first run logged."""
+        paths = self.shards(split)
+        logged = self.data_logged.get(f"{split}_sha256")
+        if not paths or [sha256(path) for path in paths] != logged:
+            return None
+        return np.concatenate([read_shard(path) for path in paths])
+
+    @property
+    def data_logged(self) -> Mapping[str, Any]:
+        """What the first run's result says of its data."""
+        return self.ours[0].result.get("data", {}) if self.ours else {}
 
     @functools.cached_property
     def validation(self) -> np.ndarray | None:
         """The validation tokens, if the very shards that the first run scored are here."""
-        paths = self.shards("val")
-        logged = self.ours[0].result.get("data", {}).get("val_sha256") if self.ours else None
-        if not paths or [sha256(path) for path in paths] != logged:
+        return self.tokens_of("val")
+
+    @functools.cached_property
+    def charges(self) -> np.ndarray | None:
+        """Bytes that each validation token but the first is charged, if what says so is here."""
+        if self.validation is None or self.table is None:
             return None
-        return np.concatenate([read_shard(path) for path in paths])
+        if not self.table.markers:
+            return self.table.count(self.validation)
+        told = self.tokens_of(CHARGES)
+        return None if told is None else told[1:]
+
+    @property
+    def transform(self) -> str:
+        """What the first run's text went through before its tokenizer; empty = nothing."""
+        return self.data_logged.get("case_transform", "")
 
     @functools.cached_property
     def table(self) -> ByteTable | None:
@@ -114,6 +138,6 @@ class Case:
         if self.settings.get("TOKENIZER_PATH") == "byte260":
             return ByteTable.bytes260()
         path = self.located("TOKENIZER_PATH")
-        if path is None or sha256(path) != self.ours[0].result["data"]["tokenizer_sha256"]:
+        if path is None or sha256(path) != self.data_logged["tokenizer_sha256"]:
             return None
-        return ByteTable.from_sentencepiece(path)
+        return ByteTable.from_sentencepiece(path, self.transform)

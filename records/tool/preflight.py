@@ -11,7 +11,7 @@ from pathlib import Path
 from tool.case import TRACKS, Case, Track
 from tool.finding import NotHere
 from tool.folder import Folder
-from train_gpt import shard_name
+from train_gpt import shard_name, shards_in
 
 OFF = ("", "0", "false")
 
@@ -74,7 +74,7 @@ class Preflight:
 
     def _shards(self, data: str, split: str) -> list[Path]:
         found = self.folder.located(data)
-        return list(found.glob(shard_name(split))) if found else []
+        return shards_in(found, split) if found else []
 
     def _check_size(self) -> None:
         """What the code leaves for the model, where both count."""

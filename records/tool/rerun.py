@@ -26,7 +26,16 @@ import torch
 from tool.case import Case, of_training
 from tool.finding import NotHere, Problems
 from tool.source import IMAGE
-from train_gpt import Check, Config, idle_names, read_settings, shard_name, write_shard
+from train_gpt import (
+    CHARGES,
+    Check,
+    Config,
+    idle_names,
+    read_settings,
+    shard_name,
+    shards_in,
+    write_shard,
+)
 
 WATCH = Path(__file__).with_name("watch.py")
 ALWAYS_SET = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "SYSTEMROOT", "OMP_NUM_THREADS")
@@ -266,7 +275,7 @@ def sandbox(
             for path in data.glob(shard_name(split)):
                 (root / "data" / path.name).symlink_to(path.resolve())
         if validation is not None:
-            write_shard(root / "data" / shard_name("val", 0), validation)
+            place_validation(root / "data", validation, case)
         settings = {
             "DATA_PATH": str(root / "data"),
             "OUT_DIR": str(root / "out"),
@@ -274,9 +283,21 @@ def sandbox(
             "DEVICE": case.settings.get("DEVICE", "auto"),
             "SAMPLE_TOKENS": "0",
         }
+        if case.transform:
+            settings["CASE_TRANSFORM"] = case.transform
         box = Sandbox(root, settings)
         shutil.copy(script or case.folder.script, box.script)
         yield box
+
+
+def place_validation(folder: Path, tokens: np.ndarray, case: Case) -> None:
+    """Writes tokens as the validation shard, and what they are charged if a side file must say."""
+    write_shard(folder / shard_name("val", 0), tokens)
+    if case.transform:
+        if case.table is None:
+            raise NotHere("the first run's tokenizer is not here")
+        charges = np.concatenate(([0], case.table.count(tokens)))
+        write_shard(folder / shard_name(CHARGES, 0), charges)
 
 
 # --- R12: training without validation -------------------------------------------------------------
@@ -307,7 +328,7 @@ def _train_shortly(case: Case, box: Sandbox, problems: Problems) -> None:
     short = dict(ITERATIONS="2", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", VAL_TOKENS="256")
     settings = {**_given(case), **short}
     done = box.run(box.watched("fineweb_val", "artifact"), TRAINING_SECONDS, **settings)
-    present = any((box.root / "data").glob(shard_name("val")))
+    present = any(shards_in(box.root / "data", "val"))
     if box.refused:
         problems.fail(f"training {box.refused} before the artifact was written")
     elif not (box.root / "out" / "model.ptz").is_file():

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train_gpt import ByteTable
-
-WORD_MARK = "\u2581"
+from train_gpt import WORD_MARK, ByteTable, restore_case
 
 
 def kept_as_is(table: ByteTable, character: str) -> bool:
@@ -28,21 +26,22 @@ def tokens_of(text: str, table: ByteTable) -> list[int]:
     """
     if not table.processor:
         return table.encode(text)
+    marked = table.marked_text(text)
     pieces = [table.processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
 
     def byte_pieces(part: str) -> list[int]:
         return [pieces[byte] for byte in part.encode()]
 
-    changed = [c for c in sorted(set(text)) if c == " " or not kept_as_is(table, c)]
+    changed = [c for c in sorted(set(marked)) if c == " " or not kept_as_is(table, c)]
     word = f"[^ {re.escape(''.join(changed))}]+"
     tokens = []
     at = 0
-    for words in re.finditer(f"{word}(?: {word})*", text):
-        tokens += byte_pieces(text[at : words.start()])
+    for words in re.finditer(f"{word}(?: {word})*", marked):
+        tokens += byte_pieces(marked[at : words.start()])
         tokens += table.processor.encode(words[0])
         at = words.end()
-    tokens += byte_pieces(text[at:])
-    return tokens if text_of(tokens, table) == text.encode() else byte_pieces(text)
+    tokens += byte_pieces(marked[at:])
+    return tokens if text_of(tokens, table) == text.encode() else byte_pieces(marked)
 
 
 def text_of(tokens: Sequence[int], table: ByteTable) -> bytes:
@@ -68,7 +67,10 @@ def text_of(tokens: Sequence[int], table: ByteTable) -> bytes:
             shown = piece.removeprefix(WORD_MARK) if bare else piece
             parts.append(shown.replace(WORD_MARK, " ").encode())
             bare = False
-    return b"".join(parts)
+    text = b"".join(parts)
+    if table.markers:  # what is no UTF-8, where a document was cut, stays as it is
+        return restore_case(text.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    return text
 
 
 def documents_of(tokens: np.ndarray, table: ByteTable, bos: int) -> bytes:

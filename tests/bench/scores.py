@@ -103,7 +103,8 @@ class Bench:
         self.group = np.arange(len(self.starts))
         if clusters == "speeches":
             self.group = speeches(len(self.starts))
-        self.sizes = self.by_cluster(self.table.count(self.tokens))
+        self.charges = tg.load_charges(self.cfg, self.table, self.tokens)
+        self.sizes = self.by_cluster(self.charges)
 
     def by_cluster(self, values: np.ndarray) -> np.ndarray:
         documents = np.add.reduceat(values.astype(np.float64), self.starts)
@@ -118,9 +119,10 @@ class Bench:
             log = tg.RunLog(Path(folder), self.rt)
             model = tg.load_artifact(cfg, self.blob, self.rt)
             scorer = tg.STAGES[stage].build(model, self.rt, cfg, self.table)
-            score = tg.evaluate(scorer, self.tokens, self.table, cfg, self.rt, log)
+            data = (self.tokens, self.table, cfg, self.rt)
+            score = tg.evaluate(scorer, *data, log, self.charges)
             begun = time.perf_counter()
-            checks = tg.check_score(score, scorer, self.tokens, self.table, cfg, self.rt, {})
+            checks = tg.check_score(score, scorer, *data, {}, self.charges)
         assert not any(check.failed for check in checks), checks
         return score, time.perf_counter() - begun
 
