@@ -207,7 +207,7 @@ class Config:
     )
     case_transform: str = _data(
         "",
-        "what makes capitals markers before a tokenizer with case markers; empty = as recorded",
+        "how capitals become markers, for a tokenizer that has them; empty = as the manifest says",
         choices=("", "caseops", "case2"),
     )
     val_tokens: int = _data(
@@ -615,6 +615,7 @@ OLD_NAMES = {
     "NGRAM_ENABLED": "NGRAM",
     "NGRAM_ENTROPY_ADAPTIVE": "NGRAM=backoff",
     "USE_MIXER": "NGRAM=gated",
+    "CASEOPS_ENABLED": "CASE_TRANSFORM",
 }
 
 # A name that begins with one of these words was meant for this program.
@@ -1210,7 +1211,9 @@ class Runtime:
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
         self.emulates = kind == "cpu" and compute == "bfloat16" and not cpu_has_bfloat16()
         if self.emulates:
-            self.notes.append("WARNING: DTYPE=bfloat16: emulated on this CPU, and many times slower")
+            self.notes.append(
+                "WARNING: DTYPE=bfloat16: emulated on this CPU, and many times slower"
+            )
         self._prepare_device()
         self.attention = self._pick_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
@@ -1885,7 +1888,7 @@ class ByteTable:
     def from_sentencepiece(cls, path: str | Path, transform: str = "") -> ByteTable:
         """The table of a SentencePiece model file; InputError if it is none.
 
-        transform: what its text goes through; only `encode` cannot do without.
+        transform: what text goes through before it is encoded, one of CASE_TRANSFORMS.
         """
         check(Path(path).is_file(), f"{path}: no such tokenizer file")
         unusable = (RuntimeError, OSError, UnicodeDecodeError)
@@ -1994,9 +1997,8 @@ class ByteTable:
         return self.processor.encode(self.marked_text(text))
 
     def marked_text(self, text: str) -> str:
-        """What SentencePiece sees of a text."""
-        self.check_transform()
-        return mark_case(text, self.transform) if self.markers else text
+        """What SentencePiece sees of a text; where no transform is known, the text itself."""
+        return mark_case(text, self.transform) if self.transform else text
 
     def encode_charged(self, text: str) -> tuple[list[int], np.ndarray]:
         """A text's tokens, and the bytes of it that each stands for -> [T] int64.
@@ -2006,9 +2008,9 @@ class ByteTable:
         """
         marked = self.marked_text(text)
         found = self.processor.encode(marked, return_type="offset_mapping", return_bytes=True)
-        before = bytes_before(marked)
-        places = np.array(found["offsets"], dtype=np.int64).reshape(-1, 2)
-        return found["ids"], before[places[:, 1]] - before[places[:, 0]]
+        places = found["offsets"]  # adjoin: each piece begins where the one before it ends
+        edges = [begin for begin, _ in places[:1]] + [end for _, end in places]
+        return found["ids"], np.diff(bytes_before(marked)[edges])
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The text of the tokens, as bytes. Control tokens are empty."""

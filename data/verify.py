@@ -394,13 +394,19 @@ def most_bytes(table: ByteTable, text: str) -> int:
 
 
 def between_dropped_ends(table: ByteTable, marked: str) -> str:
-    """A text from the first to the last character that the tokenizer does not drop at an end."""
+    """A text without what the tokenizer drops at its ends: blanks, and what becomes nothing.
+
+    At the end only from the first blank on: what becomes nothing belongs to the piece before it.
+    """
+    normalize = table.processor.normalize
     first = 0
-    last = len(marked)
-    while first < last and not table.processor.normalize(marked[first]):
+    while first < len(marked) and not normalize(marked[first]):
         first += 1
-    while first < last and not table.processor.normalize(marked[last - 1]):
-        last -= 1
+    last = at = len(marked)
+    while at > first and not normalize(marked[at - 1]):
+        at -= 1
+        if normalize(f"a{marked[at]}a") != "aa":
+            last = at
     return marked[first:last]
 
 
@@ -551,9 +557,7 @@ def outcome(name: str, data: Dataset) -> Check:
         return Check(name, f"the manifest's entry is damaged ({error!r})")
 
 
-def dataset_at(
-    folder: Path, tokenizer: str, documents: Sequence[Path], transform: str
-) -> Dataset:
+def dataset_at(folder: Path, tokenizer: str, documents: Sequence[Path], transform: str) -> Dataset:
     """The folder as it is spelt, or where its links lead if only there a manifest describes it."""
     spelt = Dataset(Path(os.path.abspath(folder)), tokenizer, documents, transform)
     resolved = Dataset(folder.resolve(), tokenizer, documents, transform)
@@ -568,7 +572,8 @@ def verify(
     """Prints identities and one line a check; returns whether none failed.
 
     tokenizer: a model file or byte260, empty = the manifest's; documents: text files that made the
-    shards; transform: what made a given tokenizer's case markers. InputError for a folder, tokenizer or files that cannot be looked at.
+    shards; transform: what made a given tokenizer's case markers. InputError for a folder,
+    tokenizer or files that cannot be looked at.
     """
     tg.check(
         folder.is_dir(), f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"

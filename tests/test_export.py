@@ -262,11 +262,11 @@ def test_a_folder_has_its_name_only_with_a_manifest_entry(corpus, tmp_path, monk
 def test_a_killed_process_of_the_pool_is_an_error(corpus, tmp_path, monkeypatch):
     real = export.Exporter.encoded
 
-    def killing(self, documents):
+    def killing(self, documents, exactly):
         self.pool.submit(int).result()
         for process in self.pool._processes.values():
             process.kill()
-        return real(self, documents)
+        return real(self, documents, exactly)
 
     monkeypatch.setattr(export.Exporter, "encoded", killing)
     done = call("text", corpus, root=tmp_path, **IN_BYTES)

@@ -118,12 +118,16 @@ def test_statements_are_simple(name):
     assert sum(isinstance(node, ast.Lambda) for node in nodes) <= 10
 
 
-def test_the_script_has_at_most_3900_statements():
-    """Docstrings are not counted: text costs nothing."""
+def test_the_script_has_at_most_4500_statements():
+    """Docstrings are not counted: text costs nothing.
+
+    What the published front still needs (its model, optimizer, packer, adapters) comes on top of
+    the systems that are here, a plan of a run's costs, and text with case markers.
+    """
     nodes = list(ast.walk(TREE))
     texts = [node for node in nodes if isinstance(node, ast.Expr)]
     docstrings = sum(isinstance(node.value, ast.Constant) for node in texts)
-    assert statements_of(nodes) - docstrings <= 3900
+    assert statements_of(nodes) - docstrings <= 4500
 
 
 @pytest.mark.parametrize("name", FILES)

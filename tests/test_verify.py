@@ -361,8 +361,8 @@ def test_a_wrong_byte_table_is_found(folder, monkeypatch):
     only_there = set(last.tolist()) - set(np.concatenate(others).tolist())
     token = only_there.pop()
 
-    def wrong(path):
-        table = real(path)
+    def wrong(path, transform):
+        table = real(path, transform)
         longer = np.arange(table.vocab_size) == token
         table.sizes = table.sizes + longer
         return table
@@ -436,8 +436,8 @@ def test_charges_beyond_the_normalised_text_are_found(folder, made, monkeypatch)
     real = tg.ByteTable.from_sentencepiece
     token = int(first_document(folder)[5])
 
-    def wrong(path):
-        table = real(path)
+    def wrong(path, transform):
+        table = real(path, transform)
         table.sizes = table.sizes + (np.arange(table.vocab_size) == token)
         return table
 

@@ -4,7 +4,7 @@ Not part of the test run.
 
     python tests/bench/data_export.py SOURCE.jsonl 10 100 1000      # sizes in MB
 
-Options: --tokenizer MODEL, --workers 2.
+Options: --tokenizer MODEL, --transform caseops, --val-docs 1000, --workers 2.
 
 The source's documents are repeated, each time with another number in front, until the size is
 reached. Memory is the sum over all processes of what each holds for itself (proportional set size),
@@ -59,11 +59,12 @@ def memory(pid: int) -> int:
     return total
 
 
-def export(text: Path, root: Path, tokenizer: str, workers: int) -> tuple[float, int]:
+def export(text: Path, root: Path, args: argparse.Namespace) -> tuple[float, int]:
     """Seconds of the whole command, and its peak of memory in bytes."""
     command = [sys.executable, ROOT / "data/prepare.py", "export", text, "--name", "x"]
-    command += ["--root", root, "--tokenizer", tokenizer]
-    command += ["--val-docs", "1000", "--workers", str(workers)]
+    command += ["--root", root, "--tokenizer", args.tokenizer]
+    command += ["--val-docs", str(args.val_docs), "--workers", str(args.workers)]
+    command += ["--transform", args.transform] if args.transform else []
     peak = 0
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("source", type=Path, help=".jsonl or .txt with real text")
     parser.add_argument("sizes", type=float, nargs="+", help="MB of text")
     parser.add_argument("--tokenizer", default="byte260", help="model file or byte260")
+    parser.add_argument("--transform", default="", help="of capitals into markers")
+    parser.add_argument("--val-docs", type=int, default=1000, help="documents with a side file")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for size in args.sizes:
@@ -88,7 +91,7 @@ def main() -> None:
             text = Path(folder) / "text.jsonl"
             root = Path(folder) / "data"
             written = write_text(args.source, text, int(size * 1e6))
-            seconds, peak = export(text, root, args.tokenizer, args.workers)
+            seconds, peak = export(text, root, args)
         print(
             f"{written / 1e6:8.1f} MB {seconds:7.1f} s {written / seconds / 1e6:6.2f} MB/s peak "
             f"{peak / 1e6:6.0f} MB",
