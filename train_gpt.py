@@ -49,7 +49,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,18 +223,39 @@ class Config:
         20, "steps on throw-away state before the clock starts (compilation)", low=0
     )
     warmdown_iters: int = _train(
-        1200, "last steps, over which the learning rates fall to zero", low=0
+        1200,
+        "last steps, over which the learning rates fall to zero",
+        low=0,
+        needs="WARMDOWN_FRAC=0.0",
     )
+    warmdown_frac: float = _train(
+        0.0,
+        "last share of the run, over which they fall (of its clock under SCHEDULE=clock)",
+        low=0,
+        high=1,
+    )
+    min_lr: float = _train(0.0, "share of the learning rates that stays at least", low=0, high=1)
     train_batch_tokens: int = _train(524288, "tokens a step, over all processes", low=1)
     micro_batch_tokens: int = _train(
         0, "tokens a forward pass; 0 = an eighth of TRAIN_BATCH_TOKENS", low=0
     )
     train_seq_len: int = _train(1024, "tokens a training sequence", low=1)
+    train_doc_mask: bool = _train(
+        False, "attention inside documents only, cut at TRAIN_SEQ_LEN; a micro-batch is one row"
+    )
+    context_schedule: str = _train(
+        "",
+        "shorter cuts at first, each until a share of the run: 1024:0.1,2048:0.7 (PR 2014)",
+        needs="TRAIN_DOC_MASK",
+    )
     val_loss_every: int = _train(
         1000, "validate every so many steps, outside the clock; 0 = never", low=0
     )
     train_log_every: int = _train(
         200, "log the training loss every so many steps (and the first ten)", low=0
+    )
+    enable_looping_at: float = _train(
+        0.35, "share of the run after which layers are repeated", low=0, high=1, needs="NUM_LOOPS"
     )
     late_qat_threshold: float = _train(
         0.0, "fake quantization at rate factors below this; 0 = never", low=0
@@ -267,7 +288,23 @@ class Config:
     )
     qk_gain_init: float = _model(1.5, "initial gain of each head's normalised queries", low=0)
     xsa_last_n: int = _model(0, "last layers with exclusive self-attention (XSA); 0 = none", low=0)
+    asym_logit_rescale: bool = _model(
+        False,
+        "scoring has a cap above zero and one below, kept in the model",
+        needs="LOGIT_SOFTCAP",
+    )
     unet_skips: bool = _model(True, "learned skips from the first half of the layers to the second")
+    skip_gates_enabled: bool = _model(
+        False, "a skip is blended in by a learned sigmoid gate, not added", needs="UNET_SKIPS"
+    )
+    num_loops: int = _model(
+        0, "depth recurrence: further passes over LOOP_START to LOOP_END; 0 = none", low=0, high=64
+    )
+    loop_start: int = _model(3, "first repeated layer", low=0, needs="NUM_LOOPS")
+    loop_end: int = _model(5, "last repeated layer", low=0, needs="NUM_LOOPS")
+    parallel_start_layer: int = _model(
+        0, "attention and MLP have a lane each from this layer on (PR 1204); 0 = one lane", low=0
+    )
     x0_mix: bool = _model(True, "every block mixes in the embedding stream with learned weights")
     ln_scale: bool = _model(False, "normed sublayer inputs times 1/sqrt(layer + 1)")
     depth_scale_init: bool = _model(False, "attn_scale and mlp_scale start at 1/sqrt(layer + 1)")
@@ -291,8 +328,25 @@ class Config:
     smear_before_norm: bool = _model(
         False, "SmearGate acts before the embedding's norm (PR 740), not after", needs="SMEAR=1"
     )
+    smear_gate_enabled: bool = _model(
+        False, "SmearGate by input: a share of the previous token's embedding is added (PR 1667)"
+    )
     smear_bos_mask: bool = _model(
-        False, "SmearGate lets nothing across a document start", needs="SMEAR=1"
+        False,
+        "SmearGate lets nothing across a document start",
+        needs="SMEAR=1 or SMEAR_GATE_ENABLED",
+    )
+    sparse_attn_gate_enabled: bool = _model(
+        False, "each head's output times a sigmoid gate of the layer's input (PR 1787)"
+    )
+    sparse_attn_gate_scale: float = _model(
+        0.5, "factor inside that sigmoid", low=0, needs="SPARSE_ATTN_GATE_ENABLED"
+    )
+    gate_window: int = _model(
+        12,
+        "first dimensions that those gates read",
+        low=1,
+        needs="SMEAR_GATE_ENABLED or SPARSE_ATTN_GATE_ENABLED",
     )
     bos_id: int = _model(1, "token that starts a document", low=0)
     ve_layers: tuple[int, ...] = _model(
@@ -327,6 +381,12 @@ class Config:
     )
     muon_momentum_warmup_steps: int = _optim(500, "steps until MUON_MOMENTUM is reached", low=0)
     muon_backend_steps: int = _optim(5, "Newton-Schulz iterations", low=1)
+    muon_row_normalize: bool = _optim(
+        False, "rows of a matrix's update have length one before they are orthogonalised"
+    )
+    muon_polar_express: bool = _optim(
+        False, "coefficients of each Newton-Schulz iteration (Polar Express), not one set for all"
+    )
     muon_wd: float = _optim(0.0, "decoupled weight decay of the matrices", low=0)
     embed_wd: float = _optim(
         0.0, "decoupled weight decay of embeddings, tables and output matrix", low=0
@@ -518,9 +578,20 @@ class Config:
         return self.micro_batch_tokens or self.train_batch_tokens // 8
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of a training batch."""
+        return self.micro_tokens if self.train_doc_mask else self.train_seq_len
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes of one training step, over all processes."""
         return self.train_batch_tokens // self.micro_tokens
+
+    @property
+    def context_rows(self) -> list[tuple[int, float]]:
+        """Largest segments of training, and the share of the run until which each holds."""
+        found = re.findall(r"(\d+):([\d.]+)", self.context_schedule)
+        return [(int(length), float(until)) for length, until in found]
 
     @property
     def score_len(self) -> int:
@@ -885,6 +956,21 @@ def _check_model(c: Config, relations: Relations) -> None:
         all(0 <= layer <= last for layer in c.ve_layers),
         f"{shown('ve_layers')} must lie between 0 and NUM_LAYERS - 1 = {last}",
     )
+    if c.num_loops:
+        relations.at_most("loop_start", "loop_end")
+        repeated = range(c.loop_start, c.loop_end + 1)
+        require(c.loop_end <= last, f"{shown('loop_end')} must be at most NUM_LAYERS - 1 = {last}")
+        require(
+            c.parallel_start_layer not in repeated[1:],
+            f"{shown('parallel_start_layer')} must not lie among the repeated layers "
+            f"{c.loop_start + 1} to {c.loop_end}: a later pass would begin with one lane",
+        )
+    relations.at_most("gate_window", "model_dim")
+    require(
+        c.parallel_start_layer <= last,
+        f"{shown('parallel_start_layer')} must be at most NUM_LAYERS - 1 = {last}",
+    )
+    require(not (c.smear and c.smear_gate_enabled), "SMEAR=1 and SMEAR_GATE_ENABLED=1: choose one")
     require(c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: expected 0 or at least 2")
     require(c.bos_id < c.vocab_size, f"{shown('bos_id')} must be below {shown('vocab_size')}")
 
@@ -896,6 +982,14 @@ def _check_training(c: Config, relations: Relations) -> None:
     require, shown = relations.require, relations.shown
     relations.multiple("train_batch_tokens", "micro_tokens")
     relations.multiple("micro_tokens", "train_seq_len")
+    require(
+        re.fullmatch(r"(\d+:(0?\.\d+|1)(,|$))*", c.context_schedule),
+        f"{shown('context_schedule')}: expected LENGTH:SHARE, ... as in 1024:0.1,2048:0.7",
+    )
+    require(
+        all(0 < length <= c.train_seq_len for length, _ in c.context_rows),
+        f"{shown('context_schedule')}: lengths must be 1 to {shown('train_seq_len')}",
+    )
     require(
         c.tokenizer_path == "byte260" or c.tokenizer_path.endswith(".model"),
         f"TOKENIZER_PATH={c.tokenizer_path!r}: expected a SentencePiece .model file or byte260",
@@ -1101,6 +1195,85 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(blocks, 3).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Pieces of one packed row [1, T]; attention stays inside each."""
+
+    bounds: Tensor  # [S + 1] int32: where each begins, and the row's end; the last may be empty
+    longest: int  # tokens at most
+    position: Tensor  # [T] of each token in its piece
+    # The pieces side by side, [S, longest]: for attention that knows no bounds.
+    gather: Tensor  # [S * longest] the row's token at each place; behind a piece's end any
+    scatter: Tensor  # [T] the place of each token
+
+
+SHORT_DOCUMENT = 512  # tokens; rows of longer ones on average have all the same number of pieces
+
+
+def segments_of(starts: np.ndarray, length: int, longest: int, cut: int = 0) -> Segments:
+    """The pieces of a row of so many tokens, from where they begin (0 first) -> on the CPU.
+
+    Empty ones fill their number up, since another number is another graph: to what documents of 512
+    tokens, cut at `cut` (0: at the longest), would need, twice that, ...
+    """
+    count = length // (cut or longest) + length // SHORT_DOCUMENT + 2
+    while count < len(starts):
+        count *= 2
+    bounds = np.full(count + 1, length, np.int32)
+    bounds[: len(starts)] = starts
+    sizes = np.diff(bounds)
+    number = np.repeat(np.arange(count), sizes)
+    position = np.arange(length) - bounds[number]
+    gather = np.minimum(bounds[:-1, None] + np.arange(longest), length - 1)
+    arrays = (bounds, position, gather.reshape(-1), number * longest + position)
+    bounds, position, gather, scatter = (torch.from_numpy(array) for array in arrays)
+    return Segments(bounds, longest, position, gather, scatter)
+
+
+# Attention inside the pieces of a packed row: q [1, T, H, D], k and v [1, T, K, D] -> as q.
+PackedBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: AttentionBackend = sdpa_attention
+) -> Tensor:
+    """By causal attention over the pieces side by side: what stands behind one, it never sees."""
+    rows = []
+    for x in (q, k, v):
+        gathered = x.squeeze(0).index_select(0, segments.gather)
+        rows.append(gathered.view(-1, segments.longest, *x.shape[2:]))
+    out = attend(*rows)  # [S, longest, H, D]
+    return out.flatten(0, 1).index_select(0, segments.scatter).unsqueeze(0)
+
+
+def fa3_packed_attention() -> PackedBackend:
+    """FlashAttention 3 with bounds; ImportError where there is none."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.bounds, segments.longest
+        rows = (x.squeeze(0) for x in (q, k, v))
+        out = flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
+
+    return attend
+
+
+def torch_packed_attention() -> PackedBackend:
+    """Torch's own attention with bounds, since 2.10; ImportError where there is none."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        bounds, longest = segments.bounds, segments.longest
+        rows = (x.squeeze(0) for x in (q, k, v))
+        out = varlen_attn(
+            *rows, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True
+        )
+        return out.unsqueeze(0)
+
+    return attend
+
+
 def fa3_attention() -> AttentionBackend:
     """FlashAttention 3; ImportError where there is none."""
     # Optional by design: only Hopper images have it.
@@ -1118,18 +1291,20 @@ def probe_attention(
     cfg: Config,
     device: torch.device,
     compile: Callable[[Callable], Callable],
+    shape: tuple[int, int] = (2, 128),
+    expected: AttentionBackend = sdpa_attention,
 ) -> None:
     """A forward and a backward pass at the run's own heads, compiled as they will be.
 
     Raises whatever goes wrong, and a RuntimeError if the outcome is not that of torch's attention.
     Older releases of FlashAttention 3 work forward, or alone, but not inside a compiled graph.
     """
-    sizes = [(2, 128, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads)]
+    sizes = [(*shape, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads)]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(sizes[place], generator=generator) for place in (0, 1, 1, 0)]
     *inputs, weights = (x.to(device, torch.bfloat16) for x in drawn)
     found = []
-    for function in (compile(attend), sdpa_attention):
+    for function in (compile(attend), expected):
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = function(*leaves)
         found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)])
@@ -1216,6 +1391,9 @@ class Runtime:
             )
         self._prepare_device()
         self.attention = self._pick_attention(cfg)
+        self.packed_attention: PackedBackend = padded_attention
+        if cfg.train_doc_mask and cfg.mode == "train":
+            self.packed_attention = self._pick_packed_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
@@ -1280,6 +1458,29 @@ class Runtime:
         self.notes.append(f"attention:sdpa ({reason})")
         return sdpa_attention
 
+    def _pick_packed_attention(self, cfg: Config) -> PackedBackend:
+        if not self.cuda:
+            return functools.partial(padded_attention, attend=self.attention)
+        segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
+        expected = functools.partial(padded_attention, segments=segments)
+        kinds = {"fa3": fa3_packed_attention, "varlen": torch_packed_attention}
+        reasons = []
+        for name, make in kinds.items():
+            if name == "fa3" and cfg.attn == "sdpa":
+                continue
+            try:
+                attend = make()
+                probed = functools.partial(attend, segments=segments)
+                probe_attention(probed, cfg, self.device, self.compile, (1, 256), expected)
+                self.notes.append(f"attention inside documents:{name}")
+                return attend
+            except Exception as error:  # any failure of a foreign kernel means: not here
+                reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+        raise ConfigError(
+            "TRAIN_DOC_MASK=1: no attention with document bounds works on this GPU "
+            f"({'; '.join(reasons)})"
+        )
+
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
@@ -1319,6 +1520,12 @@ class Runtime:
         if self.cuda:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=self.cuda)
+
+    def put_segments(self, segments: Segments) -> Segments:
+        """On the device."""
+        tensors = {name: x for name, x in vars(segments).items() if isinstance(x, Tensor)}
+        there = {name: self.put(x.numpy()) for name, x in tensors.items()}
+        return dataclasses.replace(segments, **there)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over all processes, in place."""
@@ -1731,7 +1938,7 @@ class TokenStream:
     def __init__(self, paths: Sequence[Path], cfg: Config):
         self.paths = list(paths)
         self.vocab_size = cfg.vocab_size
-        self.row = cfg.train_seq_len
+        self.row = cfg.row_tokens
         self.micro_tokens = cfg.micro_tokens
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -1761,6 +1968,33 @@ class TokenStream:
         size = self.micro_tokens + 1
         span = self.take(unit * size, size)
         return span[:-1].reshape(-1, self.row), span[1:].reshape(-1, self.row)
+
+
+class Prefetcher:
+    """Batches by number, the next one read by a thread while the device works."""
+
+    def __init__(self, read: Callable[[int], Any], stride: int):
+        self.read = read
+        self.stride = stride  # from one number to the next that this process asks for
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future] = {}
+
+    def __call__(self, number: int) -> Any:
+        """What `read` gives for the number; its exception, too."""
+        ahead = self.ahead.pop(number, None)
+        found = self.read(number) if ahead is None else ahead.result()
+        following = number + self.stride
+        self.ahead = {following: self.pool.submit(self.read, following)}
+        return found
+
+
+def segment_starts(ids: np.ndarray, bos: int, longest: int) -> np.ndarray:
+    """Where the segments of a row [T] begin: at documents, and every `longest` tokens of one."""
+    documents = np.union1d([0], np.flatnonzero(ids == bos))
+    pieces = -(-np.diff(documents, append=len(ids)) // longest)
+    first = np.cumsum(pieces) - pieces  # number of each document's first piece
+    number = np.arange(pieces.sum()) - np.repeat(first, pieces)
+    return np.repeat(documents, pieces) + number * longest
 
 
 def load_validation(cfg: Config) -> np.ndarray:
@@ -1964,7 +2198,16 @@ class ByteTable:
             f"CASE_TRANSFORM={cfg.case_transform}: the manifest says that the shards in "
             f"{cfg.data_path} were made with {printable(recorded)}",
         )
-        return cls.named(cfg, recorded)
+        table = cls.named(cfg, recorded)
+        beside = []
+        with contextlib.suppress(InputError):
+            beside = shards_in(find_path(cfg.data_path), CHARGES)
+        check(
+            table.markers or not beside,
+            f"{cfg.data_path}: has a byte side file ({shard_name(CHARGES)}), so that its shards "
+            f"are of text with case markers; TOKENIZER_PATH={cfg.tokenizer_path} has none",
+        )
+        return table
 
     def check_transform(self) -> None:
         """InputError unless it is known what text with case markers goes through."""
@@ -2117,16 +2360,11 @@ PLAUSIBLE = 0.05  # by which a side file that nothing records may differ from th
 def charge_paths(cfg: Config, table: ByteTable) -> list[Path]:
     """The byte side files of the validation shards, one each; none without case markers.
 
-    InputError unless each is there, as long as its shard, or if there is one that nothing needs.
+    InputError unless each is there, and as long as its shard.
     """
-    folder = find_path(cfg.data_path)
     if not table.markers:
-        check(
-            not shards_in(folder, CHARGES),
-            f"{folder}: has a byte side file ({shard_name(CHARGES)}), so that its shards are of "
-            f"text with case markers; TOKENIZER_PATH={cfg.tokenizer_path} has none",
-        )
         return []
+    folder = find_path(cfg.data_path)
     paths = []
     for shard in shards_in(folder, "val"):
         path = folder / shard.name.replace("_val_", f"_{CHARGES}_")
@@ -2429,6 +2667,8 @@ class AttentionContext:
     cos: Tensor  # [L, 1, dims / 2], of the keys' positions
     sin: Tensor
     cache: KVCache | None = None  # rows continue what it has seen; its window is the mask
+    segments: Segments | None = None  # the one row is packed of these
+    packed: PackedBackend = padded_attention
 
 
 def previous(x: Tensor, cache: KVCache | None, key: str) -> Tensor:
@@ -2525,6 +2765,27 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous(x, cache, "smear"), gate.expand_as(x))
 
 
+def input_gate(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """sigmoid(scale w . x) of the first dimensions of x: [B, T, D], [N, window] -> [B, T, N]."""
+    window = x.narrow(-1, 0, weight.size(1))
+    return torch.sigmoid(scale * F.linear(window, weight.to(x.dtype)))
+
+
+class InputSmearGate(nn.Module):
+    """The previous token's embedding, times a gate that reads the token's own (PR 1667)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.bos = cfg.bos_id if cfg.smear_bos_mask else None
+        self.weight = param(1, cfg.gate_window, init=zeros)
+
+    def forward(self, x: Tensor, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        gate = input_gate(x, self.weight)  # [B, T, 1]
+        if self.bos is not None:
+            gate = gate * (ids != self.bos).unsqueeze(-1).to(x.dtype)
+        return gate * previous(x, cache, "smear")
+
+
 class ValueEmbedding(nn.Module):
     """One token table whose projection is added to the values of the listed layers (PR 859)."""
 
@@ -2558,6 +2819,10 @@ class Attention(nn.Module):
         self.c_v = Linear(dim, kv_dim, matrix_init(cfg))
         self.proj = Linear(dim, dim, zeros)
         self.q_gain = param(cfg.num_heads, init=constant(cfg.qk_gain_init))
+        self.attn_gate_w = None
+        if cfg.sparse_attn_gate_enabled:
+            self.attn_gate_w = param(cfg.num_heads, cfg.gate_window, init=zeros)
+            self.gate_scale = cfg.sparse_attn_gate_scale
 
     def forward(
         self, x: Tensor, value_embedding: Tensor | None, step: int, context: AttentionContext
@@ -2572,14 +2837,20 @@ class Attention(nn.Module):
         v = v.view(B, T, self.kv_heads, -1)
         gain = self.q_gain.to(x.dtype).unsqueeze(-1)
         cos, sin = context.cos, context.sin
-        if context.cache is None:
-            out = context.backend(rotate(q, cos, sin) * gain, rotate(k, cos, sin), v)
-        else:
+        if context.cache is not None:
             out = context.cache.attend(step, q, k, v, gain, cos, sin)
+        elif context.segments is not None:
+            turned = rotate(q, cos, sin) * gain, rotate(k, cos, sin)
+            out = context.packed(*turned, v, context.segments)
+        else:
+            out = context.backend(rotate(q, cos, sin) * gain, rotate(k, cos, sin), v)
         if self.xsa:
             own = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, D]
             out = out.reshape(B, T, self.kv_heads, -1, out.size(-1))  # [B, T, K, H / K, D]
             out = out - (out * own).sum(-1, keepdim=True) * own
+        if self.attn_gate_w is not None:
+            gate = input_gate(x, self.attn_gate_w, self.gate_scale)  # [B, T, H]
+            out = out.reshape(B, T, self.heads, -1) * gate.unsqueeze(-1)
         return self.proj(out.reshape(B, T, D))
 
 
@@ -2598,7 +2869,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Mix in the embedding stream, then attention, then MLP, each with learned weights."""
+    """Mix in the embedding stream, then attention, then MLP, each with learned weights.
+
+    With two lanes (PR 1204) attention reads the first and the MLP the second, and each lane goes on
+    as a learned sum of itself and of what both gave.
+    """
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -2617,14 +2892,29 @@ class Block(nn.Module):
         value_embedding: Tensor | None,
         step: int,
         context: AttentionContext,
-    ) -> Tensor:
-        """x, x0 [B, T, D]: the stream now, and as it entered the first block."""
+        lane: Tensor | None = None,
+        lambdas: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, x0 [B, T, D]: the stream now, and as it entered the first block -> stream and lane.
+
+        lane: the second, whose lambdas are [from attention or MLP, to lane] and [lane].
+        """
+        mixed = x
         if self.resid_mix is not None:
             keep, blend = self.resid_mix.to(x.dtype).unbind()
-            x = keep * x + blend * x0
-        attended = self.attn(norm(x, self.ln_scale), value_embedding, step, context)
-        x = x + self.attn_scale.to(x.dtype) * attended
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
+            mixed = keep * x + blend * x0
+        attended = self.attn(norm(mixed, self.ln_scale), value_embedding, step, context)
+        attended = self.attn_scale.to(x.dtype) * attended
+        if lane is None:
+            x = mixed + attended
+            return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale)), None
+        transformed = self.mlp_scale.to(x.dtype) * self.mlp(norm(lane, self.ln_scale))
+        post, keep = lambdas
+        from_attention, from_mlp = (row.to(x.dtype).unbind() for row in post.unbind())
+        keep = keep.to(x.dtype).unbind()
+        first = keep[0] * x + from_attention[0] * attended + from_mlp[0] * transformed
+        second = keep[1] * lane + from_attention[1] * attended + from_mlp[1] * transformed
+        return first, second
 
 
 # --- the mixer head of PR 859, and the n-grams that it weighs -------------------------------------
@@ -2706,7 +2996,15 @@ class FrozenNgramTable:
 # --- the whole model ------------------------------------------------------------------------------
 
 # Matrices by shape that are gains by role: trained by Adam, kept in float32.
-CONTROL_NAMES = ("resid_mix", "skip_weights")
+CONTROL_NAMES = (
+    "resid_mix",
+    "skip_weights",
+    "skip_gates",
+    "parallel_post_lambdas",
+    "parallel_resid_lambdas",
+    "attn_gate_w",
+    "smear_gate.weight",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2717,17 +3015,32 @@ class LayerStep:
     push: bool = False  # its output is kept for a skip
     pop: int | None = None  # row of skip_weights: the last kept output is added before it
     value_embedding: int | None = None  # place in ve_layer_scales: it gets the value embedding
+    lanes: bool = False  # attention and MLP have a lane each
 
 
-def layer_steps(cfg: Config) -> list[LayerStep]:
-    """What the forward pass executes. U-Net skips: the first half pushes, the second pops."""
+def layer_steps(cfg: Config, looped: bool = False) -> list[LayerStep]:
+    """What the forward pass executes. U-Net skips: the first half pushes, the second pops.
+
+    looped: with depth recurrence, whose layers stand there several times. Halves are of the
+    executed layers; lanes begin in the second.
+    """
+    order = list(range(cfg.num_layers))
+    if looped:
+        repeated = order[cfg.loop_start : cfg.loop_end + 1]
+        order[cfg.loop_end + 1 : cfg.loop_end + 1] = repeated * cfg.num_loops
+    half = len(order) // 2
+    skips = half if cfg.unet_skips else 0
     steps = []
-    skips = cfg.num_layers // 2 if cfg.unet_skips else 0
-    for layer in range(cfg.num_layers):
-        place = layer - cfg.num_layers // 2  # in the second half
-        pop = place if 0 <= place < skips else None
-        scale = cfg.ve_layers.index(layer) if layer in cfg.ve_layers else None
-        steps.append(LayerStep(layer, push=layer < skips, pop=pop, value_embedding=scale))
+    for number, layer in enumerate(order):
+        place = number - half  # in the second half
+        step = LayerStep(
+            layer,
+            push=number < skips,
+            pop=place if 0 <= place < skips else None,
+            value_embedding=cfg.ve_layers.index(layer) if layer in cfg.ve_layers else None,
+            lanes=0 < cfg.parallel_start_layer <= layer and place >= 0,
+        )
+        steps.append(step)
     return steps
 
 
@@ -2739,11 +3052,13 @@ class GPT(nn.Module):
         cfg: Config,
         dtype: torch.dtype = torch.float32,
         backend: AttentionBackend = sdpa_attention,
+        packed: PackedBackend = padded_attention,
     ):
         super().__init__()
         self.cfg = cfg
         self.dtype = dtype
         self.backend = backend
+        self.packed = packed
         self.rotary_dims = cfg.rope_dims or cfg.head_dim
         std = cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0
         self.tok_emb = embedding(cfg.vocab_size, cfg.model_dim, normal(std))
@@ -2752,6 +3067,8 @@ class GPT(nn.Module):
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zeros)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(cfg) if cfg.smear else None
+        self.smear_gate = InputSmearGate(cfg) if cfg.smear_gate_enabled else None
+        self.smear_lambda = param(1, init=zeros) if cfg.smear_gate_enabled else None
         self.ve_shared = None
         self.ve_layer_scales = None
         if cfg.ve_layers:
@@ -2760,9 +3077,22 @@ class GPT(nn.Module):
             self.ve_layer_scales = nn.ParameterList(scales)
         self.alpha_head = MixerHead(cfg) if cfg.mixer_head else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
-        self.steps = layer_steps(cfg)
-        pops = sum(step.pop is not None for step in self.steps)
+        self.plain_steps = layer_steps(cfg)
+        self.looped_steps = layer_steps(cfg, looped=cfg.num_loops > 0)
+        self.set_looping(True)  # as in a finished run
+        pops = sum(step.pop is not None for step in self.looped_steps)
         self.skip_weights = param(pops, cfg.model_dim, init=constant(1.0)) if pops else None
+        self.skip_gates = None
+        if cfg.skip_gates_enabled and pops:
+            self.skip_gates = param(pops, cfg.model_dim, init=zeros)
+        self.parallel_post_lambdas = None
+        if cfg.parallel_start_layer:  # [layer, from attention or MLP, to lane], [layer, lane]
+            self.parallel_post_lambdas = param(cfg.num_layers, 2, 2, init=constant(1.0))
+            self.parallel_resid_lambdas = param(cfg.num_layers, 2, init=constant(1.1))
+        self.softcap_pos = None
+        if cfg.asym_logit_rescale:  # training has one cap, and leaves these as they are
+            self.softcap_pos = param(init=constant(cfg.logit_softcap)).requires_grad_(False)
+            self.softcap_neg = param(init=constant(cfg.logit_softcap)).requires_grad_(False)
         if not self.tok_emb.weight.is_meta:
             self.reset_parameters()
 
@@ -2775,10 +3105,28 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(seed)
             p.copy_(p.init(tuple(p.shape), generator))
 
-    def context(self, ids: Tensor, cache: KVCache | None = None) -> AttentionContext:
-        """What attention needs for these inputs [B, T]; cache: they continue what it has seen."""
+    def set_looping(self, on: bool) -> None:
+        """Depth recurrence in force or not, where there is one."""
+        self.looping = on and self.cfg.num_loops > 0
+        self.steps = self.looped_steps if self.looping else self.plain_steps
+
+    def context(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | Segments | None = None,
+    ) -> AttentionContext:
+        """What attention needs for these inputs [B, T].
+
+        cache: they continue what it has seen; documents: they are one row, packed of these pieces,
+        or of those that begin at these places.
+        """
         cfg = self.cfg
         length = span = ids.size(1)
+        if isinstance(documents, Tensor):
+            documents = self._segments(documents, length)
+        if documents is not None:
+            length = span = documents.longest
         if cache is not None:
             cache.begin(ids)
             length = cache.window - 1 + cache.block  # keys of a block
@@ -2787,14 +3135,43 @@ class GPT(nn.Module):
         if cfg.rope_train_seq_len:
             base = stretched_base(base, self.rotary_dims, span, cfg.rope_train_seq_len)
         cos, sin = rotary_tables(length, self.rotary_dims, base, ids.device)
-        return AttentionContext(self.backend, cos, sin, cache)
+        if documents is not None:  # angles begin anew with every piece
+            cos, sin = (table.index_select(0, documents.position) for table in (cos, sin))
+        return AttentionContext(self.backend, cos, sin, cache, documents, self.packed)
 
-    def hidden(self, ids: Tensor, context: AttentionContext | None = None) -> Tensor:
-        """ids [B, T] -> the stream after the final norm [B, T, D]."""
-        context = context or self.context(ids)
+    @staticmethod
+    def _segments(starts: Tensor, length: int) -> Segments:
+        """The pieces of a row that begin at these places, which the host reads."""
+        places = np.unique([0, *starts.tolist()])
+        places = places.compress(places < length)
+        longest = int(np.diff(places, append=length).max())
+        segments = segments_of(places, length, longest)
+        tensors = vars(segments).items()
+        moved = {n: x.to(starts.device) for n, x in tensors if isinstance(x, Tensor)}
+        return dataclasses.replace(segments, **moved)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        looped: bool | None = None,
+        context: AttentionContext | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> the stream after the final norm [B, T, D].
+
+        documents: where pieces of a packed row begin, inside which attention stays; looped: depth
+        recurrence on or off, None = as it is in force; context: instead of documents.
+        """
+        context = context or self.context(ids, documents=documents)
+        steps = self.steps
+        if looped is not None:
+            steps = self.looped_steps if looped else self.plain_steps
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, self.dtype, context.cache)
+        if self.smear_gate is not None:
+            smeared = self.smear_gate(x, ids, context.cache)
+            x = x + self.smear_lambda.to(self.dtype) * smeared
         if self.smear is None:
             x = norm(x)
         elif self.cfg.smear_before_norm:
@@ -2808,28 +3185,50 @@ class GPT(nn.Module):
             values = self.ve_shared(ids, self.dtype)
         if self.skip_weights is not None:
             skip_weights = self.skip_weights.to(self.dtype).unbind()
-        for number, step in enumerate(self.steps):
+        if self.skip_gates is not None:
+            skip_gates = torch.sigmoid(self.skip_gates.to(self.dtype)).unbind()
+        if self.parallel_post_lambdas is not None:
+            post, keep = self.parallel_post_lambdas.unbind(), self.parallel_resid_lambdas.unbind()
+        lane = lambdas = None  # the MLP's, from the first step with two lanes on
+        for number, step in enumerate(steps):
+            if step.lanes:
+                lane = x if lane is None else lane
+                lambdas = post[step.block], keep[step.block]
             if step.pop is not None:
-                x = x + skip_weights[step.pop] * kept.pop()
+                skipped = skip_weights[step.pop] * kept.pop()
+                if self.skip_gates is None:
+                    x = x + skipped
+                else:
+                    x = torch.lerp(skipped, x, skip_gates[step.pop].expand_as(x))
             value_embedding = None
             if step.value_embedding is not None:
                 scale = self.ve_layer_scales[step.value_embedding]
                 value_embedding = values * scale.to(self.dtype)
-            x = self.blocks[step.block](x, x0, value_embedding, number, context)
+            block = self.blocks[step.block]
+            x, lane = block(x, x0, value_embedding, number, context, lane, lambdas)
             if step.push:
                 kept.append(x)
-        return norm(x)
+        return norm(x if lane is None else (x + lane) / 2)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> logits [..., V], float32, softcapped."""
+    def head(self, hidden: Tensor, scoring: bool = True) -> Tensor:
+        """[..., D] -> logits [..., V], float32, with the caps of scoring, or training's cap."""
         weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()
         cap = self.cfg.logit_softcap
+        if scoring and self.softcap_pos is not None:
+            cap = torch.where(logits < 0, self.softcap_neg, self.softcap_pos)
+            return cap * torch.tanh(logits / cap)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def logits(self, ids: Tensor, context: AttentionContext | None = None) -> Tensor:
-        """ids [B, T] -> [B, T, V], float32, softcapped."""
-        return self.head(self.hidden(ids, context))
+    def logits(
+        self,
+        ids: Tensor,
+        documents: Tensor | None = None,
+        looped: bool | None = None,
+        context: AttentionContext | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> [B, T, V], float32, with the caps of scoring; the rest as `hidden`."""
+        return self.head(self.hidden(ids, documents, looped, context))
 
     def forward(
         self,
@@ -2837,10 +3236,15 @@ class GPT(nn.Module):
         targets: Tensor,
         ratios: Tensor | None = None,
         context: AttentionContext | None = None,
+        documents: Tensor | None = None,
+        looped: bool | None = None,
     ) -> Tensor:
-        """ids, targets [B, T] -> mean nats per target; ratios [B, T, K] add the mixture's loss."""
-        hidden = self.hidden(ids, context)
-        logits = self.head(hidden).flatten(0, 1)  # [B * T, V]
+        """ids, targets [B, T] -> mean nats per target, with training's cap; the rest as `hidden`.
+
+        ratios [B, T, K] add the mixture's loss.
+        """
+        hidden = self.hidden(ids, documents, looped, context)
+        logits = self.head(hidden, scoring=False).flatten(0, 1)  # [B * T, V]
         nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
         if ratios is None:
             return nats.mean()
@@ -2849,12 +3253,22 @@ class GPT(nn.Module):
         return nats.mean() - MIXER_LOSS_WEIGHT * p.clamp(min=1e-12).log().mean()
 
 
-def training_flops(cfg: Config, model: GPT) -> float:
-    """FLOPs of a trained token: 6 per multiply-accumulate parameter, causal half of attention."""
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+def _macs(module: nn.Module) -> int:
+    """Multiply-accumulate parameters of a module's matrices."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Linear))
+
+
+def training_flops(cfg: Config, model: GPT, looped: bool = False) -> float:
+    """FLOPs of a trained token: 6 per multiply-accumulate parameter, causal half of attention.
+
+    Repeated layers count as often as they are executed.
+    """
+    steps = model.looped_steps if looped else model.plain_steps
+    matrices = _macs(model) - _macs(model.blocks)
+    matrices += sum(_macs(model.blocks[step.block]) for step in steps)
     if cfg.tie_embeddings:
         matrices += cfg.vocab_size * cfg.model_dim  # the output matrix
-    return 6.0 * matrices + 6.0 * cfg.num_layers * cfg.train_seq_len * cfg.model_dim
+    return 6.0 * matrices + 6.0 * len(steps) * cfg.train_seq_len * cfg.model_dim
 
 
 def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None = None) -> GPT:
@@ -2862,7 +3276,7 @@ def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None =
     with torch.device(
         "cpu" if weights is None else "meta"
     ):  # meta: allocates nothing, whatever shapes an artifact claims
-        model = GPT(cfg, rt.profile.dtype, rt.attention)
+        model = GPT(cfg, rt.profile.dtype, rt.attention, rt.packed_attention)
     if weights is not None:
         with input_error_from("artifact: its tensors do not fit its settings", RuntimeError):
             model.load_state_dict(weights, strict=True, assign=True)
@@ -2875,17 +3289,29 @@ def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None =
 # ==================================================================================================
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+# Coefficients of the odd quintic a x + b x^3 + c x^5, which brings singular values towards one.
+QUINTIC = ((3.4445, -4.7750, 2.0315),)  # steep at zero, hovers between 0.7 and 1.2 (Jordan 2024)
+POLAR_EXPRESS = (  # the best for each of five iterations (2505.16932), as PR 1787 has them
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def newton_schulz(
+    matrices: Tensor, steps: int, coefficients: Sequence[tuple[float, ...]] = QUINTIC
+) -> Tensor:
     """Approximates the orthogonal factor of each matrix: [N, R, C] -> same shape.
 
-    Singular values end between 0.7 and 1.2 (Jordan 2024): the quintic is steep at zero and hovers
-    around one.
+    coefficients: of each iteration; the last ones go on.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -2900,6 +3326,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
 
     Matrices of equal shape are stacked; given a runtime, its processes share the stack.
+    row_normalize: rows of an update have length one before that (MuonEq-R, PR 1217).
     """
 
     def __init__(
@@ -2910,16 +3337,22 @@ class Muon(torch.optim.Optimizer):
         backend_steps: int = 5,
         weight_decay: float = 0.0,
         runtime: Runtime | None = None,
+        row_normalize: bool = False,
+        polar_express: bool = False,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "backend_steps": backend_steps})
         self.map_shares = runtime.map_shares if runtime else _on_one_process
         self.newton_schulz = runtime.compile(newton_schulz) if runtime else newton_schulz
+        self.row_normalize = row_normalize
+        self.coefficients = POLAR_EXPRESS if polar_express else QUINTIC
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            orthogonalize = functools.partial(self.newton_schulz, steps=group["backend_steps"])
+            orthogonalize = functools.partial(
+                self.newton_schulz, steps=group["backend_steps"], coefficients=self.coefficients
+            )
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -2931,7 +3364,10 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(buffers, group["momentum"])
                 torch._foreach_add_(buffers, grads)
                 updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
-                stack = self.map_shares(orthogonalize, torch.stack(updates))
+                stack = torch.stack(updates)
+                if self.row_normalize:
+                    stack = F.normalize(stack, dim=-1)
+                stack = self.map_shares(orthogonalize, stack)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 step_size = group["lr"] * math.sqrt(max(1, rows / columns))
                 torch._foreach_add_(params, list(stack.to(params[0].dtype)), alpha=-step_size)
@@ -2995,7 +3431,8 @@ def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[tuple[str,
     """Group name -> (name, parameter) pairs; every parameter of the model is in one of them."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in PARAM_GROUPS}
     for name, p in model.named_parameters():
-        groups[group_of(name, p, cfg)].append((name, p))
+        if p.requires_grad:  # the caps of scoring stay as they are
+            groups[group_of(name, p, cfg)].append((name, p))
     return groups
 
 
@@ -3010,7 +3447,13 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
         if members:
             groups[rule.optimizer].append(group)
     muon = Muon(
-        groups["muon"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime=rt
+        groups["muon"],
+        cfg.matrix_lr,
+        cfg.muon_momentum,
+        cfg.muon_backend_steps,
+        runtime=rt,
+        row_normalize=cfg.muon_row_normalize,
+        polar_express=cfg.muon_polar_express,
     )
     adam = torch.optim.AdamW(
         groups["adam"],
@@ -3041,19 +3484,40 @@ def clip_gradients(buffer: Tensor, max_norm: float) -> None:
 # --- schedules: pure functions of the settings and of how far the run is --------------------------
 
 
-def warmdown(cfg: Config, step: int, steps_left: float) -> float:
-    """Factor of every learning rate: 1, then straight to 0 over the last WARMDOWN_ITERS steps."""
-    if not cfg.warmdown_iters:
-        return 1.0
-    return min(1.0, max(steps_left, 0.0) / cfg.warmdown_iters)
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Where a run is."""
+
+    step: int  # steps done
+    steps_left: float
+    share: float  # of the run that is over
 
 
-def momentum_warmup(cfg: Config, step: int, steps_left: float) -> float:
+def warmdown(cfg: Config, now: Moment) -> float:
+    """Factor of every learning rate: 1, then straight towards 0 until the end, MIN_LR at least.
+
+    Over the last WARMDOWN_ITERS steps, or the last WARMDOWN_FRAC of the run.
+    """
+    factor = 1.0
+    if cfg.warmdown_frac:
+        factor = (1 - now.share) / cfg.warmdown_frac
+    elif cfg.warmdown_iters:
+        factor = now.steps_left / cfg.warmdown_iters
+    return min(1.0, max(factor, cfg.min_lr))
+
+
+def momentum_warmup(cfg: Config, now: Moment) -> float:
     """Muon's momentum: straight from its start value to MUON_MOMENTUM."""
     share = 1.0
     if cfg.muon_momentum_warmup_steps:
-        share = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+        share = min(now.step / cfg.muon_momentum_warmup_steps, 1.0)
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
+
+
+def context_length(cfg: Config, now: Moment) -> int:
+    """Tokens of the largest segment of training: as CONTEXT_SCHEDULE has it, then TRAIN_SEQ_LEN."""
+    lengths = [length for length, until in cfg.context_rows if now.share < until]
+    return lengths[0] if lengths else cfg.train_seq_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3061,7 +3525,7 @@ class Schedule:
     """A field of the optimizers' parameter groups that changes during the run."""
 
     field: str
-    value: Callable[[Config, int, float], float]  # of settings, steps done, steps left
+    value: Callable[[Config, Moment], float]
     factor_of: str = ""  # the group's field that the value multiplies; empty = the value itself
 
 
@@ -3448,9 +3912,10 @@ class Trainer:
         self.clock = Clock(cfg, rt.profile.lag, now)
         self.requests = Requests()
         self.compiled_model = rt.compile(model)
-        row = torch.empty(1, cfg.train_seq_len, dtype=torch.int64, device=rt.device)
-        self.context = model.context(row)
-        self.gradients = bind_flat_gradients(list(model.parameters()))
+        self.row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
+        self.context = None if cfg.train_doc_mask else model.context(self.row)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.gradients = bind_flat_gradients(trained)
         self.optimizers = build_optimizers(model, cfg, rt)
         self.quantized = quantized_matrices(model, cfg)
         # This process's share: gradients are summed.
@@ -3458,6 +3923,7 @@ class Trainer:
         self.averager = WeightAverager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.ngram_table = FrozenNgramTable(cfg, rt.device) if cfg.mixer_head else None
         self.steps_done = 0
+        self.looped_steps = 0  # of them, with depth recurrence
         self.seconds = 0.0  # that training took
         self.faking = False  # fake quantization is on
         self.problem = ""  # why this process could not read its tokens
@@ -3468,14 +3934,22 @@ class Trainer:
         self.share = range(rt.rank, self.micro_batches, rt.world)  # this process's
 
     def step(
-        self, batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]], steps_left: float
+        self,
+        batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]],
+        steps_left: float,
+        share: float | None = None,
     ) -> Tensor:
         """One optimizer step -> this process's part of the mean loss, which waits on the device.
 
         batch_of(n): ids and targets [B, T] of micro-batch n, counted over steps and processes.
+        share: of the run that is over, if not the clock's.
         """
         cfg, rt = self.cfg, self.rt
-        values = {s.field: s.value(cfg, self.steps_done, steps_left) for s in SCHEDULES}
+        if share is None:
+            share = self.clock.progress(self.steps_done)
+        self.set_looping(share)
+        now = Moment(self.steps_done, steps_left, share)
+        values = {schedule.field: schedule.value(cfg, now) for schedule in SCHEDULES}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             for schedule in SCHEDULES:
@@ -3499,12 +3973,13 @@ class Trainer:
                 InputError
             ) as error:  # told with the step's report: nobody waits for this process
                 self.problem = self.problem or str(error)
-                rows = cfg.micro_tokens // cfg.train_seq_len
-                ids = targets = np.zeros((rows, cfg.train_seq_len), np.int64)
+                rows = cfg.micro_tokens // cfg.row_tokens
+                ids = targets = np.zeros((rows, cfg.row_tokens), np.int64)
+            context = self.context or self.packed_context(ids, now)
             ids = rt.put(ids)
             targets = rt.put(targets)
             ratios = self.ngram_table.ratios(ids, targets) if self.ngram_table else None
-            loss = self.compiled_model(ids, targets, ratios, self.context) / self.micro_batches
+            loss = self.compiled_model(ids, targets, ratios, context) / self.micro_batches
             loss.backward()
             total += loss.detach()
         if self.penalized and rate < 0.5:
@@ -3518,6 +3993,22 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         return total
+
+    def packed_context(self, ids: np.ndarray, now: Moment) -> AttentionContext:
+        """What keeps attention inside the documents of a row [1, T]."""
+        cfg = self.cfg
+        starts = segment_starts(ids.reshape(-1), cfg.bos_id, context_length(cfg, now))
+        # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
+        cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
+        segments = self.rt.put_segments(segments_of(starts, ids.size, cfg.train_seq_len, cut))
+        return self.model.context(self.row, documents=segments)
+
+    def set_looping(self, share: float) -> None:
+        """Depth recurrence on or off, as it is when that share of the run is over."""
+        before = self.model.looping
+        self.model.set_looping(share >= self.cfg.enable_looping_at)
+        if self.model.looping and not before:
+            self.log.log(f"looping:enabled step:{self.steps_done} layers:{len(self.model.steps)}")
 
     def fake_quantization(self, on: bool) -> None:
         """Fake quantization on or off, of the matrices that will be packed as whole numbers."""
@@ -3594,23 +4085,26 @@ class Trainer:
 def warm_up(trainer: Trainer) -> None:
     """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before.
 
-    With late fake quantization one step more, whose graph is another.
+    With depth recurrence, and with late fake quantization, one step more, whose graph is another.
     """
     cfg = trainer.cfg
     rng = np.random.default_rng(0)
-    shape = (cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len)
+    shape = (cfg.micro_tokens // cfg.row_tokens, cfg.row_tokens)
 
     def random_batch(unit: int) -> tuple[np.ndarray, np.ndarray]:
         ids = rng.integers(0, cfg.vocab_size, shape)
         return ids, ids
 
     weights = copy.deepcopy(trainer.model.state_dict())
-    steps = [False] * cfg.warmup_steps
+    late = cfg.enable_looping_at if cfg.num_loops else 0.0
+    steps = [(0.0, False)] * cfg.warmup_steps  # share of the run, fake quantization
+    if steps and cfg.num_loops:
+        steps.append((late, False))
     if steps and cfg.late_qat_threshold:
-        steps.append(True)
-    for faking in steps:
+        steps.append((late, True))
+    for share, faking in steps:
         trainer.fake_quantization(faking)
-        trainer.step(random_batch, cfg.iterations)
+        trainer.step(random_batch, cfg.iterations, share)
     trainer.fake_quantization(False)
     trainer.model.load_state_dict(weights)
     trainer.optimizers = build_optimizers(trainer.model, cfg, trainer.rt)
@@ -3648,6 +4142,7 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
         if trainer.ngram_table:
             fill_ngram_table(trainer)
         status = training_loop(trainer, validate)
+        trainer.set_looping(1.0)  # what is packed is the model of a finished run
         trainer.rt.sync()
         trainer.seconds = clock.elapsed()
     if clock.last.step > trainer.last_shown:
@@ -3660,6 +4155,7 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
 def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
     """Step after step until the end -> why it ended."""
     cfg, clock, averager = trainer.cfg, trainer.clock, trainer.averager
+    batches = Prefetcher(trainer.stream.batch, trainer.rt.world)
     while True:
         status = trainer.reason_to_stop()
         if status and trainer.read_reports(lag=0).diverged:  # as reports still in flight may say
@@ -3671,8 +4167,9 @@ def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
         if status:
             return status
 
-        loss = trainer.step(trainer.stream.batch, clock.steps_left(trainer.steps_done))
+        loss = trainer.step(batches, clock.steps_left(trainer.steps_done))
         trainer.steps_done += 1
+        trainer.looped_steps += trainer.model.looping
         if averager:
             averager.update(trainer.steps_done, clock.progress(trainer.steps_done))
 
@@ -3706,6 +4203,7 @@ def save_checkpoint(trainer: Trainer) -> None:
             "model": trainer.model.state_dict(),
             "averages": averager and (averager.means, averager.swa_count),
             "step": trainer.steps_done,
+            "looped_steps": trainer.looped_steps,
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "elapsed": trainer.clock.elapsed(),
         }
@@ -3755,6 +4253,7 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
         check(state["averages"], "has no averages, which EMA_DECAY and SWA_EVERY go on with")
         trainer.averager.restore(*state["averages"])
     trainer.steps_done = trainer.last_shown = step
+    trainer.looped_steps = state.get("looped_steps", 0)
     trainer.clock.last = StepReport(step, elapsed)
     return changed
 
@@ -4979,7 +5478,8 @@ class WindowNetwork:
     def predict(self, batch: Batch) -> Softmax:
         """The distribution at the batch's positions."""
         ids = self.rt.put(batch.ids)
-        hidden = self.hidden(self.model, ids, self.model.context(ids, self.cache))
+        context = self.model.context(ids, self.cache)
+        hidden = self.hidden(self.model, ids, context=context)
         rows, scored = batch.index.shape
         hidden = hidden[:rows, -scored:]  # [B, S, D]
         logits = self.model.head(hidden)
@@ -5061,7 +5561,7 @@ class StreamNetwork(WindowNetwork):
         for piece in np.split(tokens, [len(before) % self.window]):  # then whole windows
             if piece.size:
                 ids = self.rt.put(piece[None])
-                self.model.hidden(ids, self.model.context(ids, cache))
+                self.model.hidden(ids, context=self.model.context(ids, cache))
         self.readings = [*self.readings[-1:], Reading(cache, tokens, first)]
         return self.readings[-1]
 
@@ -5164,7 +5664,7 @@ class PerDocumentLoRA(WindowNetwork):
         for tensor, axis in ((ids, 1), (cos, 0), (sin, 0)):
             self.rt.mark_varying(tensor, axis)
         backend = sdpa_attention if context.backend is blocked_attention else context.backend
-        return self._hidden(model, ids, AttentionContext(backend, cos, sin))
+        return self._hidden(model, ids, context=AttentionContext(backend, cos, sin))
 
     def _slots(self, batch: Batch) -> Tensor:
         """Own number of the adapters of every row of inputs.
@@ -5284,7 +5784,8 @@ class TestTimeTraining:
                     mine = rows[first : first + piece]
                     ids = rt.put(mine[:, :-1].copy())
                     targets = rt.put(mine[:, 1:].flatten())
-                    logits = self.logits(self.model, ids, self.model.context(ids)).flatten(0, 1)
+                    context = self.model.context(ids)
+                    logits = self.logits(self.model, ids, context=context).flatten(0, 1)
                     nats = F.cross_entropy(logits, targets, reduction="none")
                     (nats @ rt.put(weights[first : first + piece].flatten())).backward()
                 rt.sum_(gradients)
@@ -6235,6 +6736,7 @@ class PlanRuntime(Runtime):
         self.cfg = cfg
         self.counter = CostCounter()
         self.attention = self.counter.attention
+        self.packed_attention = self.attention_in_segments
         self.device = torch.device("meta")
         self.world = PLANNED_GPUS
         self.profile = GPU_PROFILE.in_format(cfg.dtype)
@@ -6242,7 +6744,12 @@ class PlanRuntime(Runtime):
     def model(self) -> GPT:
         """The settings' model."""
         with self.device:
-            return GPT(self.cfg, self.profile.dtype, self.attention)
+            return GPT(self.cfg, self.profile.dtype, self.attention, self.packed_attention)
+
+    def attention_in_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """As if all were as long as the longest."""
+        rows = (x.view(-1, segments.longest, *x.shape[2:]) for x in (q, k, v))
+        return self.attention(*rows).view(q.shape)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -6261,14 +6768,14 @@ def cost_of(rt: PlanRuntime, action: Callable[[], Any]) -> Cost:
     return rt.counter.cost
 
 
-def plan_training(cfg: Config) -> tuple[Trainer, Cost]:
-    """A trainer without numbers, and what a step of it costs one GPU."""
+def plan_training(cfg: Config, share: float = 0.0) -> tuple[Trainer, Cost]:
+    """A trainer without numbers, and what a step at that share of the run costs one GPU."""
     rt = PlanRuntime(cfg)
     trainer = Trainer(cfg, rt, RunLog(Path(), rt, silent=True), rt.model(), None)
-    batch = np.zeros((cfg.micro_tokens // cfg.train_seq_len, cfg.train_seq_len), np.int64)
+    batch = np.zeros((cfg.micro_tokens // cfg.row_tokens, cfg.row_tokens), np.int64)
 
     def step() -> None:
-        trainer.step(lambda micro: (batch, batch), cfg.iterations)
+        trainer.step(lambda micro: (batch, batch), cfg.iterations, share)
         if trainer.averager:
             trainer.averager.update(1, 1.0)
 
@@ -6339,22 +6846,38 @@ def planned_tokens(cfg: Config) -> tuple[np.ndarray, str]:
     return tokens, f"{len(tokens) - 1} validation targets of {cfg.data_path}"
 
 
+def planned_steps(cfg: Config, plain: Cost, looped: Cost) -> tuple[int, float]:
+    """How many steps a run takes, and their seconds; looped: with depth recurrence, if there is."""
+    share = cfg.enable_looping_at if cfg.num_loops else 1.0
+    limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
+    if cfg.schedule == "clock" and cfg.max_wallclock_seconds:  # shares are of seconds
+        pace = share / plain.seconds + (1 - share) / looped.seconds
+        steps = min(cfg.iterations, int(limit * pace))
+    else:
+        pace = 1 / (share * plain.seconds + (1 - share) * looped.seconds)
+        steps = cfg.iterations
+    return steps, steps / pace
+
+
 def plan_lines(cfg: Config) -> list[str]:
     """What MODE=plan prints."""
     trainer, step = plan_training(cfg)
+    looped = step
+    if cfg.num_loops:
+        trainer, looped = plan_training(cfg, cfg.enable_looping_at)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     pace = f"{FLOPS_A_SECOND / 1e12:.0f} TFLOP/s, {BYTES_A_SECOND / 1e12:.0f} TB/s before fusion"
-    steps = cfg.iterations
-    if cfg.schedule == "clock" and cfg.max_wallclock_seconds:
-        seconds = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-        steps = min(steps, int(seconds / step.seconds))
+    steps, seconds = planned_steps(cfg, step, looped)
+    took = f"{1000 * step.seconds:.1f} ms a step"
+    if cfg.num_loops:
+        took += f", {1000 * looped.seconds:.1f} with depth recurrence"
     tokens, note = planned_tokens(cfg)
     lines = [
         f"plan for {PLANNED_GPUS}xH100 at {pace}, {SECONDS_AN_OPERATION * 1e6:.1f} us an operation",
         note,
-        f"model_params:{parameters} peak_memory:{memory_of(trainer, step) / 2**30:.1f} GiB a GPU",
+        f"model_params:{parameters} peak_memory:{memory_of(trainer, looped) / 2**30:.1f} GiB a GPU",
         f"train: {_per_token(step)} {step.operations:.0f} operations a step, "
-        f"{1000 * step.seconds:.1f} ms a step, {steps} steps in {steps * step.seconds:.0f} s",
+        f"{took}, {steps} steps in {seconds:.0f} s",
     ]
     if cfg.micro_batches % PLANNED_GPUS:
         lines.append(
@@ -6453,7 +6976,10 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
         trainer = Trainer(cfg, rt, log, build_model(cfg, rt), stream)
     params = sum(p.numel() for p in trainer.model.parameters())
     flops = training_flops(cfg, trainer.model)
-    log.log(f"model_params:{params} training_flops_per_token:{flops:.4g}")
+    line = f"model_params:{params} training_flops_per_token:{flops:.4g}"
+    if cfg.num_loops:
+        line += f" with_loops:{training_flops(cfg, trainer.model, looped=True):.4g}"
+    log.log(line)
     log.log(
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"micro_batches:{cfg.micro_batches} iterations:{cfg.iterations} "
@@ -6507,11 +7033,14 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
     trainer = build_trainer(cfg, rt, log)
     status = train(trainer, Validator(trainer, table))
     tokens = trainer.steps_done * cfg.train_batch_tokens
+    looped = trainer.looped_steps * cfg.train_batch_tokens
+    flops = training_flops(cfg, trainer.model) * (tokens - looped)
+    flops += training_flops(cfg, trainer.model, looped=True) * looped
     log.save(
         steps=trainer.steps_done,
         train_seconds=round(trainer.seconds, 3),
         train_tokens=tokens,
-        train_flops=training_flops(cfg, trainer.model) * tokens,
+        train_flops=flops,
         train_loss=trainer.clock.last.loss,
         peak_memory_bytes=rt.peak_memory(),
     )

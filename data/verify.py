@@ -164,7 +164,12 @@ class Dataset:
     @property
     def settings(self) -> tg.Config:
         """What train_gpt.py would need to read it."""
-        return tg.Config(data_path=str(self.folder), tokenizer_path=self.tokenizer_path)
+        return tg.Config(
+            data_path=str(self.folder),
+            tokenizer_path=self.tokenizer_path,
+            vocab_size=self.table.vocab_size,
+            case_transform=self.table.transform,
+        )
 
     @functools.cached_property
     def charges(self) -> np.ndarray:
@@ -345,6 +350,7 @@ def check_bytes(data: Dataset) -> str:
 
 def check_charges(data: Dataset) -> str:
     """The byte side file of a tokenizer with case markers: as long as its shards, zeros, sum."""
+    tg.ByteTable.load(data.settings)  # which refuses a side file beside another tokenizer
     charged = data.charged
     if not data.table.markers:
         return "no case markers, so that the tokenizer's pieces tell the bytes"

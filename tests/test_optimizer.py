@@ -158,17 +158,34 @@ def test_warmdown():
     """Linear over the last steps, whatever is known of how many are left."""
     cfg = tg.Config(warmdown_iters=6, iterations=10)
     for step in range(11):
-        assert tg.warmdown(cfg, step, 10 - step) == min(1, (10 - step) / 6)
-    assert tg.warmdown(cfg, 0, math.inf) == 1
-    assert tg.warmdown(cfg, 0, -1) == 0
-    assert tg.warmdown(tg.Config(warmdown_iters=0), 5, 0) == 1
+        assert tg.warmdown(cfg, tg.Moment(step, 10 - step, 0.0)) == min(1, (10 - step) / 6)
+    assert tg.warmdown(cfg, tg.Moment(0, math.inf, 0.0)) == 1
+    assert tg.warmdown(cfg, tg.Moment(0, -1, 0.0)) == 0
+    assert tg.warmdown(tg.Config(warmdown_iters=0), tg.Moment(5, 0, 0.0)) == 1
+
+
+def test_warmdown_over_a_share_of_the_run_with_a_floor():
+    """PR 2135's: 1 up to 15 % of the run, then straight towards 0 at its end, a tenth at least."""
+    cfg = tg.Config(warmdown_frac=0.85, min_lr=0.1)
+    for share in np.linspace(0, 1, 41):
+        expected = 1.0 if share <= 0.15 else max((1 - share) / 0.85, 0.1)
+        assert tg.warmdown(cfg, tg.Moment(7, 3.0, float(share))) == pytest.approx(expected)
+    floor = tg.Config(warmdown_iters=10, min_lr=0.25)
+    assert [tg.warmdown(floor, tg.Moment(0, left, 0.0)) for left in (10, 5, 1)] == [1, 0.5, 0.25]
+
+
+def test_the_context_grows_by_the_rows_of_its_schedule():
+    cfg = tg.Config(train_seq_len=3072, context_schedule="1024:0.1,2048:0.7")
+    shares = (0.0, 0.099, 0.1, 0.69, 0.7, 1.0)
+    lengths = [tg.context_length(cfg, tg.Moment(0, 0.0, share)) for share in shares]
+    assert lengths == [1024, 1024, 2048, 2048, 3072, 3072]
 
 
 @pytest.mark.parametrize("step, momentum", [(0, 0.5), (1, 0.6), (4, 0.9), (99, 0.9)])
 def test_momentum_warmup(step, momentum):
     warmup = dict(muon_momentum_warmup_steps=4, muon_momentum_warmup_start=0.5)
     cfg = tg.Config(muon_momentum=0.9, **warmup)
-    assert tg.momentum_warmup(cfg, step, 0) == pytest.approx(momentum, abs=1e-6)
+    assert tg.momentum_warmup(cfg, tg.Moment(step, 0.0, 0.0)) == pytest.approx(momentum, abs=1e-6)
 
 
 def test_steps_set_rates_and_momentum_from_their_start(rt, run_log, rng):

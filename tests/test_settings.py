@@ -127,7 +127,7 @@ BAD_VALUES = {
     "TOKENIZER_PATH=x.json": "expected a SentencePiece .model file or byte260",
     "QUANT_POLICY=mlp:9": "2 to 8 bits",
     "NUM_HEADS=0": "expected 1 or more",
-    "SMEAR_BOS_MASK=1": "SMEAR_BOS_MASK=1 needs SMEAR=1: as it is, it cannot act",
+    "SMEAR_BOS_MASK=1": "SMEAR_BOS_MASK=1 needs SMEAR=1 or SMEAR_GATE_ENABLED",
     "STREAM_DOCS=1": "STREAM_DOCS=1 needs EVAL_STREAM",
     "GPTQ_RESERVE_SECONDS=600": (
         "GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600.0"
@@ -145,6 +145,26 @@ TOGETHER = {
     "chunks of no whole spans": (dict(eval_stream=24), "must be multiples of EVAL_STREAM"),
     "adapters and training": (dict(ttt_lora_rank=2, ttt_epochs=1), "goes neither with"),
     "adapters and a cache": (dict(ttt_lora_rank=2, ngram="backoff"), "goes neither with"),
+    "a loop that ends before it begins": (dict(num_loops=1, loop_start=2, loop_end=1), "at most"),
+    "a loop beyond the layers": (dict(num_loops=1, loop_end=9), "at most NUM_LAYERS - 1"),
+    "lanes that begin inside the loop": (
+        dict(num_loops=1, loop_start=0, loop_end=1, parallel_start_layer=1),
+        "must not lie among the repeated layers 1 to 1",
+    ),
+    "lanes beyond the layers": (dict(parallel_start_layer=99), "at most NUM_LAYERS - 1"),
+    "two kinds of SmearGate": (dict(smear=True, smear_gate_enabled=True), "choose one"),
+    "gates wider than the model": (
+        dict(smear_gate_enabled=True, gate_window=999),
+        "GATE_WINDOW=999 must be at most MODEL_DIM",
+    ),
+    "a context schedule of no pairs": (
+        dict(train_doc_mask=True, context_schedule="64"),
+        "expected LENGTH:SHARE",
+    ),
+    "a context longer than the longest": (
+        dict(train_doc_mask=True, context_schedule="4096:0.5"),
+        "lengths must be 1 to TRAIN_SEQ_LEN",
+    ),
     "head over too many orders": (
         dict(ngram="mix", mixer_head=True, ngram_order=9),
         "NGRAM_ORDER <= 7",
@@ -185,7 +205,9 @@ GIVEN = settings_in("""
     TTT_LORA_CHUNK=64 TTT_LORA_KEEP=0 TTT_DOCS=8 TTT_TEMPERATURE=0.9 STREAM_DOCS=1
     MIX_CHUNK_TOKENS=1024 NGRAM_DOCS=0 NGRAM_ORDER=5 NGRAM_MIN_ORDER=3 NGRAM_ALPHA=0.2
     NGRAM_ENT_BASE=0.1 NGRAM_ENT_RANGE=0.1 NGRAM_MIN_COUNT=3 NGRAM_BUCKETS=1024 NGRAM_PRIMES=3
-    NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=1024
+    NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=1024 WARMDOWN_ITERS=9 CONTEXT_SCHEDULE=64:0.5
+    ENABLE_LOOPING_AT=0.5 LOOP_START=2 LOOP_END=4 SKIP_GATES_ENABLED=1 ASYM_LOGIT_RESCALE=1
+    SPARSE_ATTN_GATE_SCALE=1 GATE_WINDOW=8
 """)
 # What makes them act, beside the first alternative that they name, and what keeps them idle.
 ALSO = {"QTTT": "TTT_EPOCHS=1", "NGRAM_MIN_ORDER": "NGRAM_ORDER=7"}
@@ -198,6 +220,9 @@ IDLE = {
     "TIED_EMBED_INIT_STD": "TIE_EMBEDDINGS=0",
     "TIED_EMBED_LR": "TIE_EMBEDDINGS=0",
     "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_WARMUP_STEPS=0",
+    "WARMDOWN_ITERS": "WARMDOWN_FRAC=0.5",
+    "SKIP_GATES_ENABLED": "UNET_SKIPS=0",
+    "ASYM_LOGIT_RESCALE": "LOGIT_SOFTCAP=0",
 }
 NEEDY = [name for name, field in tg.FIELDS.items() if field.metadata["needs"]]
 

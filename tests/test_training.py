@@ -122,7 +122,8 @@ def test_clock_schedule_ends_just_below_the_cap(lag, run_log):
     factors = []
 
     def step(batch_of, steps_left):
-        factors.append(tg.warmdown(cfg, trainer.steps_done, steps_left))
+        now = tg.Moment(trainer.steps_done, steps_left, 0.0)
+        factors.append(tg.warmdown(cfg, now))
         device.step()
         return torch.zeros(())
 

@@ -9,7 +9,7 @@ On the original bytes, of held-out documents.
 Training text may be a shard: fineweb_train_000000.bin@TOKENIZER.model, whose documents are decoded.
 `counts` trains tokenizers of 1,024 and 8,192 pieces on the same documents, none of which is
 skipped for its length. `models` exports each form with 1,024 pieces, trains the shape of
-records/track_cpu_1mb/true on each (the same tokens and FLOPs, so of forms with more tokens less
+records/track_cpu_1mb/demo on each (the same tokens and FLOPs, so of forms with more tokens less
 text), and scores streams of 256. Intervals hold 95 % of 10,000 resamples of the documents (of the
 demo: of its speeches), seeds averaged. What is in FOLDER already is not made again.
 """
@@ -35,7 +35,7 @@ import export  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 FORMS = ("", *tg.CASE_TRANSFORMS)
-SHAPE = ROOT / "records/track_cpu_1mb/true/config.env"
+SHAPE = ROOT / "records/track_cpu_1mb/demo/config.env"
 LONGEST = 1 << 30  # bytes of a document that trains a tokenizer
 
 
@@ -100,7 +100,7 @@ class Trial:
             "OUT_DIR": str(self.out),
             "SEED": str(self.seed),
         }
-        return {**kept, **data, "EVAL_PLAIN": "0", "EVAL_STREAM": "256"}
+        return {**kept, **data, "EVAL_PLAIN": "0", "EVAL_STRIDE": "0", "EVAL_STREAM": "256"}
 
     def train(self, threads: int) -> None:
         """Writes the artifact, unless it is there."""
