@@ -1887,12 +1887,13 @@ def find_path(text: str) -> Path:
 
 def how_to_get(text: str) -> str:
     """What makes the data or the tokenizer of that name."""
+    text = text.replace("_lossless_caps_caseops_v1_reserved", "_caseops")
     variant = re.search(r"fineweb10B_(\w+)", text)
-    pieces = re.search(r"fineweb_(\d+)_bpe", text)
+    pieces = re.search(r"fineweb_(\d+)_bpe(_caseops|)", text)
     if "sotu_sp1024" in text:
         return "python data/prepare.py demo makes it"
     if variant or pieces:
-        name = variant[1] if variant else f"sp{pieces[1]}"
+        name = variant[1] if variant else f"sp{pieces[1]}{pieces[2]}"
         return f"python data/prepare.py fineweb --variant {name} fetches it"
     return "see data/README.md"
 

@@ -618,19 +618,7 @@ class Export:
         The official manifest's fields, what made them, and every file's size and hash.
         """
         model = tokenizer_entry(tokenizer, self.plan.transform)
-        folder = f"datasets/{self.name}"
-        dataset = {
-            "name": self.name,
-            "tokenizer_name": model["name"],
-            "tokenizer_kind": model["kind"],
-            "path": folder,
-            "train_glob": f"{folder}/{shard_name('train')}",
-            "val_glob": f"{folder}/{shard_name('val')}",
-        }
-        if self.plan.transform:
-            dataset["val_bytes_glob"] = f"{folder}/{shard_name(CHARGES)}"
-        for field in ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size"):
-            dataset[field] = model[field]
+        dataset = dataset_entry(self.name, model)
         dataset["stats"] = official_stats(stats)
         dataset["text_bytes"] = {split: counts["bytes"] for split, counts in stats.items()}
         dataset["charged_bytes"] = {split: counts["charged"] for split, counts in stats.items()}
@@ -638,7 +626,7 @@ class Export:
         dataset["made_from"] = self.made_from
         files = {}
         for file in sorted(self.draft.glob(shard_name("*"))):
-            path = f"{folder}/{file.name}"
+            path = f"{dataset['path']}/{file.name}"
             files[path] = {"size": file.stat().st_size, "sha256": sha256(file)}
         dataset["files"] = files
         return dataset, model
@@ -652,6 +640,24 @@ def official_stats(stats: dict[str, dict[str, int]]) -> dict[str, int]:
         for split, counts in stats.items():
             found[f"{key}_{split}"] = counts[key]
     return found
+
+
+def dataset_entry(name: str, tokenizer: manifest.Entry) -> manifest.Entry:
+    """A dataset for the manifest, as far as its name and its tokenizer's entry tell."""
+    folder = f"datasets/{name}"
+    entry = {
+        "name": name,
+        "tokenizer_name": tokenizer["name"],
+        "tokenizer_kind": tokenizer["kind"],
+        "path": folder,
+        "train_glob": f"{folder}/{shard_name('train')}",
+        "val_glob": f"{folder}/{shard_name('val')}",
+    }
+    if "case_transform" in tokenizer:
+        entry["val_bytes_glob"] = f"{folder}/{shard_name(CHARGES)}"
+    for field in ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size"):
+        entry[field] = tokenizer[field]
+    return entry
 
 
 def tokenizer_entry(path: Path | None, transform: str = "") -> manifest.Entry:

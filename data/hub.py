@@ -2,12 +2,14 @@
 
     python data/prepare.py fineweb                  # what DATA_PATH names, 80 training shards
     python data/prepare.py fineweb --variant sp8192 --train-shards 10
+    python data/prepare.py fineweb --variant sp8192_caseops
 
 Repository and names are those of the challenge's own helper (data/ of openai/parameter-golf), whose
 files are adopted. A file is downloaded into datasets/.partial under its hash, where a killed call
 goes on, and gets its final name by a rename when size, hash and content are right. Final names
 appear in order (tokenizer, validation, training shards, documents), so that a call that was
-interrupted leaves a first part of the data and never a hole or half a file.
+interrupted leaves a first part of the data and never a hole or half a file. The files of an export
+with case markers wait for theirs until all are there and its splits are known to be apart.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import argparse
 import contextlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import export
 import manifest
+import numpy as np
+import verify
 from shown import names, shown
 from transfer import (
     Downloads,
@@ -39,9 +44,31 @@ from train_gpt import InputError, check
 
 Settings = dict[str, Any]
 
+
+@dataclass(frozen=True)
+class CaseExport:
+    """A published export of text with case markers, whose names follow a rule of its own."""
+
+    name: str  # of the dataset
+    model: str  # the tokenizer, below the data folder
+    transform: str  # one of train_gpt.CASE_TRANSFORMS
+
+
 VARIANT = r"byte260|sp[1-9]\d*"
+CASE_EXPORTS = {
+    "sp8192_caseops": CaseExport(
+        "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+        "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+        "caseops",
+    )
+}
+VARIANTS = f"byte260, sp<vocabulary size> or {' or '.join(CASE_EXPORTS)}"  # in words
 OFFICIAL = "willdepueoai/parameter-golf"
-REPOSITORIES = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
+REPOSITORIES = {
+    "sp4096": "kevclark/parameter-golf",
+    "sp8192": "kevclark/parameter-golf",
+    "sp8192_caseops": "romeerp/parameter-golf-caseops-v1",
+}
 TRAIN_SHARDS = 80  # as the official helper
 MOST_SHARDS = 10**6  # of a split: a name has six digits
 # A tokenizer's files that nothing here needs: fetched if they are there.
@@ -58,9 +85,7 @@ DOCUMENTS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prepare.py fineweb`, except --root."""
-    parser.add_argument(
-        "--variant", help="byte260 or sp<vocabulary size> (default: the one that DATA_PATH names)"
-    )
+    parser.add_argument("--variant", help=f"{VARIANTS} (default: the one that DATA_PATH names)")
     parser.add_argument(
         "--train-shards",
         type=int,
@@ -90,6 +115,9 @@ def folder_of_settings(env: Mapping[str, str]) -> Path:
 
 def variant_of(folder: Path) -> str:
     """The variant in a folder's name; InputError if it is none of a published dataset."""
+    for variant, case in CASE_EXPORTS.items():
+        if folder.name == case.name:
+            return variant
     named = re.fullmatch(rf"fineweb10B_({VARIANT})", folder.name)
     check(
         named,
@@ -121,8 +149,13 @@ class Request:
     revision: str
 
     @property
+    def case(self) -> CaseExport | None:
+        """What is known of the variant if its text has case markers."""
+        return CASE_EXPORTS.get(self.variant)
+
+    @property
     def name(self) -> str:
-        return f"fineweb10B_{self.variant}"
+        return self.case.name if self.case else f"fineweb10B_{self.variant}"
 
     @property
     def partial(self) -> Path:
@@ -167,7 +200,10 @@ class Request:
         for number, path in enumerate(self.shards("train", train_files)):
             if number < first or path in here:
                 train.append(path)
-        val = self.shards("val", dataset["stats"]["files_val"])
+        val_files = dataset["stats"]["files_val"]
+        val = self.shards("val", val_files)
+        if self.case:
+            val += self.shards(tg.CHARGES, val_files)
         return [*tokenizer_paths(tokenizer), *val, *train, *self.docs]
 
 
@@ -181,8 +217,8 @@ def request_from(
 ) -> Request:
     """A request, its repository by environment or table; InputError for impossible options."""
     check(
-        re.fullmatch(VARIANT, variant),
-        f"--variant {variant}: expected byte260 or sp<vocabulary size>",
+        variant in CASE_EXPORTS or re.fullmatch(VARIANT, variant),
+        f"--variant {variant}: expected {VARIANTS}",
     )
     check(
         train_shards is None or train_shards >= 0,
@@ -272,16 +308,16 @@ class Offer:
 
 
 def read_manifest(
-    request: Request, source: Repository, top: Mapping[str, RemoteFile]
+    request: Request, source: Repository, listed: Mapping[str, RemoteFile]
 ) -> manifest.Entry:
     """The repository's manifest, not kept."""
     name = f"{source.where}, file {source.remote('manifest.json')}"
     check(
-        "manifest.json" in top,
+        "manifest.json" in listed,
         f"{name}: there is none; MATCHED_FINEWEB_REPO_ID and "
         "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX say where to look",
     )
-    file = top["manifest.json"]
+    file = listed["manifest.json"]
     job = Downloads(source, request.partial, [file])
     job.obtain(file)
     text = job.partial(file).read_bytes()
@@ -351,10 +387,15 @@ def check_totals(
 
 def choose(request: Request, source: Repository) -> Offer:
     """What to fetch; InputError if the repository does not have it, or contradicts itself."""
-    top = source.files()
-    remote = read_manifest(request, source, top)
-    dataset, tokenizer = entries(request, remote, source.where)
-    listed = {**top, **source.files("tokenizers"), **source.files(request.folder)}
+    listed = {**source.files(), **source.files("tokenizers"), **source.files(request.folder)}
+    remote: manifest.Entry = {}
+    if request.case and "manifest.json" not in listed:
+        dataset, tokenizer = listed_entries(request, source, listed)
+    else:
+        remote = read_manifest(request, source, listed)
+        dataset, tokenizer = entries(request, remote, source.where)
+    if request.case:
+        check_told(source.where, request.case, remote, dataset, tokenizer)
     train_files = count_train_files(request, source, dataset, listed)
     for key in EXTRAS:
         if key in tokenizer and tokenizer[key] not in listed:
@@ -370,6 +411,8 @@ def choose(request: Request, source: Repository) -> Offer:
             "would read it; move it away, or choose another --root",
         )
     check_totals(request, dataset, {path: listed[path] for path in paths})
+    if request.case:
+        check_side_files(request, source, dataset, listed)
     hashed = dict(tokenizer)
     model = listed.get(tokenizer.get("model_path", ""))
     if model and model.lfs:
@@ -382,10 +425,66 @@ def choose(request: Request, source: Repository) -> Offer:
         "remote_root": source.prefix,
         "files_train": train_files,
     }
-    for field in TOP_FIELDS:
-        if field in remote:
-            published[field] = remote[field]
+    for name in TOP_FIELDS:
+        if name in remote:
+            published[name] = remote[name]
     return Offer(dataset, tokenizer, published, [listed[path] for path in paths])
+
+
+def listed_entries(
+    request: Request, source: Repository, listed: Mapping[str, RemoteFile]
+) -> tuple[manifest.Entry, manifest.Entry]:
+    """Dataset and tokenizer of a case export as far as the names of its files tell them.
+
+    For a repository without a manifest. InputError if there is no validation shard.
+    """
+    files = {f"files_{split}": len(of_split(split, listed)) for split in verify.SPLITS}
+    (first,) = request.shards("val", 1)
+    check(files["files_val"], f"{source.where}: no file {source.remote(first)}")
+    tokenizer = {"name": Path(request.case.model).stem, "model_path": request.case.model}
+    dataset = {"name": request.name, "tokenizer_name": tokenizer["name"], "stats": files}
+    return dataset, tokenizer
+
+
+def check_told(
+    where: str,
+    case: CaseExport,
+    remote: manifest.Entry,
+    dataset: manifest.Entry,
+    tokenizer: manifest.Entry,
+) -> None:
+    """InputError if a manifest says that this is no export of the challenge's, or another one."""
+    for name, told in (
+        ("docs_val", dataset["stats"].get("docs_val")),
+        ("num_val_docs", remote.get("num_val_docs")),
+    ):
+        check(
+            told in (None, verify.VAL_DOCS),
+            f"{where}: the manifest says {name} {shown(told)} for {case.name}; the challenge "
+            f"validates on the first {verify.VAL_DOCS} documents, and no others are allowed",
+        )
+    told = tokenizer.get("case_transform", case.transform)
+    check(
+        told == case.transform,
+        f"{where}: the manifest says case_transform {shown(told)} for {case.name}, expected "
+        f"{case.transform}",
+    )
+
+
+def check_side_files(
+    request: Request,
+    source: Repository,
+    dataset: manifest.Entry,
+    listed: Mapping[str, RemoteFile],
+) -> None:
+    """InputError unless each validation shard's byte side file has its length."""
+    count = dataset["stats"]["files_val"]
+    for path, shard in zip(request.shards(tg.CHARGES, count), request.shards("val", count)):
+        check(
+            listed[path].size == listed[shard].size,
+            f"{source.where}: file {source.remote(path)} has {listed[path].size} bytes; it needs "
+            f"the {listed[shard].size} of {Path(shard).name}, a byte count for each token",
+        )
 
 
 def count_train_files(
@@ -409,6 +508,91 @@ def count_train_files(
         f"--train-shards {asked}: {source.where} has {train_files} of {request.name}",
     )
     return train_files
+
+
+@dataclass(frozen=True)
+class Arrived(verify.Dataset):
+    """Shards of a case export under their final names or, until then, in the partial folder."""
+
+    files: Mapping[str, list[Path]] = field(default_factory=dict)  # by split
+    bos = 1  # of the published shards, whatever an older manifest here says
+
+    def paths(self, split: str) -> list[Path]:
+        return self.files[split]
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a case export must be before its files get their final names."""
+
+    request: Request
+    offer: Offer
+    job: Downloads
+    missing: Sequence[RemoteFile]  # that the job brings
+
+    @property
+    def validation_paths(self) -> list[str]:
+        """All wanted files but the training shards and the text."""
+        wanted = [file.path for file in self.offer.wanted]
+        later = {*of_split("train", wanted), *DOCUMENTS}
+        return [path for path in wanted if path not in later]
+
+    def place(self, path: str) -> Path:
+        """Where a wanted file is by now."""
+        for file in self.missing:
+            if file.path == path:
+                return self.job.partial(file)
+        return self.request.root / path
+
+    def data(self, *splits: str) -> Arrived:
+        """These splits as verify.py sees them, the others empty."""
+        wanted = [file.path for file in self.offer.wanted]
+        files: dict[str, list[Path]] = {split: [] for split in verify.SPLITS}
+        for split in splits:
+            files[split] = [self.place(path) for path in of_split(split, wanted)]
+        return Arrived(self.request.root / self.request.folder, "", (), files=files)
+
+    @contextlib.contextmanager
+    def refusing(self, allowed: str) -> Iterator[None]:
+        """What verify.py finds wrong inside is refused: an InputError."""
+        try:
+            yield
+        except (verify.Fault, verify.NotTested) as problem:
+            raise InputError(
+                f"{self.request.repo}: {problem}, but {allowed}; nothing new has its final name, "
+                f"what came is kept in {self.request.partial}"
+            ) from None
+
+    def validation(self) -> Offer:
+        """The offer with all that its tokenizer and side files tell.
+
+        InputError unless validation is the challenge's in number, and its tokenizer has markers.
+        """
+        data = self.data("val", tg.CHARGES)
+        with self.refusing(f"the challenge's validation is its first {verify.VAL_DOCS} documents"):
+            found = data.documents_in["val"]
+            if found != verify.VAL_DOCS:
+                raise verify.Fault(f"validation has {found} documents (token {data.bos})")
+        path = self.offer.tokenizer["model_path"]
+        model = export.tokenizer_entry(self.place(path), self.request.case.transform)
+        tokenizer = {**model, **self.offer.tokenizer}
+        dataset = {**export.dataset_entry(self.request.name, tokenizer), **self.offer.dataset}
+        charges = [tg.read_shard(path) for path in data.paths(tg.CHARGES)]
+        charged = sum(int(counts.sum(dtype=np.int64)) for counts in charges)
+        told = {"val": charged, **dataset.get("charged_bytes", {})}
+        with self.refusing(f"the manifest says {shown(told['val'])}"):
+            if told["val"] != charged:
+                raise verify.Fault(f"the byte side files charge {charged} bytes")
+        dataset["charged_bytes"] = told
+        return Offer(dataset, tokenizer, self.offer.published, self.offer.wanted)
+
+    def training(self) -> None:
+        """InputError if a training document is a validation document."""
+        data = self.data(*verify.SPLITS)
+        if not data.paths("train"):
+            return
+        with self.refusing("none may be"):
+            print(f"{self.request.name}: {verify.check_disjoint(data)}", flush=True)
 
 
 def inspect(
@@ -469,10 +653,16 @@ def sums_of_present(
 
 
 def fetch_missing(
-    request: Request, source: Repository, files: Sequence[RemoteFile], vocab_size: int, workers: int
-) -> dict[str, str]:
-    """Downloads files; returns path -> SHA-256. InputError if the disk has no room for them."""
-    job = Downloads(source, request.partial, files, vocab_size)
+    request: Request,
+    job: Downloads,
+    files: Sequence[RemoteFile],
+    workers: int,
+    arrived: Callable[[RemoteFile, str], None],
+) -> None:
+    """Downloads files into the partial folder; arrived(file, SHA-256) for each, in their order.
+
+    InputError if the disk has no room for them.
+    """
     missing = job.progress.left
     free = shutil.disk_usage(request.root / "datasets").free
     check(
@@ -481,18 +671,35 @@ def fetch_missing(
         f"{free / 1e9:.3f} GB are free; --train-shards asks for less, --root for another folder",
     )
     print(
-        f"{source.id} at {source.commit:.12}: {len(files)} files, {missing / 1e9:.3f} GB "
+        f"{job.source.id} at {job.source.commit:.12}: {len(files)} files, {missing / 1e9:.3f} GB "
         f"to download; {free / 1e9:.3f} GB are free in {request.root}",
         flush=True,
     )
-    sums = {}
+    job.progress.run(job.obtain, files, workers, arrived)
 
-    def finish(file: RemoteFile, sha256: str) -> None:
-        manifest.give_name(job.partial(file), request.root / file.path)
-        sums[file.path] = sha256
 
-    job.progress.run(job.obtain, files, workers, finish)
-    return sums
+def fetch_reviewed(
+    review: Review, workers: int, give_name: Callable[[RemoteFile, str], None]
+) -> Offer:
+    """Downloads what is missing of a case export; names are given when all is found to be right.
+
+    Returns the offer with complete entries. InputError for what a review refuses: validation is
+    looked at before the training shards have come.
+    """
+    came: list[tuple[RemoteFile, str]] = []
+    first = [file for file in review.missing if file.path in review.validation_paths]
+
+    def arrived(file: RemoteFile, sha256: str) -> None:
+        came.append((file, sha256))
+        if len(came) == len(first):
+            review.validation()
+
+    fetch_missing(review.request, review.job, review.missing, workers, arrived)
+    offer = review.validation()
+    review.training()
+    for file, sha256 in came:
+        give_name(file, sha256)
+    return offer
 
 
 def record(request: Request, offer: Offer, sums: Mapping[str, str]) -> None:
@@ -524,7 +731,16 @@ def download(request: Request, workers: int, replace: bool) -> Settings:
     offer = choose(request, source)
     sums = sums_of_present(request, offer.wanted, workers, replace)
     todo = [file for file in offer.wanted if file.path not in sums]
-    sums.update(fetch_missing(request, source, todo, offer.tokenizer["vocab_size"], workers))
+    job = Downloads(source, request.partial, todo, offer.tokenizer.get("vocab_size"))
+
+    def give_name(file: RemoteFile, sha256: str) -> None:
+        manifest.give_name(job.partial(file), request.root / file.path)
+        sums[file.path] = sha256
+
+    if request.case:
+        offer = fetch_reviewed(Review(request, offer, job, todo), workers, give_name)
+    else:
+        fetch_missing(request, job, todo, workers, give_name)
     record(request, offer, sums)
     shutil.rmtree(request.partial, ignore_errors=True)
     remove_empty(request.partial.parent)  # not where another variant is under way

@@ -42,6 +42,7 @@ FIELDS = {
         "tokenizer_name": str,
         "vocab_size": int,
         "bos_id": int,
+        "val_bytes_glob": str,
         "stats": dict,
         "files": dict,
         "charged_bytes": dict,

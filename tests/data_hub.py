@@ -152,6 +152,7 @@ class Call:
     free: float = 0  # bytes that shutil.disk_usage reports; 0 = the truth
     links: bool = True  # whether files can be hard-linked
     largest: int = 0  # bytes that a file may have (RLIMIT_FSIZE); 0 = any
+    val_docs: int = 0  # documents that validation must have (verify.VAL_DOCS); 0 = the challenge's
 
     @property
     def script(self) -> str:
@@ -173,6 +174,7 @@ def drive(call: Call) -> int:
     os.environ.update(call.env)
     import hub  # not before: it reads HF_ENDPOINT
     import transfer
+    import verify
 
     transfer.BACKOFF_SECONDS = 0.01
     if call.free:
@@ -181,6 +183,8 @@ def drive(call: Call) -> int:
         os.link = no_links
     if call.largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (call.largest, call.largest))
+    if call.val_docs:
+        verify.VAL_DOCS = call.val_docs
     wanted = (call.variant, call.train_shards, call.with_docs)
     try:
         found = hub.fetch(Path(call.root), *wanted, call.env, **call.options)

@@ -6,12 +6,17 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import corpora
+import export
 import hub
+import numpy as np
 import prepare
 import pytest
+import verify
 from conftest import ROOT, TINY_RUN
 from data_hub import (
     COMMUNITY,
@@ -29,6 +34,7 @@ from data_hub import (
     shard,
     small_model,
     train,
+    until,
 )
 from data_tool import DOCUMENTS as TEXTS
 from data_tool import call, jsonl, python
@@ -445,6 +451,360 @@ def test_too_little_room(world):
 
 
 # --------------------------------------------------------------------------------------------------
+# An export with case markers: a byte side file, a check of the splits, perhaps no manifest
+# --------------------------------------------------------------------------------------------------
+
+CASE_REPOSITORY = "romeerp/parameter-golf-caseops-v1"
+CASE_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+CASE_FOLDER = f"datasets/{CASE_NAME}"
+CASE_MODEL = "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+CASE_VOCAB = 500
+CASE_VAL_DOCS = 6
+CASE_CALL = dict(variant="sp8192_caseops", val_docs=CASE_VAL_DOCS)
+# What the official exporter writes into a dataset's entry.
+OFFICIAL_FIELDS = ("name", "tokenizer_name", "tokenizer_kind", "path", "train_glob", "val_glob")
+OFFICIAL_FIELDS += ("vocab_size", "bos_id", "eos_id", "recommended_bigram_vocab_size", "stats")
+
+
+def case_shard(split, number) -> str:
+    """A shard's path below the data folder."""
+    return f"{CASE_FOLDER}/{tg.shard_name(split, number)}"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Real documents in the published form, several shards a split: files below the data folder."""
+    root = tmp_path_factory.mktemp("exported")
+    text = jsonl(root / "docs.jsonl", TEXTS[:22])
+    model = root / Path(CASE_MODEL).name
+    export.train_tokenizer(TEXTS[:40], CASE_VOCAB, model, 1 << 20, "caseops")
+    plan = export.TokenizerPlan(str(model), transform="caseops")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "SHARD_TOKENS", 10_000)
+        corpus = corpora.file_corpus([text], val_docs=CASE_VAL_DOCS)
+        export.Export(corpus, plan, root, CASE_NAME, 1).run()
+    files = {}
+    for path in (*root.glob("datasets/*/*.bin"), root / CASE_MODEL, root / "manifest.json"):
+        files[path.relative_to(root).as_posix()] = path.read_bytes()
+    counts = [len([path for path in files if f"_{split}_0" in path]) for split in verify.SPLITS]
+    assert counts == [2, 5]
+    return files
+
+
+@pytest.fixture
+def listing(exported):
+    """The published files to break, without a manifest."""
+    return {path: content for path, content in exported.items() if path != "manifest.json"}
+
+
+@pytest.fixture
+def told(exported):
+    """A manifest of the official layout, which knows no transform and no side file."""
+    manifest = json.loads(exported["manifest.json"])
+    (dataset,) = manifest["datasets"]
+    (tokenizer,) = manifest["tokenizers"]
+    for name in set(dataset) - set(OFFICIAL_FIELDS):
+        del dataset[name]
+    for name in ("sha256", "case_transform"):
+        del tokenizer[name]
+    dataset["stats"]["docs_val"] = CASE_VAL_DOCS
+    return {**manifest, "num_val_docs": CASE_VAL_DOCS}
+
+
+def serve_case(world, files, manifest=None):
+    """Gives the repository these files; what a call without options would fetch."""
+    top = {"manifest.json": json.dumps(manifest).encode()} if manifest else {}
+    world.serve({**files, **top}, CASE_REPOSITORY)
+    return dict(sorted(files.items()))
+
+
+def no_training(files, first=0):
+    """Those of the files that are no training shard from that number on."""
+    kept = {}
+    for path in files:
+        number = re.search(r"_train_(\d+)", path)
+        if not number or int(number[1]) < first:
+            kept[path] = files[path]
+    return kept
+
+
+def tokens_of(content):
+    """The tokens of a shard's bytes."""
+    return np.frombuffer(content, "<u2", offset=tg.SHARD_HEADER_BYTES)
+
+
+def shard_of(*parts):
+    """A shard's bytes from its tokens."""
+    tokens = np.concatenate(parts).astype("<u2")
+    return tg.shard_header(len(tokens)) + tokens.tobytes()
+
+
+def charged_in(files):
+    """The sum of the byte side files."""
+    sides = [content for path, content in files.items() if "_val_bytes_" in path]
+    return sum(int(tokens_of(content).sum(dtype=np.int64)) for content in sides)
+
+
+@pytest.mark.parametrize("has_manifest", [False, True], ids=["no manifest", "manifest"])
+def test_a_case_export_is_fetched(has_manifest, world, listing, told):
+    """Its entries say what train_gpt.py needs, whether the repository has a manifest or not."""
+    wanted = serve_case(world, listing, told if has_manifest else None)
+    done = world.run(**CASE_CALL)
+    assert world.here == wanted
+    place = f"DATA_PATH={world.root / CASE_FOLDER} TOKENIZER_PATH={world.root / CASE_MODEL}"
+    assert done.out.splitlines()[-1] == f"{place} VOCAB_SIZE={CASE_VOCAB}"
+    assert f"is among {CASE_VAL_DOCS} validation documents" in done.out
+    assert_nobody_is_asked(world, **CASE_CALL)
+    entry = world.dataset(CASE_NAME)
+    assert entry["val_bytes_glob"] == f"{CASE_FOLDER}/fineweb_val_bytes_*.bin"
+    assert entry["charged_bytes"] == {"val": charged_in(listing)}
+    assert entry["files"].keys() == wanted.keys()
+    assert ("num_val_docs" in entry["published"]) == has_manifest
+    (tokenizer,) = world.manifest()["tokenizers"]
+    assert tokenizer["case_transform"] == "caseops"
+    assert tokenizer["sha256"] == tg.sha256(world.root / CASE_MODEL)
+    assert tokenizer["bos_id"] == entry["bos_id"] == 1
+
+
+def test_train_gpt_accepts_a_case_export(world, listing, exported):
+    """Settings, tokenizer and side file, as its own exporter made them; `verify` agrees."""
+    serve_case(world, listing)
+    done = world.run(**CASE_CALL)
+    needed = dict(pair.split("=") for pair in done.out.splitlines()[-1].split())
+    cfg = tg.load_config({**needed, "EVAL_STRIDE": "0"})
+    table = tg.ByteTable.load(cfg)
+    assert (table.transform, len(table.markers)) == ("caseops", 4)
+    charges = tg.load_charges(cfg, table, tg.load_validation(cfg))
+    (made,) = json.loads(exported["manifest.json"])["datasets"]
+    assert charges.sum(dtype=np.int64) == made["charged_bytes"]["val"] == charged_in(listing)
+    checked = call("verify", needed["DATA_PATH"])
+    words = dict(re.findall(r"^(\w+) +(PASS|FAIL|SKIPPED)", checked.out, re.MULTILINE))
+    assert words.pop("published") == "FAIL"  # far too little text
+    assert words.pop("documents") == "SKIPPED"  # they are not here
+    assert set(words.values()) == {"PASS"}, checked.out
+
+
+def test_a_manifest_that_tells_more_of_a_case_export_is_kept(world, listing, told):
+    told["tokenizers"][0]["case_transform"] = "caseops"
+    told["datasets"][0]["charged_bytes"] = {"val": charged_in(listing), "train": 77}
+    serve_case(world, listing, told)
+    world.run(**CASE_CALL)
+    assert world.dataset(CASE_NAME)["charged_bytes"] == {"val": charged_in(listing), "train": 77}
+
+
+def test_validation_of_a_case_export_comes_with_its_side_files(world, listing):
+    """0 training shards are enough to score; later calls fetch the others, each file once."""
+    wanted = serve_case(world, listing)
+    world.run(train_shards=0, **CASE_CALL)
+    assert world.here == no_training(wanted)
+    assert_nobody_is_asked(world, train_shards=0, **CASE_CALL)
+    world.run(train_shards=2, **CASE_CALL)
+    assert world.here == no_training(wanted, 2)
+    world.run(**CASE_CALL)
+    assert world.here == wanted
+    for path in wanted:
+        assert world.ranges(path) == [None]
+
+
+def test_side_files_have_their_names_before_training_shards(tmp_path):
+    request = hub.request_from(tmp_path, "sp8192_caseops", 1, False, {}, "main")
+    entry = {"stats": {"files_val": 2}}
+    order = [case_shard(split, number) for split in ("val", "val_bytes") for number in (0, 1)]
+    assert request.paths(entry, {"model_path": CASE_MODEL}, 3) == [
+        CASE_MODEL,
+        *order,
+        case_shard("train", 0),
+    ]
+
+
+def test_a_killed_download_of_a_case_export_goes_on(world, listing):
+    """No file has its name before the last is there; what came is not fetched again."""
+    wanted = serve_case(world, listing)
+    world.spoil(case_shard("train", 1), Fault(drop=10_000, stall=600))
+    running = world.start(**CASE_CALL)
+    others = len(wanted) - 1
+    until(lambda: world.partial_bytes(1) == 10_000)
+    until(lambda: [len(world.ranges(path)) for path in wanted] == [1] * (others + 1))
+    running.kill()
+    assert not world.finished
+    assert not (world.root / "manifest.json").exists()
+    world.run(**CASE_CALL)
+    assert world.here == wanted
+    assert world.ranges(case_shard("train", 1)) == [None, "bytes=10000-"]
+
+
+def test_a_case_export_that_was_killed_while_it_got_its_names(world, listing):
+    """Names without a record: the files are looked at, the others fetched."""
+    wanted = serve_case(world, listing)
+    named = no_training(wanted, 1)
+    world.write(named)
+    world.run(**CASE_CALL)
+    assert world.here == wanted
+    for path in wanted:
+        assert world.ranges(path) == ([] if path in named else [None])
+
+
+def test_an_older_entry_of_a_case_export_does_not_matter(world, listing):
+    """The published documents start with token 1, whatever was recorded under that name."""
+    serve_case(world, listing)
+    manifest = {"tokenizers": [], "datasets": [{"name": CASE_NAME, "bos_id": 2}]}
+    world.write({"manifest.json": json.dumps(manifest).encode()})
+    world.run(**CASE_CALL)
+    assert world.dataset(CASE_NAME)["bos_id"] == 1
+
+
+def first_document(files):
+    """The first validation document, with its document start."""
+    tokens = tokens_of(files[case_shard("val", 0)])
+    return tokens[: np.flatnonzero(tokens == 1)[1]]
+
+
+def no_side_file(files, manifest):
+    del files[case_shard("val_bytes", 1)]
+
+
+def short_side_file(files, manifest):
+    path = case_shard("val_bytes", 1)
+    files[path] = shard_of(tokens_of(files[path])[:-1])
+
+
+def no_tokenizer(files, manifest):
+    del files[CASE_MODEL]
+
+
+def no_validation(files, manifest):
+    for number in (0, 1):
+        del files[case_shard("val", number)]
+
+
+def one_document_less(files, manifest):
+    path = case_shard("val", 0)
+    tokens = tokens_of(files[path]).copy()
+    tokens[np.flatnonzero(tokens == 1)[1]] = 9
+    files[path] = shard_of(tokens)
+
+
+def validation_trains(files, manifest):
+    path = case_shard("train", 1)
+    tokens = tokens_of(files[path])
+    second = np.flatnonzero(tokens == 1)[0]
+    files[path] = shard_of(tokens[:second], first_document(files), tokens[second:])
+
+
+def validation_trains_across_shards(files, manifest):
+    document = first_document(files)
+    for number, kept in ((0, slice(50)), (1, slice(50, None))):
+        path = case_shard("train", number)
+        tokens = tokens_of(files[path])
+        parts = (tokens, document[kept]) if number == 0 else (document[kept], [1], tokens)
+        files[path] = shard_of(*parts)
+
+
+def tokenizer_without_markers(files, manifest):
+    files[CASE_MODEL] = small_model()
+
+
+def told_docs_val(files, manifest):
+    manifest["datasets"][0]["stats"]["docs_val"] = 5
+
+
+def told_num_val_docs(files, manifest):
+    manifest["num_val_docs"] = 10_000
+
+
+def told_transform(files, manifest):
+    manifest["tokenizers"][0]["case_transform"] = "case2"
+
+
+def told_charges(files, manifest):
+    manifest["datasets"][0]["charged_bytes"] = {"val": 1}
+
+
+@dataclass(frozen=True)
+class BadExport:
+    """What is wrong with a published export, and a part of the refusal."""
+
+    spoil: object
+    message: str
+    early: bool = False  # before any shard is asked for
+    manifest: bool = False
+
+
+BAD_EXPORTS = [
+    BadExport(
+        no_side_file, f"{CASE_REPOSITORY}: no file datasets/{case_shard('val_bytes', 1)}", True
+    ),
+    BadExport(
+        short_side_file,
+        rf"file datasets/{case_shard('val_bytes', 1)} has \d+ bytes; it needs the \d+ of "
+        "fineweb_val_000001.bin",
+        True,
+    ),
+    BadExport(no_tokenizer, f"no file datasets/{CASE_MODEL}", True),
+    BadExport(no_validation, f"no file datasets/{case_shard('val', 0)}", True),
+    BadExport(
+        one_document_less,
+        rf"{CASE_REPOSITORY}: validation has 5 documents \(token 1\), but the challenge's "
+        f"validation is its first {CASE_VAL_DOCS} documents; nothing new has its final name",
+    ),
+    BadExport(
+        validation_trains,
+        f"{CASE_REPOSITORY}: 1 training documents are also validation documents .*, but none may "
+        "be; nothing new has its final name",
+    ),
+    BadExport(validation_trains_across_shards, ": 1 training documents are also"),
+    BadExport(tokenizer_without_markers, "reserved.model: no pieces for the case markers"),
+    BadExport(told_docs_val, "manifest says docs_val 5 for .* first 6 documents", True, True),
+    BadExport(told_num_val_docs, "manifest says num_val_docs 10000 for", True, True),
+    BadExport(told_transform, "says case_transform case2 for .*, expected caseops", True, True),
+    BadExport(told_charges, r"side files charge \d+ bytes, but the manifest says 1;", False, True),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_EXPORTS, ids=[bad.spoil.__name__ for bad in BAD_EXPORTS])
+def test_a_case_export_that_is_refused(bad, world, listing, told):
+    """By name; nothing gets its own, and nothing is recorded. A second call does not help."""
+    bad.spoil(listing, told)
+    serve_case(world, listing, told if bad.manifest else None)
+    for _ in range(2):
+        message = world.refused(**CASE_CALL)
+        assert re.search(bad.message, message), message
+    assert not world.finished
+    assert not (world.root / "manifest.json").exists()
+    if bad.early:
+        assert not [what for _, what, _ in world.hub.requests if what.endswith(".bin")]
+
+
+def test_wrong_validation_of_a_case_export_costs_no_training_shards(world, listing):
+    """It is refused while they are still on their way: here they do not come at all."""
+    one_document_less(listing, None)
+    serve_case(world, listing)
+    gate = threading.Event()
+    for number in range(5):
+        world.spoil(case_shard("train", number), Fault(gate=gate))
+    assert "validation has 5 documents" in world.refused(**CASE_CALL)
+    gate.set()
+
+
+def test_overlap_that_comes_with_later_shards(world, listing):
+    """What was right keeps its name and its record; the new shards get neither."""
+    validation_trains(listing, None)
+    wanted = serve_case(world, listing)
+    world.run(train_shards=1, **CASE_CALL)
+    before = world.dataset(CASE_NAME)
+    assert "1 training documents are also" in world.refused(train_shards=2, **CASE_CALL)
+    assert world.finished == no_training(wanted, 1)
+    assert world.dataset(CASE_NAME) == before
+    assert_nobody_is_asked(world, train_shards=1, **CASE_CALL)
+
+
+def test_the_challenges_validation_has_50000_documents(world, listing):
+    assert verify.VAL_DOCS == 50_000
+    serve_case(world, listing)
+    assert "its first 50000 documents" in world.refused(variant="sp8192_caseops")
+
+
+# --------------------------------------------------------------------------------------------------
 # What is there already
 # --------------------------------------------------------------------------------------------------
 
@@ -532,6 +892,7 @@ def test_default_place(place, tmp_path):
     assert place(CONFIG=config) == (ROOT / "data", "sp8192")
     data_path = "y/datasets/fineweb10B_sp4096"
     assert place(CONFIG=config, DATA_PATH=data_path) == (ROOT / "y", "sp4096")
+    assert place(DATA_PATH=f"/x/{CASE_FOLDER}") == (Path("/x"), "sp8192_caseops")
 
 
 def test_options_choose_another_place(place):

@@ -588,6 +588,15 @@ def test_a_stream_without_document_starts_is_said(tmp_path):
 HINTS = {
     "./data/datasets/sotu_sp1024": "python data/prepare.py demo makes it",
     "data/datasets/fineweb10B_sp8192": "python data/prepare.py fineweb --variant sp8192 fetches it",
+    "data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": (
+        "python data/prepare.py fineweb --variant sp8192_caseops fetches it"
+    ),
+    "data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model": (
+        "python data/prepare.py fineweb --variant sp8192_caseops fetches it"
+    ),
+    "data/tokenizers/fineweb_4096_bpe.model": (
+        "python data/prepare.py fineweb --variant sp4096 fetches it"
+    ),
     "some/folder": "see data/README.md",
 }
 
