@@ -3913,6 +3913,7 @@ class Trainer:
         self.clock = Clock(cfg, rt.profile.lag, now)
         self.requests = Requests()
         self.compiled_model = rt.compile(model)
+        self.rows = cfg.micro_tokens // cfg.row_tokens  # of a micro-batch
         self.row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
         self.context = None if cfg.train_doc_mask else model.context(self.row)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -3938,18 +3939,18 @@ class Trainer:
         self,
         batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]],
         steps_left: float,
-        share: float | None = None,
+        share: float = 0.0,
     ) -> Tensor:
         """One optimizer step -> this process's part of the mean loss, which waits on the device.
 
         batch_of(n): ids and targets [B, T] of micro-batch n, counted over steps and processes.
-        share: of the run that is over, if not the clock's.
+        share: of the run that is over.
         """
         cfg, rt = self.cfg, self.rt
-        if share is None:
-            share = self.clock.progress(self.steps_done)
-        self.set_looping(share)
         now = Moment(self.steps_done, steps_left, share)
+        looping = cfg.num_loops > 0 and share >= cfg.enable_looping_at
+        if looping != self.model.looping:
+            self.set_looping(looping)
         values = {schedule.field: schedule.value(cfg, now) for schedule in SCHEDULES}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
@@ -3974,8 +3975,7 @@ class Trainer:
                 InputError
             ) as error:  # told with the step's report: nobody waits for this process
                 self.problem = self.problem or str(error)
-                rows = cfg.micro_tokens // cfg.row_tokens
-                ids = targets = np.zeros((rows, cfg.row_tokens), np.int64)
+                ids = targets = np.zeros((self.rows, cfg.row_tokens), np.int64)
             context = self.context or self.packed_context(ids, now)
             ids = rt.put(ids)
             targets = rt.put(targets)
@@ -4004,11 +4004,10 @@ class Trainer:
         segments = self.rt.put_segments(segments_of(starts, ids.size, cfg.train_seq_len, cut))
         return self.model.context(self.row, documents=segments)
 
-    def set_looping(self, share: float) -> None:
-        """Depth recurrence on or off, as it is when that share of the run is over."""
-        before = self.model.looping
-        self.model.set_looping(share >= self.cfg.enable_looping_at)
-        if self.model.looping and not before:
+    def set_looping(self, on: bool) -> None:
+        """Depth recurrence on or off."""
+        self.model.set_looping(on)
+        if on:
             self.log.log(f"looping:enabled step:{self.steps_done} layers:{len(self.model.steps)}")
 
     def fake_quantization(self, on: bool) -> None:
@@ -4090,7 +4089,7 @@ def warm_up(trainer: Trainer) -> None:
     """
     cfg = trainer.cfg
     rng = np.random.default_rng(0)
-    shape = (cfg.micro_tokens // cfg.row_tokens, cfg.row_tokens)
+    shape = (trainer.rows, cfg.row_tokens)
 
     def random_batch(unit: int) -> tuple[np.ndarray, np.ndarray]:
         ids = rng.integers(0, cfg.vocab_size, shape)
@@ -4143,7 +4142,7 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
         if trainer.ngram_table:
             fill_ngram_table(trainer)
         status = training_loop(trainer, validate)
-        trainer.set_looping(1.0)  # what is packed is the model of a finished run
+        trainer.model.set_looping(True)  # what is packed is the model of a finished run
         trainer.rt.sync()
         trainer.seconds = clock.elapsed()
     if clock.last.step > trainer.last_shown:
@@ -4168,7 +4167,8 @@ def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
         if status:
             return status
 
-        loss = trainer.step(batches, clock.steps_left(trainer.steps_done))
+        step = trainer.steps_done
+        loss = trainer.step(batches, clock.steps_left(step), clock.progress(step))
         trainer.steps_done += 1
         trainer.looped_steps += trainer.model.looping
         if averager:
@@ -6773,7 +6773,7 @@ def plan_training(cfg: Config, share: float = 0.0) -> tuple[Trainer, Cost]:
     """A trainer without numbers, and what a step at that share of the run costs one GPU."""
     rt = PlanRuntime(cfg)
     trainer = Trainer(cfg, rt, RunLog(Path(), rt, silent=True), rt.model(), None)
-    batch = np.zeros((cfg.micro_tokens // cfg.row_tokens, cfg.row_tokens), np.int64)
+    batch = np.zeros((trainer.rows, cfg.row_tokens), np.int64)
 
     def step() -> None:
         trainer.step(lambda micro: (batch, batch), cfg.iterations, share)

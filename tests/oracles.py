@@ -44,15 +44,19 @@ def rms_norm(x):
     return x / np.sqrt(mean_square + EPS)
 
 
-def attention(q, k, v):
-    """One position, one head at a time. q [T, H, D], k, v [T, K, D] -> [T, H, D], in numpy."""
+def attention(q, k, v, starts=(0,)):
+    """One position, one head at a time. q [T, H, D], k, v [T, K, D] -> [T, H, D], in numpy.
+
+    starts: no position looks back across one.
+    """
     out = np.zeros_like(q)
     share = q.shape[1] // k.shape[1]
     for t, h in np.ndindex(q.shape[:2]):
         kv = h // share
-        scores = k[: t + 1, kv] @ q[t, h]
+        first = max(start for start in starts if start <= t)
+        scores = k[first : t + 1, kv] @ q[t, h]
         weights = softmax(scores / math.sqrt(q.shape[2]))
-        out[t, h] = weights @ v[: t + 1, kv]
+        out[t, h] = weights @ v[first : t + 1, kv]
     return out
 
 
@@ -110,34 +114,92 @@ def smeared(x, gate, held):
 class ForwardPass:
     """The whole forward pass of one sequence in float64 numpy, from the specification."""
 
-    def __init__(self, model, ids):
+    def __init__(self, model, ids, looped=False, starts=(0,)):
         self.cfg = model.cfg
         self.ids = ids
+        self.looped = looped  # depth recurrence
+        self.starts = starts  # of documents
         self.w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
     def hidden(self):
         """-> [T, D]"""
-        half = self.cfg.num_layers // 2
+        order = self.order()
+        half = len(order) // 2
         x = self.embedded()
         start = x
         pushed = []
-        for i in range(self.cfg.num_layers):
-            if i >= half and pushed:
-                x = x + self.w["skip_weights"][i - half] * pushed.pop()
-            x = self.block(i, x, start)
-            if i < half:
+        lane = None
+        for number, i in enumerate(order):
+            if self.cfg.parallel_start_layer and number >= half and lane is None:
+                lane = x if i >= self.cfg.parallel_start_layer else None
+            if number >= half and pushed:
+                x = self.skipped(number - half, pushed.pop(), x)
+            if lane is None:
+                x = self.block(i, x, start)
+            else:
+                x, lane = self.lanes(i, x, lane, start)
+            if number < half and self.cfg.unet_skips:
                 pushed.append(x)
-        return rms_norm(x)
+        return rms_norm(x if lane is None else (x + lane) / 2)
+
+    def order(self):
+        """Layers as they are executed."""
+        first, last = self.cfg.loop_start, self.cfg.loop_end
+        order = []
+        for i in range(self.cfg.num_layers):
+            order.append(i)
+            if self.looped and i == last:
+                for _ in range(self.cfg.num_loops):
+                    order += range(first, last + 1)
+        return order
+
+    def skipped(self, row, kept, x):
+        kept = self.w["skip_weights"][row] * kept
+        if not self.cfg.skip_gates_enabled:
+            return x + kept
+        gate = sigmoid(self.w["skip_gates"][row])
+        return gate * x + (1 - gate) * kept
+
+    def lanes(self, i, x, lane, start):
+        mixing = self.of_block(i, "resid_mix")
+        damping = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1
+        mixed = mixing[0] * x + mixing[1] * start
+        attended = self.of_block(i, "attn_scale") * self.attend(i, rms_norm(mixed) * damping)
+        widened = self.of_block(i, "mlp_scale") * self.mlp(i, rms_norm(lane) * damping)
+        post = self.w["parallel_post_lambdas"][i]
+        keep = self.w["parallel_resid_lambdas"][i]
+        first = keep[0] * x + post[0, 0] * attended + post[1, 0] * widened
+        second = keep[1] * lane + post[0, 1] * attended + post[1, 1] * widened
+        return first, second
+
+    def logits(self):
+        """With the caps of scoring -> [T, V]"""
+        z = self.hidden() @ self.w["tok_emb.weight"].T
+        above = below = self.cfg.logit_softcap
+        if self.cfg.asym_logit_rescale:
+            above, below = self.w["softcap_pos"], self.w["softcap_neg"]
+        return np.where(z >= 0, above * np.tanh(z / above), below * np.tanh(z / below))
 
     def embedded(self):
         x = self.w["tok_emb.weight"][self.ids]
         if self.cfg.bigram_vocab_size:
             x = x + self.bigram()
+        if self.cfg.smear_gate_enabled:
+            x = x + self.smeared_by_input(x)
         x = rms_norm(x)
         if self.cfg.smear:
             starts = self.ids == self.cfg.bos_id
             x = smeared(x, sigmoid(self.w["smear.gate"]), starts & self.cfg.smear_bos_mask)
         return x
+
+    def smeared_by_input(self, x):
+        out = np.zeros_like(x)
+        for t in range(1, len(x)):
+            if self.cfg.smear_bos_mask and self.ids[t] == self.cfg.bos_id:
+                continue
+            gate = sigmoid(self.w["smear_gate.weight"][0] @ x[t, : self.cfg.gate_window])
+            out[t] = self.w["smear_lambda"] * gate * x[t - 1]
+        return out
 
     def bigram(self):
         rows = bigram_rows(self.ids, self.cfg.bigram_vocab_size)
@@ -172,9 +234,12 @@ class ForwardPass:
             v = v + self.value_embedding(i)
         v = self.heads(v)
         gain = self.of_block(i, "attn.q_gain")[:, None]
-        y = attention(self.turned(rms_norm(q)) * gain, self.turned(rms_norm(k)), v)
+        y = attention(self.turned(rms_norm(q)) * gain, self.turned(rms_norm(k)), v, self.starts)
         if i >= self.cfg.num_layers - self.cfg.xsa_last_n:
             y = without_own_value(y, v)
+        if self.cfg.sparse_attn_gate_enabled:
+            scores = x[:, : self.cfg.gate_window] @ self.of_block(i, "attn.attn_gate_w").T  # [T, H]
+            y = y * sigmoid(self.cfg.sparse_attn_gate_scale * scores)[..., None]
         return y.reshape(len(x), -1) @ self.of_block(i, "attn.proj.weight").T
 
     def turned(self, y):

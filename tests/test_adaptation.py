@@ -439,5 +439,5 @@ def test_adapters_take_any_length_whatever_the_attention(rt):
     ids = torch.zeros(1, 8, dtype=torch.int64)
     for backend in (tg.blocked_attention, tg.sdpa_attention):
         context = dataclasses.replace(network.model.context(ids), backend=backend)
-        network.hidden(network.model, ids, context)
+        network.hidden(network.model, ids, context=context)
     assert seen == [tg.sdpa_attention] * 2

@@ -270,8 +270,22 @@ switch_on("partial rope", rope_dims=2)
 switch_on("rotary stretch", rope_train_seq_len=8)
 switch_on("leaky", leaky_slope=0.5)
 switch_on("softcap off", logit_softcap=0.0)
+switch_on(
+    "smear gate", smear_gate_enabled=True, gate_window=4, adds="smear_gate.weight smear_lambda"
+)
+switch_on(
+    "attention gate",
+    sparse_attn_gate_enabled=True,
+    gate_window=4,
+    adds="blocks.0.attn.attn_gate_w",
+)
+switch_on("skip gates", skip_gates_enabled=True, adds="skip_gates")
+switch_on("depth recurrence", num_loops=1, loop_start=0, loop_end=0, adds="skip_weights")
+switch_on("lanes", parallel_start_layer=1, adds="parallel_post_lambdas parallel_resid_lambdas")
+switch_on("caps of scoring", asym_logit_rescale=True, adds="softcap_pos softcap_neg")
 switch_on("mixer head", mixer_head=True, adds="alpha_head.weight alpha_head.bias")
-DEEPER = ("value embedding", "ln_scale")  # they leave the first layer as it is
+# They leave the first layer as it is, or need a second.
+DEEPER = ("value embedding", "ln_scale", "skip gates", "lanes")
 
 
 def tensors_of(model):
@@ -299,7 +313,10 @@ def test_switch_is_alive_and_absent_when_off(name, rng):
     ratios = torch.rand(2, 16, 6) if on.cfg.mixer_head else None
     loss = compiled(on)(ids, targets, ratios)
     torch.testing.assert_close(loss, on(ids, targets, ratios))
-    assert largest(loss - off(ids, targets)) > 1e-4
+    if name == "caps of scoring":  # training has its own
+        assert largest(loss - off(ids, targets)) < 1e-5
+    else:
+        assert largest(loss - off(ids, targets)) > 1e-4
     change = largest(on.logits(ids) - off.logits(ids))
     if on.cfg.mixer_head:  # it weighs, it does not predict
         assert change == 0

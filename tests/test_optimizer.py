@@ -168,17 +168,23 @@ def test_warmdown_over_a_share_of_the_run_with_a_floor():
     """PR 2135's: 1 up to 15 % of the run, then straight towards 0 at its end, a tenth at least."""
     cfg = tg.Config(warmdown_frac=0.85, min_lr=0.1)
     for share in np.linspace(0, 1, 41):
-        expected = 1.0 if share <= 0.15 else max((1 - share) / 0.85, 0.1)
-        assert tg.warmdown(cfg, tg.Moment(7, 3.0, float(share))) == pytest.approx(expected)
+        expected = 1.0
+        if share > 0.15:
+            expected = max((1 - share) / 0.85, 0.1)
+        now = tg.Moment(7, 3.0, share)
+        assert tg.warmdown(cfg, now) == pytest.approx(expected)
     floor = tg.Config(warmdown_iters=10, min_lr=0.25)
-    assert [tg.warmdown(floor, tg.Moment(0, left, 0.0)) for left in (10, 5, 1)] == [1, 0.5, 0.25]
+    for left, factor in ((10, 1), (5, 0.5), (1, 0.25)):
+        now = tg.Moment(0, left, 0.0)
+        assert tg.warmdown(floor, now) == factor
 
 
 def test_the_context_grows_by_the_rows_of_its_schedule():
     cfg = tg.Config(train_seq_len=3072, context_schedule="1024:0.1,2048:0.7")
-    shares = (0.0, 0.099, 0.1, 0.69, 0.7, 1.0)
-    lengths = [tg.context_length(cfg, tg.Moment(0, 0.0, share)) for share in shares]
-    assert lengths == [1024, 1024, 2048, 2048, 3072, 3072]
+    rows = {0.0: 1024, 0.099: 1024, 0.1: 2048, 0.69: 2048, 0.7: 3072, 1.0: 3072}
+    for share, length in rows.items():
+        now = tg.Moment(0, 0.0, share)
+        assert tg.context_length(cfg, now) == length
 
 
 @pytest.mark.parametrize("step, momentum", [(0, 0.5), (1, 0.6), (4, 0.9), (99, 0.9)])

@@ -54,12 +54,12 @@ def masked_pass(model, ids, window, bos=None):
         document = (ids[0] == bos).cumsum(0)
         mask &= document[None] == document[:, None]
     masked = functools.partial(oracles.masked_attention, mask=mask)
-    return model.hidden(ids, dataclasses.replace(model.context(ids), backend=masked))
+    return model.hidden(ids, context=dataclasses.replace(model.context(ids), backend=masked))
 
 
 def continued(model, ids, cache):
     """Final hidden states of a piece that goes on where the cache is."""
-    return model.hidden(ids, model.context(ids, cache))
+    return model.hidden(ids, context=model.context(ids, cache))
 
 
 def in_pieces(model, ids, cache, sizes):
@@ -271,8 +271,8 @@ def test_a_stream_of_other_weights_begins_anew(tokens, rt):
 def atomic(function):
     """A function that no deep copy copies, as compiled ones are."""
 
-    def compiled(*inputs):
-        return function(*inputs)
+    def compiled(*inputs, **more):
+        return function(*inputs, **more)
 
     return compiled
 

@@ -165,9 +165,9 @@ def test_fixed_rows(stride, tokens, rt, run_log):
     hidden = scorer.network.hidden
     shapes = set()
 
-    def watched(model, ids, context):
+    def watched(model, ids, documents=None, looped=None, context=None):
         shapes.add(tuple(ids.shape))
-        return hidden(model, ids, context)
+        return hidden(model, ids, documents, looped, context)
 
     scorer.network.hidden = watched
     score = tg.evaluate(scorer, tokens, TABLE, cfg, gpu, run_log)

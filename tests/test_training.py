@@ -121,7 +121,7 @@ def test_clock_schedule_ends_just_below_the_cap(lag, run_log):
     trainer = trainer_of(cfg, rt, run_log, NoData, now=device.now)
     factors = []
 
-    def step(batch_of, steps_left):
+    def step(batch_of, steps_left, share):
         now = tg.Moment(trainer.steps_done, steps_left, 0.0)
         factors.append(tg.warmdown(cfg, now))
         device.step()
@@ -151,9 +151,9 @@ def test_train_time_of_a_validation_line_is_training_time(run_log, monkeypatch):
         return score
 
     monkeypatch.setattr(tg, "evaluate", slow)
-    monkeypatch.setattr(tg, "load_validation", lambda cfg: np.zeros(2))
+    monkeypatch.setattr(tg, "load_validation", lambda cfg: np.zeros(2, int))
     with trainer.off_the_clock("validate"):
-        tg.Validator(trainer, None)(7)
+        tg.Validator(trainer, tg.ByteTable.bytes260())(7)
     assert "val_loss:1.0000 partial_bpb:2.0000 train_time:3000ms" in log_of(run_log.out_dir)
     assert trainer.clock.elapsed() == 3.0
 
@@ -245,9 +245,9 @@ def test_a_checkpoint_waits_for_the_reports_in_flight(bad_step, status, run_log)
     trainer = trainer_of(cfg, cpu_runtime(lag=2), run_log, Noise())
     step = trainer.step
 
-    def watched(batch_of, steps_left):
+    def watched(*inputs):
         trainer.requests.stop = trainer.steps_done == 2  # is noticed two steps later
-        loss = step(batch_of, steps_left)
+        loss = step(*inputs)
         return loss * math.nan if trainer.steps_done + 1 == bad_step else loss
 
     trainer.step = watched
@@ -274,7 +274,7 @@ def test_a_signal_saves_once(number, lag, run_log, monkeypatch):
     saved = []
     monkeypatch.setattr(tg, "save_checkpoint", lambda trainer: saved.append(trainer.steps_done))
 
-    def step(batch_of, steps_left):
+    def step(batch_of, steps_left, share):
         if trainer.steps_done == 2:
             signal.raise_signal(number)
         return torch.zeros(())
