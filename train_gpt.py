@@ -651,6 +651,14 @@ SAMPLE_TOKENS=60
 # Modes whose settings must make a training.
 TRAINING_MODES = ("train", "plan")
 
+# Names of published logs that are settings here, of the same values, under another name.
+ALIASES = {
+    "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK",
+    "TTT_LORA_LR": "TTT_LR",
+    "TTT_CHUNK_SIZE": "TTT_LORA_CHUNK",
+    "TTT_BATCH_SIZE": "TTT_DOCS",
+}
+
 # Other spellings that people's scripts use, and what the setting is called here.
 OLD_NAMES = {
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
@@ -840,8 +848,12 @@ def read_settings(
     idle = []
     for source in sources:
         given = {}
+        written: dict[str, str] = {}
         for assignment in source:
-            name, text = assignment.name, assignment.text.strip()
+            name = ALIASES.get(assignment.name, assignment.name)
+            text = assignment.text.strip()
+            if written.setdefault(name, assignment.name) != assignment.name:
+                problems.append(f"{written[name]} and {assignment.name} are one setting: give one")
             if not assignment.complete or name not in FIELDS:
                 problems += filter(None, [_unknown(assignment)])
                 continue
@@ -1974,10 +1986,10 @@ class TokenStream:
 class Prefetcher:
     """Batches by number, the next one read by a thread while the device works."""
 
-    def __init__(self, read: Callable[[int], Any], stride: int):
+    def __init__(self, read: Callable[[int], Any], stride: int, pool: ThreadPoolExecutor):
         self.read = read
         self.stride = stride  # from one number to the next that this process asks for
-        self.pool = ThreadPoolExecutor(1)
+        self.pool = pool
         self.ahead: dict[int, Future] = {}
 
     def __call__(self, number: int) -> Any:
@@ -4154,8 +4166,16 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
 
 def training_loop(trainer: Trainer, validate: Callable[[int], None]) -> str:
     """Step after step until the end -> why it ended."""
+    with ThreadPoolExecutor(1) as reader:
+        batches = Prefetcher(trainer.stream.batch, trainer.rt.world, reader)
+        return steps_until_the_end(trainer, validate, batches)
+
+
+def steps_until_the_end(
+    trainer: Trainer, validate: Callable[[int], None], batches: Callable[[int], Any]
+) -> str:
+    """The same, given the micro-batches by number."""
     cfg, clock, averager = trainer.cfg, trainer.clock, trainer.averager
-    batches = Prefetcher(trainer.stream.batch, trainer.rt.world)
     while True:
         status = trainer.reason_to_stop()
         if status and trainer.read_reports(lag=0).diverged:  # as reports still in flight may say

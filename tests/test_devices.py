@@ -3,6 +3,7 @@
 Graphs, number formats, kernels, devices that are not there.
 """
 
+import itertools
 import math
 import re
 import sys
@@ -331,6 +332,63 @@ def test_flash_attention_is_for_bfloat16():
     rt.cuda = True
     assert rt._pick_attention(tg.Config()) is tg.sdpa_attention
     assert "DTYPE=bfloat16" in rt.notes[-1]
+
+
+def packed_flash(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal):
+    """As FlashAttention 3 answers for rows with bounds [T, H, D], piece by piece."""
+    pieces = []
+    for begin, end in itertools.pairwise(bounds_q.tolist()):
+        if end > begin:
+            rows = (x[begin:end].unsqueeze(0) for x in (q, k, v))
+            pieces.append(tg.sdpa_attention(*rows)[0])
+    return torch.cat(pieces)
+
+
+def over_bounds(q, k, v, bounds_q, bounds_k, longest_q, longest_k, causal):
+    """Attention that takes no notice of them."""
+    return tg.sdpa_attention(*(x.unsqueeze(0) for x in (q, k, v)))[0]
+
+
+def uncompiled(function):
+    return function
+
+
+PACKED = dict(TINY, device="cpu", dtype="bfloat16", train_doc_mask=True)
+
+
+@pytest.mark.parametrize(
+    "fa3, of_torch, chosen",
+    [
+        (packed_flash, over_bounds, "fa3"),
+        (over_bounds, packed_flash, "varlen"),
+        (None, packed_flash, "varlen"),
+        (over_bounds, over_bounds, "no attention with document bounds works.*fa3: .*varlen: "),
+    ],
+)
+def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, monkeypatch):
+    """Of two foreign kernels the first whose outcome is right; where none is, a refusal."""
+    module = types.ModuleType("flash_attn_interface")
+    if fa3:
+        module.flash_attn_varlen_func = fa3
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def varlen(*inputs, window_size, enable_gqa):
+        assert (window_size, enable_gqa) == ((-1, 0), True)
+        return of_torch(*inputs, causal=True)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    cfg = tg.Config(**PACKED)
+    rt = tg.Runtime(cfg, {})
+    assert rt.packed_attention.func is tg.padded_attention
+    rt.cuda = True
+    rt.put = torch.from_numpy
+    rt.compile = uncompiled
+    if "no attention" in chosen:
+        with pytest.raises(tg.ConfigError, match=f"TRAIN_DOC_MASK=1: {chosen}"):
+            rt._pick_packed_attention(cfg)
+    else:
+        rt._pick_packed_attention(cfg)
+        assert rt.notes[-1] == f"attention inside documents:{chosen}"
 
 
 def test_attention_with_a_mask_equals_the_written_one(rng):

@@ -192,6 +192,18 @@ def test_world_sizes_that_do_not_divide_eight():
     assert tg.load_config(sizes).micro_batches == 12
 
 
+# --- published names ------------------------------------------------------------------------------
+
+
+def test_published_names_are_accepted(tmp_path):
+    assert set(tg.ALIASES.values()) <= set(tg.FIELDS)
+    assert not set(tg.ALIASES) & set(tg.FIELDS)
+    env = dict(SMEAR_GATE_ENABLED="1", SMEAR_GATE_BOS_FIX="1")
+    assert tg.load_config(env).smear_bos_mask
+    twice = dict(env, SMEAR_BOS_MASK="0")
+    assert "SMEAR_GATE_BOS_FIX and SMEAR_BOS_MASK are one setting" in complaint(tmp_path, **twice)
+
+
 # --- what is given and cannot act -----------------------------------------------------------------
 
 # Another value than the default of each setting that needs others.
