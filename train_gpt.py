@@ -234,7 +234,13 @@ class Config:
         low=0,
         high=1,
     )
-    min_lr: float = _train(0.0, "share of the learning rates that stays at least", low=0, high=1)
+    min_lr: float = _train(
+        0.0,
+        "share of the learning rates that stays at least",
+        low=0,
+        high=1,
+        needs="WARMDOWN_FRAC or WARMDOWN_ITERS",
+    )
     train_batch_tokens: int = _train(524288, "tokens a step, over all processes", low=1)
     micro_batch_tokens: int = _train(
         0, "tokens a forward pass; 0 = an eighth of TRAIN_BATCH_TOKENS", low=0
@@ -303,7 +309,9 @@ class Config:
     loop_start: int = _model(3, "first repeated layer", low=0, needs="NUM_LOOPS")
     loop_end: int = _model(5, "last repeated layer", low=0, needs="NUM_LOOPS")
     parallel_start_layer: int = _model(
-        0, "attention and MLP have a lane each from this layer on (PR 1204); 0 = one lane", low=0
+        0,
+        "attention and MLP have a lane each from this layer of the second half on; 0 = one lane",
+        low=0,
     )
     x0_mix: bool = _model(True, "every block mixes in the embedding stream with learned weights")
     ln_scale: bool = _model(False, "normed sublayer inputs times 1/sqrt(layer + 1)")
@@ -970,6 +978,7 @@ def _check_model(c: Config, relations: Relations) -> None:
     )
     if c.num_loops:
         relations.at_most("loop_start", "loop_end")
+        require(c.enable_looping_at < 1, f"{shown('enable_looping_at')} must be below 1")
         repeated = range(c.loop_start, c.loop_end + 1)
         require(c.loop_end <= last, f"{shown('loop_end')} must be at most NUM_LAYERS - 1 = {last}")
         require(
@@ -977,7 +986,8 @@ def _check_model(c: Config, relations: Relations) -> None:
             f"{shown('parallel_start_layer')} must not lie among the repeated layers "
             f"{c.loop_start + 1} to {c.loop_end}: a later pass would begin with one lane",
         )
-    relations.at_most("gate_window", "model_dim")
+    if c.smear_gate_enabled or c.sparse_attn_gate_enabled:
+        relations.at_most("gate_window", "model_dim")
     require(
         c.parallel_start_layer <= last,
         f"{shown('parallel_start_layer')} must be at most NUM_LAYERS - 1 = {last}",
@@ -995,9 +1005,15 @@ def _check_training(c: Config, relations: Relations) -> None:
     relations.multiple("train_batch_tokens", "micro_tokens")
     relations.multiple("micro_tokens", "train_seq_len")
     require(
-        re.fullmatch(r"(\d+:(0?\.\d+|1)(,|$))*", c.context_schedule),
-        f"{shown('context_schedule')}: expected LENGTH:SHARE, ... as in 1024:0.1,2048:0.7",
+        re.fullmatch(r"(\d+:(0?\.\d+|1(\.0*)?)(, ?|$))*", c.context_schedule),
+        f"{shown('context_schedule')}: expected LENGTH:SHARE,LENGTH:SHARE as in 1024:0.1,2048:0.7",
     )
+    require(
+        not c.late_qat_threshold or c.late_qat_threshold > c.min_lr,
+        f"{shown('late_qat_threshold')} is never reached: {shown('min_lr')} stays",
+    )
+    shares = [until for _, until in c.context_rows]
+    require(shares == sorted(set(shares)), f"{shown('context_schedule')}: its shares must rise")
     require(
         all(0 < length <= c.train_seq_len for length, _ in c.context_rows),
         f"{shown('context_schedule')}: lengths must be 1 to {shown('train_seq_len')}",
@@ -1214,7 +1230,7 @@ class Segments:
     bounds: Tensor  # [S + 1] int32: where each begins, and the row's end; the last may be empty
     longest: int  # tokens at most
     position: Tensor  # [T] of each token in its piece
-    # The pieces side by side, [S, longest]: for attention that knows no bounds.
+    # The pieces side by side, [S, longest]: for attention that knows no bounds, else empty.
     gather: Tensor  # [S * longest] the row's token at each place; behind a piece's end any
     scatter: Tensor  # [T] the place of each token
 
@@ -1222,7 +1238,9 @@ class Segments:
 SHORT_DOCUMENT = 512  # tokens; rows of longer ones on average have all the same number of pieces
 
 
-def segments_of(starts: np.ndarray, length: int, longest: int, cut: int = 0) -> Segments:
+def segments_of(
+    starts: np.ndarray, length: int, longest: int, cut: int = 0, side_by_side: bool = True
+) -> Segments:
     """The pieces of a row of so many tokens, from where they begin (0 first) -> on the CPU.
 
     Empty ones fill their number up, since another number is another graph: to what documents of 512
@@ -1236,8 +1254,11 @@ def segments_of(starts: np.ndarray, length: int, longest: int, cut: int = 0) -> 
     sizes = np.diff(bounds)
     number = np.repeat(np.arange(count), sizes)
     position = np.arange(length) - bounds[number]
-    gather = np.minimum(bounds[:-1, None] + np.arange(longest), length - 1)
-    arrays = (bounds, position, gather.reshape(-1), number * longest + position)
+    gather = scatter = np.empty(0, np.int64)
+    if side_by_side:
+        gather = np.minimum(bounds[:-1, None] + np.arange(longest), length - 1).reshape(-1)
+        scatter = number * longest + position
+    arrays = (bounds, position, gather, scatter)
     bounds, position, gather, scatter = (torch.from_numpy(array) for array in arrays)
     return Segments(bounds, longest, position, gather, scatter)
 
@@ -1272,7 +1293,7 @@ def fa3_packed_attention() -> PackedBackend:
 
 
 def torch_packed_attention() -> PackedBackend:
-    """Torch's own attention with bounds, since 2.10; ImportError where there is none."""
+    """Torch's own attention with bounds, as 2.13 has it; ImportError where there is none."""
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -1473,12 +1494,14 @@ class Runtime:
     def _pick_packed_attention(self, cfg: Config) -> PackedBackend:
         if not self.cuda:
             return functools.partial(padded_attention, attend=self.attention)
+        if self.profile.dtype != torch.bfloat16:
+            raise ConfigError("TRAIN_DOC_MASK=1 on a GPU needs DTYPE=bfloat16")
         segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
         expected = functools.partial(padded_attention, segments=segments)
         kinds = {"fa3": fa3_packed_attention, "varlen": torch_packed_attention}
         reasons = []
         for name, make in kinds.items():
-            if name == "fa3" and cfg.attn == "sdpa":
+            if cfg.attn == {"fa3": "sdpa", "varlen": "fa3"}[name]:
                 continue
             try:
                 attend = make()
@@ -3863,7 +3886,8 @@ class Clock:
 
     def progress(self, step: int) -> float:
         """Share of the run that is over."""
-        return self.last.elapsed / self.limit if self.drives else step / self.cfg.iterations
+        by_count = step / max(1, self.cfg.iterations)
+        return max(self.last.elapsed / self.limit, by_count) if self.drives else by_count
 
 
 class Interrupted(BaseException):
@@ -3926,6 +3950,8 @@ class Trainer:
         self.requests = Requests()
         self.compiled_model = rt.compile(model)
         self.rows = cfg.micro_tokens // cfg.row_tokens  # of a micro-batch
+        no_start = (cfg.bos_id + 1) % cfg.vocab_size
+        self.nothing = np.full((self.rows, cfg.row_tokens), no_start, np.int64)
         self.row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
         self.context = None if cfg.train_doc_mask else model.context(self.row)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -3960,9 +3986,6 @@ class Trainer:
         """
         cfg, rt = self.cfg, self.rt
         now = Moment(self.steps_done, steps_left, share)
-        looping = cfg.num_loops > 0 and share >= cfg.enable_looping_at
-        if looping != self.model.looping:
-            self.set_looping(looping)
         values = {schedule.field: schedule.value(cfg, now) for schedule in SCHEDULES}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
@@ -3987,7 +4010,7 @@ class Trainer:
                 InputError
             ) as error:  # told with the step's report: nobody waits for this process
                 self.problem = self.problem or str(error)
-                ids = targets = np.zeros((self.rows, cfg.row_tokens), np.int64)
+                ids = targets = self.nothing
             context = self.context or self.packed_context(ids, now)
             ids = rt.put(ids)
             targets = rt.put(targets)
@@ -4013,14 +4036,17 @@ class Trainer:
         starts = segment_starts(ids.reshape(-1), cfg.bos_id, context_length(cfg, now))
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
         cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
-        segments = self.rt.put_segments(segments_of(starts, ids.size, cfg.train_seq_len, cut))
-        return self.model.context(self.row, documents=segments)
+        side_by_side = not self.rt.cuda  # where kernels know bounds
+        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, side_by_side)
+        return self.model.context(self.row, documents=self.rt.put_segments(segments))
 
-    def set_looping(self, on: bool) -> None:
-        """Depth recurrence on or off."""
-        self.model.set_looping(on)
-        if on:
-            self.log.log(f"looping:enabled step:{self.steps_done} layers:{len(self.model.steps)}")
+    def set_looping(self, share: float) -> None:
+        """Depth recurrence as it is when that share of the run is over."""
+        before = len(self.model.steps)
+        self.model.set_looping(share >= self.cfg.enable_looping_at)
+        after = len(self.model.steps)
+        if after > before:
+            self.log.log(f"looping:enabled step:{self.steps_done} layers:{after}")
 
     def fake_quantization(self, on: bool) -> None:
         """Fake quantization on or off, of the matrices that will be packed as whole numbers."""
@@ -4097,26 +4123,28 @@ class Trainer:
 def warm_up(trainer: Trainer) -> None:
     """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before.
 
-    With depth recurrence, and with late fake quantization, one step more, whose graph is another.
+    Depth recurrence and late fake quantization have graphs of their own: a step more for each.
     """
     cfg = trainer.cfg
     rng = np.random.default_rng(0)
     shape = (trainer.rows, cfg.row_tokens)
 
     def random_batch(unit: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = rng.integers(0, cfg.vocab_size, shape)
+        ids = rng.integers(0, cfg.vocab_size - 1, shape)
+        ids += ids >= cfg.bos_id  # one document, as many pieces as most rows have
         return ids, ids
 
     weights = copy.deepcopy(trainer.model.state_dict())
-    late = cfg.enable_looping_at if cfg.num_loops else 0.0
-    steps = [(0.0, False)] * cfg.warmup_steps  # share of the run, fake quantization
-    if steps and cfg.num_loops:
-        steps.append((late, False))
-    if steps and cfg.late_qat_threshold:
-        steps.append((late, True))
-    for share, faking in steps:
+    graphs = itertools.product(
+        [False, True] if cfg.num_loops else [False],  # depth recurrence
+        [False, True] if cfg.late_qat_threshold else [False],  # fake quantization
+    )
+    steps = [(False, False)] * cfg.warmup_steps
+    steps += list(graphs)[1:] if steps else []
+    for looping, faking in steps:
+        trainer.model.set_looping(looping)
         trainer.fake_quantization(faking)
-        trainer.step(random_batch, cfg.iterations, share)
+        trainer.step(random_batch, cfg.iterations)
     trainer.fake_quantization(False)
     trainer.model.load_state_dict(weights)
     trainer.optimizers = build_optimizers(trainer.model, cfg, trainer.rt)
@@ -4155,6 +4183,8 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
             fill_ngram_table(trainer)
         status = training_loop(trainer, validate)
         trainer.model.set_looping(True)  # what is packed is the model of a finished run
+        if trainer.model.looping and not trainer.looped_steps:
+            log.log("WARNING: training ended before ENABLE_LOOPING_AT: no step repeated layers")
         trainer.rt.sync()
         trainer.seconds = clock.elapsed()
     if clock.last.step > trainer.last_shown:
@@ -4180,6 +4210,7 @@ def steps_until_the_end(
         status = trainer.reason_to_stop()
         if status and trainer.read_reports(lag=0).diverged:  # as reports still in flight may say
             return "diverged"
+        trainer.set_looping(clock.progress(trainer.steps_done))
         validate_now = cfg.val_loss_every and trainer.steps_done % cfg.val_loss_every == 0
         if validate_now or (cfg.val_loss_every and status):
             with trainer.off_the_clock("validate"):
@@ -4257,8 +4288,11 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
     """Takes over a checkpoint's state -> the settings that have changed since."""
     cfg, step, elapsed = trainer.cfg, state["step"], state["elapsed"]
     settings = cfg.group("model", "train", "optim")
-    changed = [name for name, value in settings.items() if state["settings"][name] != value]
-    changed = sorted(name.upper() for name in changed)
+    changed = []
+    for name, value in settings.items():  # an older version's checkpoint lacks newer settings
+        if state["settings"].get(name, FIELDS[name.upper()].default) != value:
+            changed.append(name.upper())
+    changed.sort()
     wrong = [name for name in changed if FIELDS[name].metadata["group"] == "model"]
     check(not wrong, f"made with other values of {', '.join(wrong)}")
     check(state["seed"] == cfg.seed, f"made with SEED={state['seed']}, here it is {cfg.seed}")
@@ -6793,7 +6827,8 @@ def plan_training(cfg: Config, share: float = 0.0) -> tuple[Trainer, Cost]:
     """A trainer without numbers, and what a step at that share of the run costs one GPU."""
     rt = PlanRuntime(cfg)
     trainer = Trainer(cfg, rt, RunLog(Path(), rt, silent=True), rt.model(), None)
-    batch = np.zeros((trainer.rows, cfg.row_tokens), np.int64)
+    batch = trainer.nothing
+    trainer.model.set_looping(share >= cfg.enable_looping_at)
 
     def step() -> None:
         trainer.step(lambda micro: (batch, batch), cfg.iterations, share)
@@ -7008,7 +7043,7 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
     )
     code, cap = code_size(), cfg.max_artifact_bytes
     log.log(f"code_bytes:{code} size_cap:{cap} left_for_the_model:{cap - code}")
-    if cfg.warmdown_iters > cfg.iterations:
+    if cfg.warmdown_iters > cfg.iterations and not cfg.warmdown_frac:
         begin = cfg.iterations / cfg.warmdown_iters
         log.log(
             f"WARNING: WARMDOWN_ITERS={cfg.warmdown_iters} is more than ITERATIONS="

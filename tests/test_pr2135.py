@@ -299,6 +299,22 @@ def test_processes_train_alike(processes, whole_run, tmp_path):
     assert abs(scores[0] - scores[1]) < 1e-3
 
 
+def test_recurrence_that_never_began_is_said(tmp_path):
+    code, result, log = run(tmp_path / "run", **TINY_FRONT | dict(ENABLE_LOOPING_AT="0.95"))
+    assert code == 0
+    assert "WARNING: training ended before ENABLE_LOOPING_AT" in log
+
+
+def test_the_end_by_steps_is_the_end_of_the_schedules(run_log):
+    """Under the clock, too: what is to begin late begins when few steps are left."""
+    cfg = tg.Config(schedule="clock", max_wallclock_seconds=100.0, iterations=10)
+    clock = tg.Clock(cfg, 0)
+    clock.last = tg.StepReport(step=8, elapsed=5.0)
+    assert clock.progress(9) == 0.9
+    clock.last = tg.StepReport(step=1, elapsed=50.0)
+    assert clock.progress(2) == 0.5
+
+
 def test_two_graphs_whatever_changes(run_log, tmp_path):
     """Both are there after the warm-up; documents of any number and a longer context make none."""
     settings = dict(NUM_LAYERS="3", LOOP_START="1", LOOP_END="1", PARALLEL_START_LAYER="2")
@@ -321,6 +337,7 @@ def test_two_graphs_whatever_changes(run_log, tmp_path):
     for step in range(8):
         ids = rng.integers(2, 1024, (1, 512))
         ids[0, rng.integers(0, 512, 2 + step % 3)] = 1
+        trainer.set_looping(step / 8)
         trainer.step(lambda unit, ids=ids: (ids, ids), 8 - step, step / 8)
         graphs.append(counters[0].frame_count)
     assert graphs == [2] * 8
@@ -351,6 +368,7 @@ def test_a_switch_of_training_is_alive(switch, run_log):
         trainer = tg.Trainer(cfg, cpu_runtime(), run_log, model, None)
         ids = np.random.default_rng(0).integers(0, 40, (trainer.rows, cfg.row_tokens))
         ids[0, 7] = cfg.bos_id
+        trainer.set_looping(0.2)
         for _ in range(2):
             trainer.step(lambda unit, ids=ids: (ids, ids), 9.0, 0.2)
         ended.append(model.state_dict())

@@ -161,6 +161,18 @@ TOGETHER = {
         dict(train_doc_mask=True, context_schedule="64"),
         "expected LENGTH:SHARE",
     ),
+    "a context that shrinks in time": (
+        dict(train_doc_mask=True, context_schedule="16:0.7,8:0.1"),
+        "its shares must rise",
+    ),
+    "fake quantization that never comes": (
+        dict(min_lr=0.2, late_qat_threshold=0.1),
+        "LATE_QAT_THRESHOLD=0.1 is never reached",
+    ),
+    "loops after the end": (
+        dict(num_loops=1, loop_start=0, loop_end=1, enable_looping_at=1.0),
+        "must be below 1",
+    ),
     "a context longer than the longest": (
         dict(train_doc_mask=True, context_schedule="4096:0.5"),
         "lengths must be 1 to TRAIN_SEQ_LEN",
@@ -219,7 +231,7 @@ GIVEN = settings_in("""
     NGRAM_ENT_BASE=0.1 NGRAM_ENT_RANGE=0.1 NGRAM_MIN_COUNT=3 NGRAM_BUCKETS=1024 NGRAM_PRIMES=3
     NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=1024 WARMDOWN_ITERS=9 CONTEXT_SCHEDULE=64:0.5
     ENABLE_LOOPING_AT=0.5 LOOP_START=2 LOOP_END=4 SKIP_GATES_ENABLED=1 ASYM_LOGIT_RESCALE=1
-    SPARSE_ATTN_GATE_SCALE=1 GATE_WINDOW=8
+    SPARSE_ATTN_GATE_SCALE=1 GATE_WINDOW=8 MIN_LR=0.1
 """)
 # What makes them act, beside the first alternative that they name, and what keeps them idle.
 ALSO = {"QTTT": "TTT_EPOCHS=1", "NGRAM_MIN_ORDER": "NGRAM_ORDER=7"}
@@ -233,6 +245,7 @@ IDLE = {
     "TIED_EMBED_LR": "TIE_EMBEDDINGS=0",
     "MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_WARMUP_STEPS=0",
     "WARMDOWN_ITERS": "WARMDOWN_FRAC=0.5",
+    "MIN_LR": "WARMDOWN_ITERS=0",
     "SKIP_GATES_ENABLED": "UNET_SKIPS=0",
     "ASYM_LOGIT_RESCALE": "LOGIT_SOFTCAP=0",
 }

@@ -70,6 +70,9 @@ def shards(folder: Path, cfg: tg.Config) -> tg.TokenStream:
     return tg.TokenStream([path], cfg)
 
 
+LAST = tg.Moment(0, 0.0, 1.0)  # steps as at the end of a run
+
+
 class Parts:
     """A step in parts: each is finished before the next begins."""
 
@@ -85,9 +88,12 @@ class Parts:
             self.batches.append([*map(trainer.rt.put, trainer.stream.batch(unit))])
 
     def forward(self) -> None:
-        for batch in self.batches:
-            loss = self.trainer.compiled_model(*batch, None, self.trainer.context)
-            self.losses.append(loss)
+        trainer = self.trainer
+        for ids, targets in self.batches:
+            context = trainer.context
+            if context is None:
+                context = trainer.packed_context(ids.cpu().numpy(), LAST)
+            self.losses.append(trainer.compiled_model(ids, targets, None, context))
 
     def backward(self) -> None:
         for loss in self.losses:
@@ -108,7 +114,7 @@ def measured(trainer: tg.Trainer, flops: float) -> Iterator[tuple[float, float, 
     cfg = trainer.cfg
     for step in range(STEPS + UNMEASURED):
         peak = matmul_rate()
-        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations)
+        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations, LAST.share)
         trainer.steps_done += 1
         if step >= UNMEASURED:
             rate = cfg.train_batch_tokens / seconds

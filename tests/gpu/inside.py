@@ -235,7 +235,7 @@ def look_into(trainer: tg.Trainer) -> dict[str, Any]:
 
     def three_steps() -> None:
         for _ in range(3):
-            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations)
+            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations, share=1.0)
             trainer.steps_done += 1
             trainer.send_report(loss)
             trainer.in_flight.clear()
@@ -304,12 +304,12 @@ def watch_scoring(paces: Paces) -> None:
     commit = tg.Scorer.commit
     learn = tg.TestTimeTraining.learn
 
-    def watched_evaluate(scorer, tokens, table, cfg, rt, log):
+    def watched_evaluate(scorer, tokens, table, cfg, rt, log, sizes=None):
         paces.kinds = collections.defaultdict(list)
         paces.mark = begin = time.perf_counter()
         paces.charged = 0
         try:
-            score = evaluate(scorer, tokens, table, cfg, rt, log)
+            score = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
             synchronize()
             paces.stage(scorer, cfg, len(tokens) - 1, time.perf_counter() - begin)
         finally:
