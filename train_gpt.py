@@ -3159,8 +3159,8 @@ class GPT(nn.Module):
         """
         cfg = self.cfg
         length = span = ids.size(1)
-        if isinstance(documents, Tensor):
-            documents = self._segments(documents, length)
+        if documents is not None and not isinstance(documents, Segments):
+            documents = self._segments(torch.as_tensor(documents, device=ids.device), length)
         if documents is not None:
             length = span = documents.longest
         if cache is not None:
@@ -3552,8 +3552,10 @@ def momentum_warmup(cfg: Config, now: Moment) -> float:
 
 def context_length(cfg: Config, now: Moment) -> int:
     """Tokens of the largest segment of training: as CONTEXT_SCHEDULE has it, then TRAIN_SEQ_LEN."""
-    lengths = [length for length, until in cfg.context_rows if now.share < until]
-    return lengths[0] if lengths else cfg.train_seq_len
+    for length, until in cfg.context_rows:
+        if now.share < until:
+            return length
+    return cfg.train_seq_len
 
 
 @dataclasses.dataclass(frozen=True)
