@@ -3550,14 +3550,6 @@ def momentum_warmup(cfg: Config, now: Moment) -> float:
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
 
 
-def context_length(cfg: Config, now: Moment) -> int:
-    """Tokens of the largest segment of training: as CONTEXT_SCHEDULE has it, then TRAIN_SEQ_LEN."""
-    for length, until in cfg.context_rows:
-        if now.share < until:
-            return length
-    return cfg.train_seq_len
-
-
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A field of the optimizers' parameter groups that changes during the run."""
@@ -3956,6 +3948,7 @@ class Trainer:
         self.nothing = np.full((self.rows, cfg.row_tokens), no_start, np.int64)
         self.row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
         self.context = None if cfg.train_doc_mask else model.context(self.row)
+        self.longest = cfg.train_seq_len  # tokens of a segment, now
         trained = [p for p in model.parameters() if p.requires_grad]
         self.gradients = bind_flat_gradients(trained)
         self.optimizers = build_optimizers(model, cfg, rt)
@@ -3979,14 +3972,18 @@ class Trainer:
         self,
         batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]],
         steps_left: float,
-        share: float = 0.0,
+        share: float | None = None,
     ) -> Tensor:
         """One optimizer step -> this process's part of the mean loss, which waits on the device.
 
         batch_of(n): ids and targets [B, T] of micro-batch n, counted over steps and processes.
-        share: of the run that is over.
+        share: of the run that is over; None: of its steps, which are followed here.
         """
         cfg, rt = self.cfg, self.rt
+        if share is None:
+            share = self.steps_done / max(1, cfg.iterations)
+            if cfg.num_loops or cfg.context_schedule:
+                self.follow(share)
         now = Moment(self.steps_done, steps_left, share)
         values = {schedule.field: schedule.value(cfg, now) for schedule in SCHEDULES}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -4008,12 +4005,10 @@ class Trainer:
         for micro in self.share:
             try:
                 ids, targets = batch_of(self.steps_done * self.micro_batches + micro)
-            except (
-                InputError
-            ) as error:  # told with the step's report: nobody waits for this process
+            except InputError as error:  # told with the report: nobody waits for this process
                 self.problem = self.problem or str(error)
                 ids = targets = self.nothing
-            context = self.context or self.packed_context(ids, now)
+            context = self.context or self.packed_context(ids)
             ids = rt.put(ids)
             targets = rt.put(targets)
             ratios = self.ngram_table.ratios(ids, targets) if self.ngram_table else None
@@ -4032,18 +4027,22 @@ class Trainer:
             optimizer.step()
         return total
 
-    def packed_context(self, ids: np.ndarray, now: Moment) -> AttentionContext:
+    def packed_context(self, ids: np.ndarray) -> AttentionContext:
         """What keeps attention inside the documents of a row [1, T]."""
         cfg = self.cfg
-        starts = segment_starts(ids.reshape(-1), cfg.bos_id, context_length(cfg, now))
+        starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
         cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
         side_by_side = not self.rt.cuda  # where kernels know bounds
         segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, side_by_side)
         return self.model.context(self.row, documents=self.rt.put_segments(segments))
 
-    def set_looping(self, share: float) -> None:
-        """Depth recurrence as it is when that share of the run is over."""
+    def follow(self, share: float) -> None:
+        """Depth recurrence and largest segments as they are when that share of the run is over."""
+        self.longest = self.cfg.train_seq_len
+        for length, until in reversed(self.cfg.context_rows):
+            if share < until:
+                self.longest = length
         before = len(self.model.steps)
         self.model.set_looping(share >= self.cfg.enable_looping_at)
         after = len(self.model.steps)
@@ -4146,7 +4145,7 @@ def warm_up(trainer: Trainer) -> None:
     for looping, faking in steps:
         trainer.model.set_looping(looping)
         trainer.fake_quantization(faking)
-        trainer.step(random_batch, cfg.iterations)
+        trainer.step(random_batch, cfg.iterations, share=0.0)
     trainer.fake_quantization(False)
     trainer.model.load_state_dict(weights)
     trainer.optimizers = build_optimizers(trainer.model, cfg, trainer.rt)
@@ -4212,7 +4211,7 @@ def steps_until_the_end(
         status = trainer.reason_to_stop()
         if status and trainer.read_reports(lag=0).diverged:  # as reports still in flight may say
             return "diverged"
-        trainer.set_looping(clock.progress(trainer.steps_done))
+        trainer.follow(clock.progress(trainer.steps_done))
         validate_now = cfg.val_loss_every and trainer.steps_done % cfg.val_loss_every == 0
         if validate_now or (cfg.val_loss_every and status):
             with trainer.off_the_clock("validate"):

@@ -179,14 +179,6 @@ def test_warmdown_over_a_share_of_the_run_with_a_floor():
         assert tg.warmdown(floor, now) == factor
 
 
-def test_the_context_grows_by_the_rows_of_its_schedule():
-    cfg = tg.Config(train_seq_len=3072, context_schedule="1024:0.1,2048:0.7")
-    rows = {0.0: 1024, 0.099: 1024, 0.1: 2048, 0.69: 2048, 0.7: 3072, 1.0: 3072}
-    for share, length in rows.items():
-        now = tg.Moment(0, 0.0, share)
-        assert tg.context_length(cfg, now) == length
-
-
 @pytest.mark.parametrize("step, momentum", [(0, 0.5), (1, 0.6), (4, 0.9), (99, 0.9)])
 def test_momentum_warmup(step, momentum):
     warmup = dict(muon_momentum_warmup_steps=4, muon_momentum_warmup_start=0.5)

@@ -299,6 +299,17 @@ def test_processes_train_alike(processes, whole_run, tmp_path):
     assert abs(scores[0] - scores[1]) < 1e-3
 
 
+def test_the_context_grows_by_the_rows_of_its_schedule(run_log):
+    lengths = "TRAIN_DOC_MASK=1 TRAIN_SEQ_LEN=32 CONTEXT_SCHEDULE=8:0.1,16:0.7 EVAL_STRIDE=0"
+    batch = "NUM_LAYERS=1 TRAIN_BATCH_TOKENS=64 MICRO_BATCH_TOKENS=64"
+    model = model_of(f"{lengths} {batch}")
+    trainer = tg.Trainer(model.cfg, cpu_runtime(), run_log, model, None)
+    rows = {0.0: 8, 0.099: 8, 0.1: 16, 0.69: 16, 0.7: 32, 1.0: 32}
+    for share, length in rows.items():
+        trainer.follow(share)
+        assert trainer.longest == length
+
+
 def test_recurrence_that_never_began_is_said(tmp_path):
     code, result, log = run(tmp_path / "run", **TINY_FRONT | dict(ENABLE_LOOPING_AT="0.95"))
     assert code == 0
@@ -337,7 +348,7 @@ def test_two_graphs_whatever_changes(run_log, tmp_path):
     for step in range(8):
         ids = rng.integers(2, 1024, (1, 512))
         ids[0, rng.integers(0, 512, 2 + step % 3)] = 1
-        trainer.set_looping(step / 8)
+        trainer.follow(step / 8)
         trainer.step(lambda unit, ids=ids: (ids, ids), 8 - step, step / 8)
         graphs.append(counters[0].frame_count)
     assert graphs == [2] * 8
@@ -368,7 +379,7 @@ def test_a_switch_of_training_is_alive(switch, run_log):
         trainer = tg.Trainer(cfg, cpu_runtime(), run_log, model, None)
         ids = np.random.default_rng(0).integers(0, 40, (trainer.rows, cfg.row_tokens))
         ids[0, 7] = cfg.bos_id
-        trainer.set_looping(0.2)
+        trainer.follow(0.2)
         for _ in range(2):
             trainer.step(lambda unit, ids=ids: (ids, ids), 9.0, 0.2)
         ended.append(model.state_dict())
@@ -400,3 +411,16 @@ def test_batches_are_read_ahead_and_say_what_fails():
         batches(4)
     assert batches(7) == 70  # what nobody expected is read at once
     assert read[:3] == [0, 2, 4]
+
+
+def test_a_step_by_itself_follows_the_run(run_log):
+    """As somebody would take steps without the loop: recurrence begins by the count of steps."""
+    model = model_of("NUM_LAYERS=3 NUM_LOOPS=1 LOOP_START=1 LOOP_END=1 ITERATIONS=10 EVAL_STRIDE=0")
+    cfg = dataclasses.replace(model.cfg, train_seq_len=16, train_batch_tokens=128)
+    trainer = tg.Trainer(cfg, cpu_runtime(), run_log, model, None)
+    ids = np.zeros((1, 16), np.int64)
+    looping = []
+    for trainer.steps_done in (0, 3, 4):
+        trainer.step(lambda unit: (ids, ids), 1.0)
+        looping.append(model.looping)
+    assert looping == [False, False, True]

@@ -70,9 +70,6 @@ def shards(folder: Path, cfg: tg.Config) -> tg.TokenStream:
     return tg.TokenStream([path], cfg)
 
 
-LAST = tg.Moment(0, 0.0, 1.0)  # steps as at the end of a run
-
-
 class Parts:
     """A step in parts: each is finished before the next begins."""
 
@@ -92,7 +89,7 @@ class Parts:
         for ids, targets in self.batches:
             context = trainer.context
             if context is None:
-                context = trainer.packed_context(ids.cpu().numpy(), LAST)
+                context = trainer.packed_context(ids.cpu().numpy())
             self.losses.append(trainer.compiled_model(ids, targets, None, context))
 
     def backward(self) -> None:
@@ -114,7 +111,7 @@ def measured(trainer: tg.Trainer, flops: float) -> Iterator[tuple[float, float, 
     cfg = trainer.cfg
     for step in range(STEPS + UNMEASURED):
         peak = matmul_rate()
-        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations, LAST.share)
+        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations)
         trainer.steps_done += 1
         if step >= UNMEASURED:
             rate = cfg.train_batch_tokens / seconds

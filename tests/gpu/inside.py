@@ -235,7 +235,7 @@ def look_into(trainer: tg.Trainer) -> dict[str, Any]:
 
     def three_steps() -> None:
         for _ in range(3):
-            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations, share=1.0)
+            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations)
             trainer.steps_done += 1
             trainer.send_report(loss)
             trainer.in_flight.clear()
