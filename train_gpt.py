@@ -2441,11 +2441,11 @@ def load_charges(cfg: Config, table: ByteTable, tokens: np.ndarray) -> np.ndarra
     counted = table.count(tokens)
     control = table.boundary | np.isin(np.arange(table.vocab_size), table.markers)
     silent = control[tokens[1:]] & (counted == 0)
-    wrong = np.flatnonzero(silent & (charges > 0))
+    wrong = silent & (charges > 0)
     check(
-        not len(wrong),
-        f"{name}: {len(wrong)} document starts or case markers are charged (the first is token "
-        f"{wrong[:1] + 1}): it is not of these tokens, or counts transformed text",
+        not wrong.any(),
+        f"{name}: {wrong.sum()} document starts or case markers are charged (the first is token "
+        f"{wrong.argmax() + 1}): it is not of these tokens, or counts transformed text",
     )
     share = charges.sum(dtype=np.int64) / max(1, counted.sum(dtype=np.int64))
     check(

@@ -175,8 +175,3 @@ def functions_entered(action):
     finally:
         sys.setprofile(None)
     return entered
-
-
-def pytest_xdist_auto_num_workers(config):
-    """For -n auto one more than there are cores: some tests wait for processes that they end."""
-    return os.cpu_count() + 1

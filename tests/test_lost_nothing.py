@@ -186,7 +186,7 @@ def test_the_artifact_comes_before_the_raw_weights(tmp_path, monkeypatch):
 
 
 # Bytes that any file of a run may have; the smallest file that is then cut off is named.
-@pytest.mark.parametrize("limit", [0, 100, 2_000, 20_000])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), 100, 2_000, 20_000])
 def test_files_of_limited_size(limit, tmp_path):
     """The limit that `ulimit -f` sets; a run's own log is among the files."""
     bounded = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
@@ -276,6 +276,7 @@ def test_drafts_of_a_killed_run_are_cleaned_up(tmp_path):
 # --- terminals and pipes --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_letters(tmp_path):
     """A sample of random bytes, printed where only Western European letters are."""
     env = tiny_env(tmp_path / "out", SAMPLE_TOKENS="60", PYTHONIOENCODING="cp1252", ITERATIONS="2")
@@ -283,6 +284,7 @@ def test_a_terminal_that_lacks_letters(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     """python train_gpt.py | head -1"""
     read, write = os.pipe()

@@ -84,7 +84,7 @@ def test_longer_batches_launch_no_more_operations(settings):
 
 @pytest.mark.parametrize(
     "runs",
-    [PUBLISHED[::4], pytest.param(PUBLISHED, marks=pytest.mark.slow)],
+    [PUBLISHED[::8], pytest.param(PUBLISHED, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def test_published_step_times_and_memory(runs):
