@@ -2057,12 +2057,14 @@ ESCAPE = "\ue004"  # the next character is text, although it looks like a marker
 CASE_MARKERS = TITLE + ALLCAPS + CAPNEXT + ESCAPE
 MARKER_BYTES = len(TITLE.encode())
 
-# A run of ASCII letters that has a capital. Looking back keeps long runs without one linear.
-_RUN = "(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*"
-# What a transform rewrites: a literal marker, or white space that it jumps over and a run.
+# A run of ASCII letters that begins with a capital. To look back from its first letter keeps the
+# search fast, and long texts of one character linear.
+_RUN = "[A-Z](?<![A-Za-z].)[A-Za-z]*"
+# What a transform rewrites: such a run, with the white space that the marker jumps over; a capital
+# inside a run, or a literal marker.
 CASE_TRANSFORMS = {
-    "caseops": re.compile(f"[{CASE_MARKERS}]|()({_RUN})"),
-    "case2": re.compile(rf"[{CASE_MARKERS}]|((?<!\s)\s+|)({_RUN})"),
+    "caseops": re.compile(f"({_RUN})|[A-Z{CASE_MARKERS}]", re.DOTALL),
+    "case2": re.compile(rf"(\s(?<!\s\s)\s*[A-Z][A-Za-z]*|{_RUN})|[A-Z{CASE_MARKERS}]", re.DOTALL),
 }
 _INNER_CAPITALS = {ord(c): CAPNEXT + c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
 _MARKED = re.compile(
@@ -2083,15 +2085,14 @@ def mark_case(text: str, transform: str) -> str:
 
 
 def _with_markers(found: re.Match[str]) -> str:
-    space, run = found.groups()
-    if run is None:
-        return ESCAPE + found[0]
+    text = found[0]
+    if found[1] is None:
+        return ESCAPE + text if text in CASE_MARKERS else CAPNEXT + text.lower()
+    run = text.lstrip()
+    space = text[: len(text) - len(run)]
     if len(run) > 1 and run.isupper():
         return ALLCAPS + space + run.lower()
-    rest = run[1:].translate(_INNER_CAPITALS)
-    if run[0].isupper():
-        return TITLE + space + run[0].lower() + rest
-    return space + run[0] + rest
+    return TITLE + space + run[0].lower() + run[1:].translate(_INNER_CAPITALS)
 
 
 def restore_case(text: str) -> str:
