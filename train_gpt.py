@@ -1234,6 +1234,11 @@ class Segments:
     gather: Tensor  # [S * longest] the row's token at each place; behind a piece's end any
     scatter: Tensor  # [T] the place of each token
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
+        """The same elsewhere: every tensor as `move` gives it."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **{name: move(x) for name, x in tensors.items()})
+
 
 SHORT_DOCUMENT = 512  # tokens; rows of longer ones on average have all the same number of pieces
 
@@ -1279,32 +1284,30 @@ def padded_attention(
     return out.flatten(0, 1).index_select(0, segments.scatter).unsqueeze(0)
 
 
-def fa3_packed_attention() -> PackedBackend:
-    """FlashAttention 3 with bounds; ImportError where there is none."""
-    from flash_attn_interface import flash_attn_varlen_func
+def _with_bounds(kernel: Callable[..., Any], **options: Any) -> PackedBackend:
+    """A kernel over rows without a batch axis [T, H, D], which takes bounds and longest twice."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         bounds, longest = segments.bounds, segments.longest
         rows = (x.squeeze(0) for x in (q, k, v))
-        out = flash_attn_varlen_func(*rows, bounds, bounds, longest, longest, causal=True)
+        out = kernel(*rows, bounds, bounds, longest, longest, **options)
         return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
     return attend
+
+
+def fa3_packed_attention() -> PackedBackend:
+    """FlashAttention 3 with bounds; ImportError where there is none."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _with_bounds(flash_attn_varlen_func, causal=True)
 
 
 def torch_packed_attention() -> PackedBackend:
     """Torch's own attention with bounds, as 2.13 has it; ImportError where there is none."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        bounds, longest = segments.bounds, segments.longest
-        rows = (x.squeeze(0) for x in (q, k, v))
-        out = varlen_attn(
-            *rows, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True
-        )
-        return out.unsqueeze(0)
-
-    return attend
+    return _with_bounds(varlen_attn, window_size=(-1, 0), enable_gqa=True)
 
 
 def fa3_attention() -> AttentionBackend:
@@ -1558,9 +1561,7 @@ class Runtime:
 
     def put_segments(self, segments: Segments) -> Segments:
         """On the device."""
-        tensors = {name: x for name, x in vars(segments).items() if isinstance(x, Tensor)}
-        there = {name: self.put(x.numpy()) for name, x in tensors.items()}
-        return dataclasses.replace(segments, **there)
+        return segments.moved(lambda x: self.put(x.numpy()))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over all processes, in place."""
@@ -2070,7 +2071,7 @@ _INNER_CAPITALS = {ord(c): CAPNEXT + c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVW
 _MARKED = re.compile(
     rf"{ESCAPE}(.)|[{TITLE}{CAPNEXT}](\s*[a-z])|{ALLCAPS}(\s*[a-z]+)|[{CASE_MARKERS}]", re.DOTALL
 )
-_MARKER_IN_BYTES = re.compile(b"\xee\x80\x84(?:...)|\xee\x80[\x81-\x83]", re.DOTALL)
+_MARKER_IN_BYTES = re.compile(b"\xee\x80\x84...|\xee\x80[\x81-\x83]", re.DOTALL)
 
 
 def mark_case(text: str, transform: str) -> str:
@@ -2420,6 +2421,11 @@ def charge_paths(cfg: Config, table: ByteTable) -> list[Path]:
     return paths
 
 
+def charged_by(paths: Sequence[Path]) -> int:
+    """Bytes of text that side files say in all."""
+    return sum(int(read_shard(path).sum(dtype=np.int64)) for path in paths)
+
+
 def load_charges(cfg: Config, table: ByteTable, tokens: np.ndarray) -> np.ndarray:
     """Bytes charged to tokens[1:] of load_validation: by side file or table -> [T - 1].
 
@@ -2430,7 +2436,7 @@ def load_charges(cfg: Config, table: ByteTable, tokens: np.ndarray) -> np.ndarra
         return table.count(tokens)
     charges = np.concatenate([read_shard(path) for path in paths])
     name = paths[0].with_name(shard_name(CHARGES))
-    total = int(charges.sum(dtype=np.int64))
+    total = charged_by(paths)
     told = None
     with contextlib.suppress(*NOT_SAID):
         told = recorded_entries(cfg)[0]["charged_bytes"]["val"]
@@ -2493,7 +2499,7 @@ def charges_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], str
     """Hashes and sum of the byte side files."""
     paths = charge_paths(cfg, table)
     hashes = [sha256(path) for path in paths]
-    total = sum(int(read_shard(path).sum(dtype=np.int64)) for path in paths)
+    total = charged_by(paths)
     fields = {f"{CHARGES}_sha256": hashes, "val_text_bytes": total}
     return fields, f"{CHARGES}_files:{len(paths)} text_bytes:{total} first_sha256:{hashes[0]}"
 
@@ -3182,10 +3188,7 @@ class GPT(nn.Module):
         places = np.unique([0, *starts.tolist()])
         places = places.compress(places < length)
         longest = int(np.diff(places, append=length).max())
-        segments = segments_of(places, length, longest)
-        tensors = vars(segments).items()
-        moved = {n: x.to(starts.device) for n, x in tensors if isinstance(x, Tensor)}
-        return dataclasses.replace(segments, **moved)
+        return segments_of(places, length, longest).moved(lambda x: x.to(starts.device))
 
     def hidden(
         self,
@@ -6830,7 +6833,7 @@ def plan_training(cfg: Config, share: float = 0.0) -> tuple[Trainer, Cost]:
     rt = PlanRuntime(cfg)
     trainer = Trainer(cfg, rt, RunLog(Path(), rt, silent=True), rt.model(), None)
     batch = trainer.nothing
-    trainer.model.set_looping(share >= cfg.enable_looping_at)
+    trainer.follow(share)
 
     def step() -> None:
         trainer.step(lambda micro: (batch, batch), cfg.iterations, share)

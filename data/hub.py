@@ -25,7 +25,6 @@ from typing import Any
 
 import export
 import manifest
-import numpy as np
 import verify
 from shown import names, shown
 from transfer import (
@@ -577,8 +576,7 @@ class Review:
         model = export.tokenizer_entry(self.place(path), self.request.case.transform)
         tokenizer = {**model, **self.offer.tokenizer}
         dataset = {**export.dataset_entry(self.request.name, tokenizer), **self.offer.dataset}
-        charges = [tg.read_shard(path) for path in data.paths(tg.CHARGES)]
-        charged = sum(int(counts.sum(dtype=np.int64)) for counts in charges)
+        charged = tg.charged_by(data.paths(tg.CHARGES))
         told = {"val": charged, **dataset.get("charged_bytes", {})}
         with self.refusing(f"the manifest says {shown(told['val'])}"):
             if told["val"] != charged:
