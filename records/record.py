@@ -7,7 +7,7 @@
         --collect logs/my_runs     # finished runs, no new ones
     python records/record.py check records/track_cpu_1mb/2026-11-23_NAME
     python records/record.py compare old/folder new/folder
-    python records/record.py pack train_gpt.py --config my/config.env -o packed.py
+    python records/record.py pack train_gpt.py --config my/config.env --strip -o packed.py
 
 `new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and
 only then puts it under records/. Interrupted, the same command goes on after the last finished
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import json
 import re
 import shutil
@@ -37,21 +38,24 @@ from tool.finding import as_json, render, worst_verdict
 from tool.folder import Folder
 from tool.rerun import warning
 from tool.runs import (
+    SNAPSHOT,
     Order,
     RecordError,
     all_runs,
     collect_runs,
     commit_of,
     make_runs,
+    packed_text,
     read_result,
     read_text,
     short_config,
     work_lock,
 )
+from tool.strip import readable_of
 from tool.submission import Typed, summarize
-from tool.wrapper import unpack_source, wrap
+from tool.wrapper import unpack_source
 
-from train_gpt import InputError, atomic_write, sha256
+from train_gpt import InputError, atomic_write
 
 OK = 0
 FAILED = 1
@@ -65,7 +69,7 @@ RECORDS = Path(__file__).resolve().parent
 
 def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> None:
     """Script, settings, logs, artifacts, requirements, JSON, README, plot into an empty folder."""
-    for name in ("train_gpt.py", "config.env"):
+    for name in SNAPSHOT:
         if (work / name).is_file():
             shutil.copy(work / name, draft / name)
     for out in outs:
@@ -102,10 +106,13 @@ def command_new(args: argparse.Namespace) -> int:
         raise RecordError("new: --seeds or --collect is needed")
     args.track = args.track.removeprefix("track_")
     if args.packed is None:
-        args.packed = packs_by_default(args)
+        args.packed = args.strip or packs_by_default(args)
+    if args.strip and not args.packed:
+        raise RecordError("--strip: only a packed script is stripped; without --no-packed")
     if args.collect and args.packed:
+        given = "--strip" if args.strip else "--packed"
         raise RecordError(
-            "--packed: finished runs ran the script as it is; `record.py pack` it and run that "
+            f"{given}: finished runs ran the script as it is; `record.py pack` it and run that "
             "instead"
         )
     return make_record(args)
@@ -127,6 +134,7 @@ def make_record(args: argparse.Namespace) -> int:
         args.nproc,
         args.track,
         args.wait,
+        args.strip,
     )
     with work_lock(work):
         outs = collect_runs(order, args.collect) if args.collect else make_runs(order)
@@ -190,16 +198,17 @@ def command_compare(args: argparse.Namespace) -> int:
 
 
 def command_pack(args: argparse.Namespace) -> int:
-    source = read_text(args.file)
     config = short_config(args.config)
+    wrapper = packed_text(args.file, args.config, args.strip).encode()
+    original = args.file.read_bytes()
     out = args.output or args.file.with_suffix(".packed.py")
-    wrapper = wrap(source, config).encode()
+    how = f"unpacks to the same bytes (sha256 {hashlib.sha256(original).hexdigest()[:16]})"
+    if args.strip:
+        atomic_write(readable_of(out), original)
+        how = f"the same program as {readable_of(out)} (syntax trees compared)"
     atomic_write(out, wrapper)
     inside = f" + {len(config.encode())} of settings" if config else ""
-    print(
-        f"{args.file}: {len(source.encode())} bytes{inside} -> {out}: {len(wrapper)} bytes; "
-        f"unpacks to the same bytes (sha256 {sha256(args.file)[:16]})"
-    )
+    print(f"{args.file}: {len(original)} bytes{inside} -> {out}: {len(wrapper)} bytes; {how}")
     return OK
 
 
@@ -262,6 +271,12 @@ def parser() -> Parser:
     pack.add_argument("file", type=Path)
     pack.add_argument("--config", type=Path, help="settings to put inside")
     pack.add_argument("-o", "--output", type=Path)
+    for command in (new, pack):
+        command.add_argument(
+            "--strip",
+            action="store_true",
+            help="pack without comments and docstrings; a readable copy lies beside it",
+        )
     return top
 
 

@@ -15,8 +15,9 @@ import record
 from conftest import ROOT, clean_env
 from helpers import Program, forked, python
 from record_help import CONFIG, make_record, new
-from tool import runs, wrapper
-from tool.folder import parse_config
+from tool import rerun, runs, strip, wrapper
+from tool.case import Case
+from tool.folder import Folder, parse_config
 from tool.submission import FIELDS
 
 import train_gpt as tg
@@ -156,6 +157,7 @@ def test_collecting_some_seeds_lists_the_others_as_left_out(place, made, quick):
         ("10min_16mb", ["--collect", "x"], False),
         ("cpu_1mb", [], False),
         ("cpu_1mb", ["--packed"], True),
+        ("cpu_1mb", ["--strip"], True),
     ],
 )
 def test_where_code_counts_it_is_packed_unless_told_otherwise(
@@ -188,6 +190,30 @@ def test_a_packed_record_holds_its_settings_and_passes(place, quick):
     verdicts = {finding["id"]: finding for finding in report["findings"]}
     assert verdicts["R6"]["verdict"] == "PASS"
     assert verdicts["R6"]["figures"]["runs"]["train_seed1.log"]["own_gap"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_stripped_record_keeps_its_readable_script(place, quick, capsys):
+    config = ["--config", str(place / "config.env"), "--seeds", "1", "--no-run"]
+    assert new(place, "stripped", "--track", "non_record_16mb", "--strip", *config) == 0
+    folder = place / "records" / "track_non_record_16mb" / "2026-01-31_stripped"
+    script = folder / "train_gpt.py"
+    copy = folder / "train_gpt.readable.py"
+    readable = (ROOT / "train_gpt.py").read_text()
+    assert copy.read_text() == readable
+    settings = runs.short_config(place / "config.env")
+    assert script.read_text() == strip.wrap_stripped(readable, settings)
+    report = json.loads((folder / "check.json").read_text())
+    sizes = report["findings"][0]["figures"]
+    code = script.stat().st_size
+    assert sizes["code"] == sizes["packed"] == code
+    assert sizes["readable"] == copy.stat().st_size
+    assert rerun.check_import(Case(Folder(folder))).word == "PASS"
+    page = (folder / "README.md").read_text()
+    assert "`train_gpt.readable.py` without comments" in page
+    copy.write_text(readable.replace("600.0", "601.0", 1))
+    assert record.main(["check", str(folder)]) == 1
+    assert "are two programs" in capsys.readouterr().out
 
 
 def test_the_draft_of_a_killed_call_is_cleaned_up(place, made, quick):

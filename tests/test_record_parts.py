@@ -1,14 +1,16 @@
 """Parts of the record tool on their own: comparisons by the book, findings, config files."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
-from record_help import expect
-from tool import compare, logs, page, runs, submission
+from record_help import expect, find
+from tool import compare, logs, package, page, runs, strip, submission
+from tool.case import Case
 from tool.finding import Problems, as_json, render, skipped, text_of, worst_verdict
-from tool.folder import config_text, parse_config
+from tool.folder import Folder, config_text, parse_config
 
 import train_gpt as tg
 
@@ -362,3 +364,102 @@ def test_a_training_that_the_clock_ended_is_finished(out, ended):
 def test_a_run_that_lacks_a_file_is_not_finished(out, name):
     (out / name).unlink()
     assert not runs.is_finished(out, "abc", 7)
+
+
+# --- a stripped script and its readable copy ------------------------------------------------------
+
+READABLE = "def f():\n    'Doc.'\n    return 1  # one\n\n\nprint(f())\n"
+COPIES = {
+    "the same": (READABLE, "PASS", ""),
+    "other comments": (READABLE.replace("one", "two").replace("Doc", "Text"), "PASS", ""),
+    "another value": (READABLE.replace("return 1", "return 2"), "FAIL", "are two programs"),
+    "the module's text": ("'Doc.'\n" + READABLE, "FAIL", "are two programs"),
+    "no Python": ("def f(:\n", "FAIL", "cannot be compared (SyntaxError"),
+    "nothing": ("", "FAIL", "are two programs"),
+}
+
+
+@pytest.fixture
+def stripped(tmp_path):
+    """A folder with a stripped script and its readable copy."""
+    (tmp_path / "train_gpt.py").write_text(strip.wrap_stripped(READABLE, "SEED=3\n"))
+    (tmp_path / "train_gpt.readable.py").write_text(READABLE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_readable_copy_is_the_program_that_ships(stripped, kind):
+    text, word, sentence = COPIES[kind]
+    (stripped / "train_gpt.readable.py").write_text(text)
+    expect(find(stripped, "S6"), word, sentence)
+
+
+def test_the_copy_of_a_script_that_is_not_packed(stripped):
+    (stripped / "train_gpt.py").write_text(READABLE)
+    expect(find(stripped, "S6"), "PASS")
+    (stripped / "train_gpt.py").write_text("print(1)\n")
+    expect(find(stripped, "S6"), "FAIL", "are two programs")
+
+
+def test_the_worse_of_two_findings_on_one_file_is_shown(stripped):
+    (stripped / "train_gpt.py").write_text(strip.wrap_stripped("import requests\n"))
+    expect(find(stripped, "S6"), "FAIL", "imports requests")
+    optional = "try:\n    import requests\nexcept ImportError:\n    pass\n"
+    (stripped / "train_gpt.py").write_text(strip.wrap_stripped(optional))
+    expect(find(stripped, "S6"), "FAIL", "are two programs")
+    (stripped / "train_gpt.readable.py").write_text(optional)
+    expect(find(stripped, "S6"), "WARN", "optional import of requests")
+
+
+def test_a_readable_copy_is_neither_the_script_nor_counted(stripped):
+    folder = Folder(stripped)
+    assert folder.script.name == "train_gpt.py"
+    assert folder.code_bytes == (stripped / "train_gpt.py").stat().st_size
+    assert folder.config == {"SEED": "3"}
+    assert folder.readable.read_text() == READABLE
+    (stripped / "train_gpt.py").unlink()
+    assert Folder(stripped).script is None
+    assert Folder(stripped).readable is None
+
+
+def test_sizes_and_page_tell_of_the_readable_copy(stripped):
+    sizes = package.check_sizes(Case(Folder(stripped))).figures
+    code = (stripped / "train_gpt.py").stat().st_size
+    assert (sizes["code"], sizes["packed"], sizes["readable"]) == (code, code, len(READABLE))
+    assert "`train_gpt.readable.py` without comments" in page._code_files(Folder(stripped))
+    (stripped / "train_gpt.readable.py").unlink()
+    assert page._code_files(Folder(stripped)) == "`train_gpt.py`"
+
+
+def test_a_snapshot_keeps_the_readable_script(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(READABLE)
+    order = runs.Order(tmp_path / "work", script, None, [1], packed=True, strip=True)
+    order.work.mkdir()
+    runs.take_snapshot(order)
+    files = {path.name: path.read_text() for path in order.work.iterdir()}
+    shipped = strip.wrap_stripped(READABLE)
+    assert files == {"train_gpt.py": shipped, "train_gpt.readable.py": READABLE}
+    (order.work / "seed_1").mkdir()
+    script.write_text(READABLE.replace("one", "two"))
+    with pytest.raises(runs.RecordError, match=r"runs of another train_gpt.readable.py"):
+        runs.take_snapshot(order)
+    (order.work / "seed_1").rmdir()
+    runs.take_snapshot(dataclasses.replace(order, strip=False))
+    assert [path.name for path in order.work.iterdir()] == ["train_gpt.py"]
+
+
+def test_finished_runs_are_collected_with_the_copy_beside_their_script(stripped):
+    script = stripped / "train_gpt.py"
+    out = stripped / "runs"
+    out.mkdir()
+    for name in ("model.ptz", "train.log"):
+        (out / name).write_text("")
+    told = {**RESULT, "code_sha256": tg.sha256(script)}
+    (out / "result.json").write_text(json.dumps(told))
+    order = runs.Order(stripped / "work", script, None, [])
+    for _ in range(2):  # with the copy, then without
+        assert runs.collect_runs(order, [out]) == [out]
+        copy = order.work / "train_gpt.readable.py"
+        assert copy.is_file() == (stripped / copy.name).is_file()
+        (stripped / copy.name).unlink(missing_ok=True)

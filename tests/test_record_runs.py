@@ -39,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("own_machine")
         (["--config", "missing.env", "--seeds", "1"], "missing.env"),
         (["--collect", "."], "no run with a result.json"),
         (["--collect", ".", "--packed"], "--packed: finished runs ran the script as it is"),
+        (["--collect", ".", "--strip"], "--strip: finished runs ran the script as it is"),
+        (["--seeds", "1", "--strip", "--no-packed"], "--strip: only a packed script is stripped"),
         (["--seeds", "1,1"], "different whole numbers"),
         ([], "--seeds or --collect"),
     ],

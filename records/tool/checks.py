@@ -75,7 +75,7 @@ def check_package(case: Case) -> list[Check]:
 
 
 def check_source(case: Case) -> list[Check]:
-    """S1 to S10; what importing the script shows is added to S8."""
+    """S1 to S10; a readable copy's differences are added to S6, what importing shows to S8."""
     folder = case.folder
     findings = static_checks(
         folder.source,
@@ -84,13 +84,17 @@ def check_source(case: Case) -> list[Check]:
         run_settings=logged_settings(folder),
         config=folder.config,
     )
-    if not case.may_run:
-        return findings
-    imported = guarded("S8", rerun.check_import, case)
-    for index, finding in enumerate(findings):
-        if finding.name == "S8" and finding.word == "PASS" and imported.problem:
-            findings[index] = imported
-    return findings
+    more = {"S6": guarded("S6", package.check_readable, case)}
+    if case.may_run:
+        more["S8"] = guarded("S8", rerun.check_import, case)
+    return [_worse(finding, more.get(finding.name)) for finding in findings]
+
+
+def _worse(finding: Check, other: Check | None) -> Check:
+    """What was found of a text, unless something else shows a problem that counts for more."""
+    if other and other.problem and (other.failed > finding.failed or finding.word == "PASS"):
+        return other
+    return finding
 
 
 def logged_settings(folder: Folder) -> dict[str, str] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tool.logs import Run, read_run
+from tool.strip import READABLE, readable_of
 from tool.wrapper import settings_inside, unpack_source
 from train_gpt import read_config_lines
 
@@ -66,8 +67,17 @@ class Folder:
         named = self.path / "train_gpt.py"
         if named.is_file():
             return named
-        others = [path for path in self.beside if re.fullmatch(r"train.*\.py", path.name)]
+        others = []
+        for path in self.beside:
+            if re.fullmatch(r"train.*\.py", path.name) and not path.name.endswith(READABLE):
+                others.append(path)
         return others[0] if len(others) == 1 else None
+
+    @functools.cached_property
+    def readable(self) -> Path | None:
+        """The readable copy beside a script that was stripped of comments and docstrings."""
+        copy = readable_of(self.script) if self.script else None
+        return copy if copy and copy.is_file() else None
 
     @functools.cached_property
     def shipped(self) -> str:

@@ -1,4 +1,4 @@
-"""What the folder holds: sizes (P1), JSON (P2), code (P3), files (P9), own checks (AUDIT).
+"""What the folder holds: sizes (P1), JSON (P2), code (P3, S6), files (P9), own checks (AUDIT).
 
 Each check takes a Case and returns one Check.
 """
@@ -18,6 +18,7 @@ from tool.finding import Problems, skipped
 from tool.folder import Folder, config_text, read_lenient
 from tool.logs import Final, Run
 from tool.script import PLACES_AND_LABELS
+from tool.strip import UNREADABLE, same_program
 from tool.submission import FIELDS, TYPED, Typed, has_score, summarize
 from tool.wrapper import wrap
 from train_gpt import Check, sha256
@@ -56,7 +57,7 @@ def check_sizes(case: Case) -> Check:
             f"logs' (largest {largest})"
         )
     code = folder.code_bytes
-    readable = len(folder.source.encode())
+    readable = folder.readable.stat().st_size if folder.readable else len(folder.source.encode())
     packed = _packed_size(folder)
     found = f"largest total {largest} bytes, code {code} ({readable} readable, {packed} packed)"
     return problems.outcome("P1", found, runs=rows, code=code, readable=readable, packed=packed)
@@ -308,6 +309,26 @@ def _different_settings(first: Mapping[str, str], other: Mapping[str, str]) -> l
         if first.get(name) != other.get(name) and not PLACES_AND_LABELS.fullmatch(name):
             different.append(f"{name} ({other.get(name)}, not {first.get(name)})")
     return different
+
+
+# --- S6: the readable copy ------------------------------------------------------------------------
+
+
+def check_readable(case: Case) -> Check:
+    """A readable copy beside the script is the same program, but for comments and docstrings."""
+    folder = case.folder
+    problems = Problems()
+    if folder.readable is None:
+        return problems.outcome("S6", "no readable copy")
+    named = f"{folder.readable.name} and {folder.script.name}"
+    try:
+        same = same_program(read_lenient(folder.readable), folder.source)
+    except UNREADABLE as error:
+        problems.fail(f"{named} cannot be compared ({type(error).__name__}: {error})")
+    else:
+        if not same:
+            problems.fail(f"{named} are two programs: more than comments and docstrings differs")
+    return problems.outcome("S6", f"{named} are one program")
 
 
 # --- P9: files ------------------------------------------------------------------------------------

@@ -318,6 +318,13 @@ def readme(folder: Folder, told: Mapping[str, Any], nproc: int) -> str:
         train_shards=data["train_shards"],
         shard_tokens=data["train_tokens"],
         seconds=seconds_table(runs),
-        files="`train_gpt.py`" if folder.packed else "`train_gpt.py`, `config.env`",
+        files=_code_files(folder),
         credits=TO_COMPLETE,
     )
+
+
+def _code_files(folder: Folder) -> str:
+    """The files that hold script and settings."""
+    if folder.readable:
+        return f"`train_gpt.py` (`{folder.readable.name}` without comments and docstrings, packed)"
+    return "`train_gpt.py`" if folder.packed else "`train_gpt.py`, `config.env`"

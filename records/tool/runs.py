@@ -28,10 +28,12 @@ from tool.finding import shown
 from tool.folder import config_text, parse_config
 from tool.preflight import Preflight
 from tool.rerun import dies_with_parent, launcher
+from tool.strip import readable_of, wrap_stripped
 from tool.wrapper import unpack_source, wrap
 from train_gpt import FIELDS, atomic_write, sha256
 
 GRACE_SECONDS = 60.0  # for a training to write its checkpoint
+SNAPSHOT = ("train_gpt.py", "train_gpt.readable.py", "config.env")  # what a record may hold of it
 LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
 FINISHED = ("finished", "wallclock_cap")
 # Settings that are not copied into a collected config.env.
@@ -54,6 +56,7 @@ class Order:
     nproc: int = 1  # processes (GPUs) a run
     track: str = ""
     wait: bool = False  # for another timed run on this machine, instead of refusing
+    strip: bool = False  # with packed: without comments and docstrings
 
 
 def read_text(path: Path) -> str:
@@ -67,6 +70,15 @@ def read_text(path: Path) -> str:
 def short_config(path: Path | None) -> str:
     """The lines of a config.env without comments and blank lines; empty for None."""
     return config_text(parse_config(read_text(path))) if path else ""
+
+
+def packed_text(script: Path, config: Path | None, strip: bool) -> str:
+    """A script with its settings as one self-extracting script."""
+    pack = wrap_stripped if strip else wrap
+    try:
+        return pack(read_text(script), short_config(config))
+    except ValueError as error:
+        raise RecordError(f"{script}: {error}") from None
 
 
 def read_result(out: Path) -> dict[str, Any]:
@@ -146,18 +158,20 @@ def take_snapshot(order: Order) -> None:
     source = read_text(order.script)
     files = {"train_gpt.py": source}
     if order.packed:
-        files["train_gpt.py"] = wrap(source, short_config(order.config))
+        files["train_gpt.py"] = packed_text(order.script, order.config, order.strip)
+        if order.strip:
+            files["train_gpt.readable.py"] = source
     elif short_config(order.config):
         files["config.env"] = read_text(order.config)
     begun = any(order.work.glob("seed_*"))
-    for name in ("train_gpt.py", "config.env"):
+    for name in SNAPSHOT:
         path = order.work / name
         found = path.read_bytes() if path.is_file() else None
         wanted = files[name].encode() if name in files else None
         if begun and found != wanted:
             raise RecordError(
-                f"{path}: left by runs of another {name}, or without --packed; take another NAME, "
-                f"or move {order.work} away"
+                f"{path}: left by runs of another {name}, or without --packed or --strip; take "
+                f"another NAME, or move {order.work} away"
             )
         if wanted is None:
             path.unlink(missing_ok=True)
@@ -305,6 +319,11 @@ def collect_runs(order: Order, places: Sequence[Path]) -> list[Path]:
             )
     atomic_write(order.work / "train_gpt.py", order.script.read_bytes())
     layers = unpack_source(read_text(order.script))[1]
+    copy = readable_of(order.script)
+    if layers and copy.is_file():
+        atomic_write(order.work / "train_gpt.readable.py", copy.read_bytes())
+    else:
+        (order.work / "train_gpt.readable.py").unlink(missing_ok=True)
     if not layers:
         config = collected_config(chosen[0], order.config)
         atomic_write(order.work / "config.env", config.encode())

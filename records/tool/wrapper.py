@@ -107,18 +107,20 @@ def _constants(tree: ast.Module) -> dict[str, ast.expr]:
     return names
 
 
-def wrap(source: str, config: str = "") -> str:
+def wrap(source: str, config: str = "", file: str = "__file__") -> str:
     """A self-extracting script of the same behaviour: lzma, base85, settings readable on top.
 
-    Raises ValueError unless unpacking gives the source back, byte for byte.
+    file: the expression for the file that tracebacks name. The payload has a line of its own, as
+    a traceback prints the line of exec. Raises ValueError unless unpacking gives the source back,
+    byte for byte.
     """
     preset = 9 | lzma.PRESET_EXTREME
     data = lzma.compress(source.encode(), format=lzma.FORMAT_ALONE, preset=preset)
     payload = base64.b85encode(data).decode()
     settings = f"SETTINGS_INSIDE={config!r}\n" if config else ""
     wrapper = (
-        f"{settings}import base64,lzma\n"
-        f"exec(compile(lzma.decompress(base64.b85decode('{payload}')),__file__,'exec'))\n"
+        f"{settings}import base64,lzma\nPACKED='{payload}'\n"
+        f"exec(compile(lzma.decompress(base64.b85decode(PACKED)),{file},'exec'))\n"
     )
     if _unwrap(wrapper) != source:
         raise ValueError("packing: the unpacked source is not the original, byte for byte")
