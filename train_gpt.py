@@ -417,18 +417,89 @@ class Config:
         0.4, "share of the run after which that begins", low=0, high=1, needs="SWA_EVERY"
     )
 
-    quant_bits: int = _pack(8, "bits of a quantized weight, row-wise scales", low=2, high=8)
+    quant_step: float = _pack(
+        0.0,
+        "water-filling: c of steps c x U_jj x importance^-1/2 (costs c^2 / 24 nats a weight)",
+        low=0,
+        high=1e3,
+        needs="GPTQ_N_SAMPLES",
+    )
+    quant_row_steps: bool = _pack(
+        True, "a step for each row by its importance, not one a matrix", needs="QUANT_STEP"
+    )
+    quant_trellis: bool = _pack(
+        False,
+        "codes by a trellis of 8 states: about 0.9 dB less error at equal bits",
+        needs="QUANT_STEP",
+    )
+    quant_bits: int = _pack(
+        8,
+        "bits of a quantized weight, row-wise scales",
+        low=2,
+        high=8,
+        needs="QUANT_STEP=0.0",
+    )
     quant_policy: str = _pack(
-        "", "other bits by role: embed:8,attn:6 (roles embed, table, attn, mlp, other)"
+        "", "other bits by role: embed:8,attn:6 (roles embed, table, attn, mlp, gate, other)"
     )
     quant_clip_steps: int = _pack(
-        16, "clip levels tried for each row; 1 = its maximum", low=1, high=256
+        16,
+        "clip levels tried for each row; 1 = its maximum",
+        low=1,
+        high=256,
+        needs="MATRIX_CLIP_SIGMAS=0.0",
     )
     quant_scale_floor: bool = _pack(
-        False, "steps of at least 1/top level, as the official baseline has them"
+        False,
+        "steps of at least 1/top level, as the official baseline has them",
+        needs="MATRIX_CLIP_SIGMAS=0.0",
+    )
+    matrix_clip_sigmas: float = _pack(
+        0.0,
+        "clip each row at so many of its standard deviations; 0 = search",
+        low=0,
+        high=1e4,
+        needs="QUANT_STEP=0.0",
+    )
+    attn_clip_sigmas: float = _pack(
+        0.0,
+        "the same for attention; 0 = MATRIX_CLIP_SIGMAS",
+        low=0,
+        high=1e4,
+        needs="MATRIX_CLIP_SIGMAS",
+    )
+    mlp_clip_sigmas: float = _pack(
+        0.0,
+        "the same for the MLP; 0 = MATRIX_CLIP_SIGMAS",
+        low=0,
+        high=1e4,
+        needs="MATRIX_CLIP_SIGMAS",
+    )
+    embed_clip_sigmas: float = _pack(
+        0.0,
+        "the same for embeddings; 0 = MATRIX_CLIP_SIGMAS",
+        low=0,
+        high=1e4,
+        needs="MATRIX_CLIP_SIGMAS",
+    )
+    lqer_enabled: bool = _pack(
+        False, "the worst quantized matrices get a correction of low rank (LQER, 2402.02446)"
+    )
+    lqer_top_k: int = _pack(3, "how many matrices get one", low=1, needs="LQER_ENABLED")
+    lqer_rank: int = _pack(4, "its rank", low=1, needs="LQER_ENABLED")
+    lqer_factor_bits: int = _pack(
+        4, "bits of its second factor; the first has 2", low=2, high=8, needs="LQER_ENABLED"
+    )
+    lqer_asym_group: int = _pack(
+        64, "neighbours in the second factor that share a scale", low=1, needs="LQER_ENABLED"
     )
     gptq_n_samples: int = _pack(
         0, "training sequences that calibrate GPTQ; 0 = plain rounding", low=0
+    )
+    gptq_embed: bool = _pack(
+        False,
+        "GPTQ for the output embedding too (PR 1394)",
+        needs="GPTQ_N_SAMPLES, and QUANT_STEP=0.0",
     )
     gptq_damp: float = _pack(
         0.01, "share of its mean added to the Hessian's diagonal", low=1e-6, needs="GPTQ_N_SAMPLES"
@@ -440,13 +511,25 @@ class Config:
         needs="SCHEDULE=clock",
     )
     prune_pct: float = _pack(
-        0.0, "share of each quantized tensor's smallest weights set to 0", low=0, high=1
+        0.0,
+        "share of each quantized tensor's smallest weights set to 0",
+        low=0,
+        high=1,
+        needs="QUANT_STEP=0.0",
     )
     keep_float_max_numel: int = _pack(65536, "tensors up to this size stay float", low=0)
-    compressor: str = _pack("zstd", "codec of the artifact", choices=("zstd", "zlib", "lzma"))
+    compressor: str = _pack(
+        "zstd", "codec of the artifact", choices=("zstd", "zlib", "lzma", "rans")
+    )
     max_artifact_bytes: int = _pack(
         16_000_000, "cap on code + model; over it the exit code is 2", low=0
     )
+    fit_artifact: bool = _pack(
+        False,
+        "steps as fine as the cap allows: scales QUANT_STEP, or MATRIX_CLIP_SIGMAS and its like",
+        needs="QUANT_STEP or MATRIX_CLIP_SIGMAS",
+    )
+    fit_margin: int = _pack(0, "bytes of the cap left free then", low=0, needs="FIT_ARTIFACT")
 
     eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20)
     eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
@@ -997,7 +1080,7 @@ def _check_model(c: Config, relations: Relations) -> None:
     require(c.bos_id < c.vocab_size, f"{shown('bos_id')} must be below {shown('vocab_size')}")
 
 
-ROLES = ("embed", "table", "attn", "mlp", "other")
+ROLES = ("embed", "table", "attn", "mlp", "gate", "other")
 
 
 def _check_training(c: Config, relations: Relations) -> None:
@@ -3627,37 +3710,158 @@ class WeightAverager:
 # ==================================================================================================
 
 
-def gptq(
-    w: Tensor, scale: Tensor, hessian: Tensor, qmax: int, damp: float, block: int = 128
-) -> Tensor:
-    """Whole numbers for w [R, C] at row steps scale [R, 1] with a small error in w @ x -> [R, C].
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What quantizers know of how a model uses its matrices: means over training tokens.
 
-    hessian [C, C]: mean of x x^T. Columns are rounded by falling diagonal, and later ones make up
-    for the error of earlier ones; a column that is never used becomes 0 (GPTQ, 2210.17323).
+    hessians: name -> [C, C], x x^T at a matrix's input (of a table: g g^T at its output).
+    importance: name -> [R], square of the loss's gradient g at its rows' outputs (of a table: how
+    often a row is read). Only QUANT_STEP asks for importance, and for tables.
+    """
+
+    hessians: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseFactor:
+    """What GPTQ needs of a Hessian: the order of the columns, and U, the upper Cholesky factor of
+    its inverse in that order (both [C, C] float64). Columns without any input are unused [C].
+    """
+
+    order: Tensor
+    upper: Tensor
+    unused: Tensor
+
+    @property
+    def conditional(self) -> Tensor:
+        """U_jj of every column [C], where it stands in the matrix.
+
+        Its inverse is the root of what an error costs that later columns cannot make up for.
+        """
+        return self.upper.diagonal()[self.order.argsort()]
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> InverseFactor:
+    """Of hessian [C, C], a mean of x x^T; damp: share of its mean added to its diagonal.
+
+    Columns are in the order of a falling diagonal, as GPTQ (2210.17323) rounds them.
     """
     hessian = hessian.double().clone()
-    w = w.double().clone()
-    scale = scale.double()
     unused = hessian.diagonal() == 0
-    w[:, unused] = 0
     hessian.diagonal()[unused] = 1
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    w = w[:, order]
     hessian = hessian[order][:, order]
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    inverse = torch.linalg.cholesky(inverse, upper=True)
+    return InverseFactor(order, torch.linalg.cholesky(inverse, upper=True), unused)
+
+
+def gptq(
+    w: Tensor,
+    steps: Tensor,
+    factors: Sequence[InverseFactor],
+    rounded: Callable[[Tensor, Tensor], Tensor],
+    block: int = 128,
+) -> Tensor:
+    """Codes for M matrices w [M, R, C] at steps [M, R, C], with a small error in w @ x; float64.
+
+    Each column is rounded, and later ones make up for its error; a column that is never used
+    becomes 0 (GPTQ, 2210.17323). rounded: a column in steps [M, R], its steps [M, R] -> codes.
+    """
+    order = torch.stack([factor.order for factor in factors])[:, None]  # [M, 1, C]
+    inverse = torch.stack([factor.upper for factor in factors])
+    unused = torch.stack([factor.unused for factor in factors])[:, None]
+    ordered = order.expand_as(w)
+    w = w.double().masked_fill(unused, 0).gather(2, ordered)
+    steps = steps.double().expand(w.shape).gather(2, ordered)
     q = torch.empty_like(w)
-    for lo in range(0, w.size(1), block):
-        hi = min(lo + block, w.size(1))
-        errors = torch.empty(w.size(0), hi - lo, dtype=torch.float64)
+    for lo in range(0, w.size(2), block):
+        hi = min(lo + block, w.size(2))
+        errors = torch.empty(*w.shape[:2], hi - lo, dtype=torch.float64)
         for j in range(lo, hi):
-            q[:, j] = (w[:, j] / scale[:, 0]).round().clamp(-qmax, qmax)
-            error = (w[:, j] - q[:, j] * scale[:, 0]) / inverse[j, j]
-            w[:, j:hi] -= error[:, None] * inverse[j, j:hi]
-            errors[:, j - lo] = error
-        w[:, hi:] -= errors @ inverse[lo:hi, hi:]
-    return q[:, order.argsort()]
+            step = steps[:, :, j]
+            q[:, :, j] = rounded(w[:, :, j] / step, step)
+            error = (w[:, :, j] - q[:, :, j] * step) / inverse[:, j, j, None]
+            w[:, :, j:hi] -= error[:, :, None] * inverse[:, None, j, j:hi]
+            errors[:, :, j - lo] = error
+        w[:, :, hi:] -= errors @ inverse[:, lo:hi, hi:]
+    return q.gather(2, order.argsort(2).expand_as(q))
+
+
+# The trellis of 8 states (Ungerboeck 1982): codes are whole half steps; a state allows the even or
+# the odd ones, and every second of these leads to the first, the others to the second state named.
+TRELLIS_NEXT = np.array([[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]])
+TRELLIS_ROWS = 128  # about so many rows make a path, so that paths run side by side
+# Where steps are large, half a step of noise is dearer than a zero, and bits decide as well: the
+# price of one in squared half steps, as high rates have it (2 ln 2 times their mean error).
+TRELLIS_BIT = 0.36
+
+
+def trellis_paths(rows: int) -> int:
+    """How many paths share the rows of a column: path p takes the rows p, p + paths, ..."""
+    return max(1, rows // TRELLIS_ROWS)
+
+
+def trellis_candidates(y: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For y [..., in half steps] the best code of each class (code mod 4) and its cost [..., 4].
+
+    spread: of the values, in half steps; below 1 codes are charged their bits.
+    """
+    price = np.where(spread < 1, TRELLIS_BIT / (2 * math.log(2) * np.square(spread)), 0)[..., None]
+    y = y[..., None]
+    classes = np.arange(4)
+    codes = 4 * np.round((y / (1 + price) - classes) / 4) + classes
+    return codes, np.square(y - codes) + price * np.square(codes)
+
+
+def trellis_round(y: Tensor, spread: Tensor) -> Tensor:
+    """Half steps for columns y [M, R] in half steps, those of the path of least cost (Viterbi).
+
+    Entropy-coded trellis quantization (Fischer and Wang 1992): the entropy of whole steps, about
+    1 dB less error. spread [M, R]: of the values, in half steps.
+    """
+    M, R = y.shape
+    paths = trellis_paths(R)
+    length = -(-R // paths)
+
+    def as_paths(x: Tensor) -> np.ndarray:
+        x = F.pad(x, (0, length * paths - R), value=1.0).view(M, length, paths)
+        return x.transpose(0, 1).reshape(length, M * paths).numpy()
+
+    codes, costs = trellis_candidates(as_paths(y), as_paths(spread))
+    came = [np.nonzero(TRELLIS_NEXT == state) for state in range(8)]
+    before = np.stack([states for states, _ in came])  # [8, 2] the states that lead to a state
+    classes = 2 * np.stack([odd for _, odd in came]) + (before & 1)
+    costs = costs[:, :, classes]
+    total = np.full((M * paths, 8), np.inf)
+    total[:, 0] = 0
+    second = np.empty((length, M * paths, 8), bool)
+    for t in range(length):
+        reached = total[:, before] + costs[t]
+        second[t] = reached[..., 1] < reached[..., 0]
+        total = np.minimum(reached[..., 0], reached[..., 1])
+    state = total.argmin(1)
+    best = np.empty((length, M * paths))
+    every = np.arange(M * paths)
+    for t in reversed(range(length)):
+        which = second[t, every, state].astype(np.int64)
+        best[t] = codes[t, every, classes[state, which]]
+        state = before[state, which]
+    return torch.from_numpy(best.reshape(length, M, paths).swapaxes(0, 1).reshape(M, -1)[:, :R])
+
+
+def trellis_parity(codes: np.ndarray) -> np.ndarray:
+    """Codes as they are stored, [R, C]: half steps // 2 -> half steps % 2, as the path has it."""
+    paths = trellis_paths(len(codes))
+    state = np.zeros((paths, codes.shape[1]), np.int64)
+    parity = np.empty_like(codes)
+    for lo in range(0, len(codes), paths):
+        row = codes[lo : lo + paths]
+        now = state[: len(row)]
+        parity[lo : lo + paths] = now & 1
+        state[: len(row)] = TRELLIS_NEXT[now, row & 1]
+    return parity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3677,7 +3881,8 @@ class Part:
 class RowInt:
     """Whole numbers of a few bits, one float16 scale a row.
 
-    Each row is clipped at that of the tried levels that has the least error.
+    Each row is clipped at so many of its standard deviations (SD clip, PR 1394), or at that of the
+    tried levels that has the least error.
     """
 
     def __init__(self, bits: int):
@@ -3688,17 +3893,44 @@ class RowInt:
         rows, columns = shape
         return Part("codes", "|i1", (rows, columns)), Part("scales", "<f2", (rows, 1))
 
-    def fit(self, w: Tensor, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, ...]:
+    def fit(
+        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
+    ) -> tuple[Tensor, ...]:
         """w [R, C] -> q int8 [R, C], scales float16 [R, 1].
 
         hessian [C, C]: its diagonal weighs the clip search, then GPTQ rounds; None: plain rounding.
+        sigmas: where to clip, in standard deviations of a row; 0 = the search.
         """
         if cfg.prune_pct:
             smallest = float(np.quantile(w.abs().numpy(), cfg.prune_pct))
             w = w * (w.abs() >= smallest)
+        if sigmas:
+            scales = self._deviation_scales(w, sigmas)
+        else:
+            scales = self._searched_scales(w, cfg, hessian)
+        if hessian is None:
+            q = self._rounded(w / scales)
+        else:
+            q = gptq(
+                w[None], scales[None], [inverse_factor(hessian, cfg.gptq_damp)], self._rounded
+            )[0]
+            q = q * (w != 0)  # what is pruned stays so
+        return q.to(torch.int8), scales.half()
+
+    def _rounded(self, y: Tensor, step: Tensor | None = None) -> Tensor:
+        return y.round().clamp(-self.qmax, self.qmax)
+
+    def _deviation_scales(self, w: Tensor, sigmas: float) -> Tensor:
+        """Steps [R, 1] as float16 has them; a row that would be clipped throughout is not."""
+        scale = sigmas * w.std(1, keepdim=True, correction=min(1, w.size(1) - 1)) / self.qmax
+        lost = w.abs().amin(1, keepdim=True) > scale * self.qmax
+        scale = torch.where(lost, row_scales(w, self.qmax, False), scale)
+        return scale.clamp(2.0**-24, 65504.0).half().float()
+
+    def _searched_scales(self, w: Tensor, cfg: Config, hessian: Tensor | None) -> Tensor:
+        """Steps [R, 1] as float16 has them, each the best of QUANT_CLIP_STEPS for its row."""
         weights = 1 if hessian is None else hessian.diagonal()
         least = 1 / self.qmax if cfg.quant_scale_floor else 2.0**-24
-        q = torch.zeros_like(w)
         scales = torch.zeros(w.size(0), 1)
         best = torch.full((w.size(0), 1), math.inf)
         for step in range(cfg.quant_clip_steps):
@@ -3712,11 +3944,15 @@ class RowInt:
             better = error < best
             best = torch.where(better, error, best)
             scales = torch.where(better, scale, scales)
-            q = torch.where(better, rounded, q)
-        if hessian is not None:
-            q = gptq(w, scales, hessian, self.qmax, cfg.gptq_damp)
-            q = q * (w != 0)  # what is pruned stays so
-        return q.to(torch.int8), scales.half()
+        return scales
+
+    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """See StepInt: all alike."""
+        return [np.zeros((1, 1), np.int64)]
+
+    def period(self, shape: Sequence[int]) -> int:
+        """See StepInt."""
+        return 0
 
     def decode(self, q: Tensor, scales: Tensor) -> Tensor:
         """The weights [R, C], float32."""
@@ -3734,25 +3970,198 @@ class AsFloat:
         """The array that fit gives for a tensor of any shape."""
         return (Part("floats", self.dtype, tuple(shape)),)
 
-    def fit(self, w: Tensor, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, ...]:
+    def fit(
+        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
+    ) -> tuple[Tensor, ...]:
         """The tensor in this type."""
         return (w.to(self.torch_dtype),)
+
+    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """There are no codes."""
+        return []
 
     def decode(self, values: Tensor) -> Tensor:
         """The weights, float32."""
         return values.float()
 
 
-QUANTIZERS: dict[str, RowInt | AsFloat] = {
+class StepInt:
+    """Whole numbers without a limit; the step is its column's times its row's, a byte each.
+
+    Water-filling (WaterSIC, 2603.04956): with U of `InverseFactor`, the loss of a matrix is the sum
+    of importance_i (error_ij / U_jj)^2 over rows i and columns j. So the cheapest codes of a loss
+    have steps c x U_jj x importance_i^-1/2, with one c for the whole model.
+    """
+
+    def __init__(self, dtype: str):
+        self.dtype = dtype
+
+    def layout(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        """The arrays that fit gives for a matrix [R, C]."""
+        rows, columns = shape
+        steps = Part("steps", "|i1", (columns,)), Part("steps", "|i1", (rows,))
+        return Part("codes", self.dtype, (rows, columns)), *steps
+
+    def fit(
+        self, w: Tensor, factors: Sequence[InverseFactor], importance: Tensor, c: float
+    ) -> list[tuple[Tensor, ...]]:
+        """M matrices w [M, R, C] -> of each q int16 [R, C], exponents of steps int8 [C] and [R].
+
+        importance [M, R]: mean square of the loss's gradient at the rows' outputs. A row's is at
+        most 256 times more or less than their mean, since it is an estimate.
+        """
+        mean = importance.double().mean(1, keepdim=True).clamp_min(1e-30)
+        relative = (importance.double() / mean).clamp(1 / 256, 256)
+        conditional = torch.stack([factor.conditional for factor in factors])
+        columns = exponent(c * conditional / mean.sqrt())
+        rows = exponent(relative**-0.5)
+        steps = step_of(rows)[:, :, None] * step_of(columns)[:, None]
+        deviation = w.double().std((1, 2), correction=0)[:, None]
+        q = gptq(w, steps, factors, functools.partial(self._rounded, deviation=deviation))
+        return list(zip(self._stored(q), columns, rows))
+
+    def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
+        """A column in steps [M, R] -> codes; deviation [M, 1]: of the matrices."""
+        return y.round().clamp(-32767, 32767)
+
+    def _stored(self, q: Tensor) -> Tensor:
+        return q.to(torch.int16)
+
+    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """For each array of codes: log2 in eighths of a code's expected size, but for a constant.
+
+        Broadcasts to the codes; told without them, so that a decoder can tell.
+        """
+        columns, rows = (np.asarray(array, np.int64) for array in arrays[1:])
+        return [-columns - rows[:, None]]
+
+    def period(self, shape: Sequence[int]) -> int:
+        """After how many codes a trellis comes back to the same path; 0 = there is none."""
+        return 0
+
+    def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        """The weights [R, C], float32."""
+        return q.float() * step_of(columns) * step_of(rows)[:, None]
+
+
+class TrellisInt(StepInt):
+    """The same at half steps, of which a trellis down the rows allows every second one."""
+
+    def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
+        spread = (2 * deviation / step).clamp_min(1e-6)
+        return trellis_round(2 * y, spread).clamp(-65534, 65534) / 2
+
+    def _stored(self, q: Tensor) -> Tensor:
+        return q.floor().to(torch.int16)
+
+    def period(self, shape: Sequence[int]) -> int:
+        """See StepInt."""
+        return trellis_paths(shape[0]) * shape[1]
+
+    def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        """The weights [R, C], float32."""
+        half = torch.from_numpy(trellis_parity(q.numpy().astype(np.int64)))
+        return super().decode(q.float() + half.float() / 2, columns, rows)
+
+
+# The steps of an octave. Exact: a power of a whole octave is, and these are read, not computed.
+EIGHTHS = np.array(
+    [1, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32
+)
+
+
+def exponent(step: Tensor) -> Tensor:
+    """log2 of a step in eighths, as one byte."""
+    return (8 * step.log2()).round().clamp(-128, 127).to(torch.int8)
+
+
+def step_of(exponents: Tensor) -> Tensor:
+    """The steps, float32, the same on every machine."""
+    eighths = exponents.numpy().astype(np.int32)
+    return torch.from_numpy(np.ldexp(EIGHTHS[eighths & 7], eighths >> 3))
+
+
+class LowRankCorrected:
+    """Another quantizer, and two thin factors whose product makes up for its largest errors.
+
+    LQER (2402.02446) as PR 1797 has it: the factors are rounded without symmetry, the first to 2
+    bits at one float16 scale, the second at one for every few neighbours.
+    """
+
+    def __init__(self, base: RowInt | StepInt, cfg: Config):
+        self.base = base
+        self.rank = cfg.lqer_rank
+        self.group = cfg.lqer_asym_group
+        self.levels = 2 ** (cfg.lqer_factor_bits - 1)
+
+    def layout(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        """The arrays of the other quantizer, then those that factors gives."""
+        rows, columns = shape
+        rank = min(self.rank, rows, columns)
+        groups = -(-rank * columns // self.group)
+        return (
+            *self.base.layout(shape),
+            Part("codes", "|i1", (rows, rank)),
+            Part("scales", "<f2", (1,)),
+            Part("codes", "|i1", (rank, columns)),
+            Part("scales", "<f2", (groups, 1)),
+        )
+
+    def factors(self, error: Tensor) -> tuple[Tensor, ...]:
+        """What is still missing [R, C] -> [R, rank] and its scale, [rank, C] and its scales."""
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        rank = min(self.rank, len(s))
+        first = u[:, :rank] * s[:rank]
+        scale = (first.abs().max() / 1.5).clamp(2.0**-24).half()
+        q_first = (first / scale.float()).round().clamp(-2, 1)
+        groups = self._grouped(v[:rank])
+        highest = groups.abs().amax(1, keepdim=True)
+        scales = (highest / (self.levels - 0.5)).clamp(2.0**-24).half()
+        q_groups = (groups / scales.float()).round().clamp(-self.levels, self.levels - 1)
+        q_second = q_groups.flatten()[: rank * error.size(1)].view(rank, -1)
+        return q_first.to(torch.int8), scale.view(1), q_second.to(torch.int8), scales
+
+    def _grouped(self, factor: Tensor) -> Tensor:
+        """The flattened factor as rows of neighbours that share a scale; the last is padded."""
+        return F.pad(factor.flatten(), (0, -factor.numel() % self.group)).view(-1, self.group)
+
+    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """See StepInt: the factors' are all alike."""
+        alike = np.zeros((1, 1), np.int64)
+        return [*self.base.spreads(arrays[:-4]), alike, alike]
+
+    def period(self, shape: Sequence[int]) -> int:
+        """See StepInt: the other quantizer's."""
+        return self.base.period(shape)
+
+    def decode(self, *arrays: Tensor) -> Tensor:
+        """The weights [R, C], float32."""
+        *base, q_first, scale, q_second, scales = arrays
+        second = self._grouped(q_second.float()) * scales.float()
+        second = second.flatten()[: q_second.numel()].view(q_second.shape)
+        return self.base.decode(*base) + (q_first.float() * scale.float()) @ second
+
+
+QUANTIZERS: dict[str, RowInt | StepInt | AsFloat] = {
+    "step8": StepInt("|i1"),
+    "step16": StepInt("<i2"),
+    "trellis8": TrellisInt("|i1"),
+    "trellis16": TrellisInt("<i2"),
     "f16": AsFloat("<f2", torch.float16),
     "f32": AsFloat("<f4", torch.float32),
     **{f"int{bits}": RowInt(bits) for bits in range(2, 9)},
 }
 
 
+def quantizer(kind: str, cfg: Config) -> RowInt | StepInt | AsFloat | LowRankCorrected:
+    """The quantizer of a name in an artifact's table: int6, f16, int6+lqer; else a KeyError."""
+    base, corrected = re.fullmatch(r"(.*?)(\+lqer)?", kind, re.S).groups()
+    return LowRankCorrected(QUANTIZERS[base], cfg) if corrected else QUANTIZERS[base]
+
+
 def tensor_role(name: str) -> str:
-    """embed, table, attn, mlp or other: what QUANT_POLICY speaks of."""
-    marks = {"tok_emb": "embed", "lm_head": "embed", ".embed.": "table"}
+    """embed, table, gate, attn, mlp or other: what QUANT_POLICY speaks of."""
+    marks = {"tok_emb": "embed", "lm_head": "embed", ".embed.": "table", "gate": "gate"}
     marks |= {".attn.": "attn", ".mlp.": "mlp"}
     for mark, role in marks.items():
         if mark in name:
@@ -3761,11 +4170,30 @@ def tensor_role(name: str) -> str:
 
 
 def integer_bits(name: str, w: Tensor, cfg: Config) -> int:
-    """Bits of a tensor's whole numbers by the policy; 0 = gains and small matrices stay floats."""
-    if w.ndim != 2 or name.endswith(CONTROL_NAMES) or w.numel() <= cfg.keep_float_max_numel:
-        return 0
+    """Bits of a tensor's whole numbers by the policy; 0 = a float, or whole numbers without limit.
+
+    Gains and small matrices stay floats; gates too, unless the policy names them.
+    """
     bits_of_role = dict(re.findall(r"(\w+):(\d)", cfg.quant_policy))
-    return int(bits_of_role.get(tensor_role(name), cfg.quant_bits))
+    role = tensor_role(name)
+    if w.ndim == 2 and role == "gate":
+        return int(bits_of_role.get(role, 0))
+    if not is_large(name, w, cfg):
+        return 0
+    return int(bits_of_role.get(role, 0 if cfg.quant_step else cfg.quant_bits))
+
+
+def is_large(name: str, w: Tensor, cfg: Config) -> bool:
+    """Whether a tensor is a matrix, and no gain by role, of more than KEEP_FLOAT_MAX_NUMEL."""
+    is_gain = name.endswith(CONTROL_NAMES)
+    return w.ndim == 2 and not is_gain and w.numel() > cfg.keep_float_max_numel
+
+
+def clip_sigmas(name: str, cfg: Config) -> float:
+    """Where the rows of a quantized matrix are clipped, in standard deviations; 0 = by search."""
+    of_role = {"attn": cfg.attn_clip_sigmas, "mlp": cfg.mlp_clip_sigmas}
+    of_role["embed"] = cfg.embed_clip_sigmas
+    return of_role.get(tensor_role(name), 0.0) or cfg.matrix_clip_sigmas
 
 
 def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
@@ -3773,7 +4201,9 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
     bits = integer_bits(name, w, cfg)
     if bits:
         return f"int{bits}"
-    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES)
+    if is_large(name, w, cfg):
+        return "trellis16" if cfg.quant_trellis else "step16"
+    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES) and tensor_role(name) != "gate"
     return "f16" if not is_gain and w.abs().max() < 65504 else "f32"
 
 
@@ -4335,30 +4765,98 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any], 
 # --- calibration ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def collect_hessians(
-    model: GPT, cfg: Config, rt: Runtime, stream: TokenStream
-) -> dict[str, Tensor]:
-    """Mean of x x^T at the input of every Linear that `hidden` calls: name -> [C, C].
+class CalibrationSums:
+    """Sums over tokens of what `Calibration` holds the means of, gathered by hooks on a model."""
 
-    Over GPTQ_N_SAMPLES training sequences.
+    def __init__(self, model: GPT, cfg: Config):
+        self.model = model
+        self.cfg = cfg
+        self.hessians: dict[str, Tensor] = {}
+        self.importance: dict[str, Tensor] = {}
+        self.head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
+
+    @staticmethod
+    def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
+
+    def _add_moments(self, name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        self._add(self.hessians, name, x.T @ x)
+
+    def _add_squares(self, name: str, gradient: Tensor) -> None:
+        self._add(self.importance, name, gradient.flatten(0, -2).float().square().sum(0))
+
+    def _see_linear(self, name: str, module: Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
+        self._add_moments(name, args[0].detach())
+        if out.requires_grad:
+            out.register_hook(functools.partial(self._add_squares, name))
+
+    def _see_table(
+        self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], out: Tensor
+    ) -> None:
+        if out.requires_grad:
+            reads = torch.bincount(args[0].flatten(), minlength=len(module.weight))
+            self._add(self.importance, name, reads.float())
+            out.register_hook(functools.partial(self._add_moments, name))
+
+    def _see_logits(self, logits: Tensor, targets: Tensor) -> None:
+        """The output embedding: the mean of its rows' importance, shared out by frequency.
+
+        By frequency, since its rows are read as inputs too, and few calibration tokens tell more.
+        """
+        cap = self.cfg.logit_softcap
+        gradient = logits.detach().softmax(-1)  # less 1 at the target, times the cap's derivative
+        gradient.scatter_add_(-1, targets.unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
+        if cap:
+            gradient *= 1 - (logits.detach() / cap).square()
+        read = torch.bincount(targets.flatten(), minlength=logits.size(-1)).float()
+        share = gradient.square().sum() / targets.numel()
+        self._add(self.importance, self.head, read * share)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While it lasts, forward passes (and their backward passes) add to the sums."""
+        handles = []
+        for name, module in self.model.named_modules():
+            see = {Linear: self._see_linear, nn.Embedding: self._see_table}.get(type(module))
+            if see and f"{name}.weight" != self.head:
+                see = functools.partial(see, f"{name}.weight")
+                handles.append(module.register_forward_hook(see))
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def add(self, ids: Tensor, targets: Tensor) -> None:
+        """One batch [B, T]; the loss's gradient is taken only where QUANT_STEP needs it."""
+        with torch.set_grad_enabled(bool(self.cfg.quant_step)):
+            hidden = self.model.hidden(ids)
+            if self.cfg.gptq_embed or self.cfg.quant_step:
+                self._add_moments(self.head, hidden.detach())
+            if self.cfg.quant_step:
+                logits = self.model.head(hidden, scoring=False)
+                self._see_logits(logits, targets)
+                F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+                self.model.zero_grad()
+
+
+def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Calibration:
+    """Statistics of every Linear that `hidden` calls, over GPTQ_N_SAMPLES training sequences.
+
+    Passes of a repeated layer add up. With GPTQ_EMBED of the output embedding too, and with
+    QUANT_STEP of all tables.
     """
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
-    names = {module: f"{name}.weight" for name, module in linears}
-    sums: dict[str, Tensor] = {}
-
-    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        sums[names[module]] = sums.get(names[module], 0) + x.T @ x
-
-    hooks = [module.register_forward_pre_hook(add) for module in names]
+    sums = CalibrationSums(model, cfg)
     length = cfg.train_seq_len
     samples = -(-cfg.gptq_n_samples // rt.world) * rt.world  # all processes take as many
-    for number in range(rt.rank, samples, rt.world):
-        model.hidden(rt.put(stream.take(number * length, length)[None]))
-    for hook in hooks:
-        hook.remove()
-    return {name: (rt.sum_(total) / (samples * length)).cpu() for name, total in sums.items()}
+    with sums.listening():
+        for number in range(rt.rank, samples, rt.world):
+            tokens = rt.put(stream.take(number * length, length + 1)[None])
+            sums.add(tokens[:, :-1], tokens[:, 1:])
+
+    def means(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: (rt.sum_(t) / (samples * length)).cpu() for name, t in totals.items()}
+
+    return Calibration(means(sums.hessians), means(sums.importance))
 
 
 # ==================================================================================================
@@ -4371,7 +4869,7 @@ def collect_hessians(
 MAGIC = b"PGOLF\r\n\x1a"
 FORMAT_VERSION = 1
 PREFIX = struct.Struct("<8sHIQ32s")  # magic, version, header and payload bytes, their SHA-256
-STREAMS = ("codes", "scales", "floats")
+STREAMS = ("codes", "scales", "floats", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4421,12 +4919,346 @@ def _expand_stream(stream: Any, data: bytes, size: int) -> bytes:
     return out
 
 
+# rANS (1311.2540): an entropy coder of whole numbers only, so that every machine decodes the same.
+# A code's table of frequencies is chosen by its context: its expected size in units of its step,
+# which the decoder knows from the steps, and whether a trellis asks for an odd count of half steps.
+# Lanes are independent coders that share one sequence of words.
+RANS_BITS = 14  # the frequencies of a table sum to 2^14
+RANS_LOW = 1 << 16  # a state is at least this and below 2^32; words have 16 bits
+RANS_ODD = 256  # what the context of an odd number is higher by
+RANS_TABLES = 1 << 22  # bytes of all tables at most
+RANGE = struct.Struct("<Ih")  # of every array of codes: bytes, and its spread in eighths of log2
+TABLE = struct.Struct("<hiI")  # of every table: highest spread, lowest code, number of frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeTables:
+    """Frequencies of codes [K, A]: a table for each of K context classes, A codes from lowest."""
+
+    highest: np.ndarray  # [K] context up to which a table is used; the last has no end
+    lowest: np.ndarray  # [K] code of its first frequency
+    frequency: np.ndarray  # [K, A] uint64, 0 where a table has no such code
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, np.ndarray]]) -> CodeTables:
+        """Tables of (highest context, lowest code, frequencies)."""
+        frequency = np.zeros((len(rows), max(len(row[2]) for row in rows)), np.uint64)
+        for at, (_, _, values) in enumerate(rows):
+            frequency[at, : len(values)] = values
+        return cls(
+            np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), frequency
+        )
+
+    @functools.cached_property
+    def start(self) -> np.ndarray:
+        """[K, A] sum of the frequencies before each."""
+        return np.cumsum(self.frequency, 1, dtype=np.uint64) - self.frequency
+
+    @functools.cached_property
+    def code_at(self) -> np.ndarray:
+        """[K, 2^14] which code (from lowest) holds a slot."""
+        codes = np.arange(self.frequency.shape[1])
+        return np.stack([np.repeat(codes, row.astype(np.int64)) for row in self.frequency])
+
+    def of_context(self, context: np.ndarray) -> np.ndarray:
+        """Which table a context uses."""
+        return np.searchsorted(self.highest[:-1], context)
+
+    def to_bytes(self) -> bytes:
+        """For `from_bytes`."""
+        parts = [struct.pack("<H", len(self.highest))]
+        for highest, lowest, row in zip(self.highest, self.lowest, self.frequency):
+            row = np.trim_zeros(row, "b").astype("<u2")
+            parts += [TABLE.pack(highest, lowest, len(row)), row.tobytes()]
+        return b"".join(parts)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CodeTables:
+        """InputError unless these are whole tables, in order, each of the full sum."""
+        (count,) = struct.unpack_from("<H", data)
+        at = 2
+        rows = []
+        for _ in range(count):
+            highest, lowest, size = TABLE.unpack_from(data, at)
+            values = np.frombuffer(data, "<u2", size, at + TABLE.size)
+            at += TABLE.size + 2 * size
+            check(values.sum(dtype=np.int64) == 1 << RANS_BITS, "a code table has another sum")
+            check(not rows or highest > rows[-1][0], "the code tables are out of order")
+            rows.append((highest, lowest, values))
+        check(rows and at == len(data), "the code tables do not end where they should")
+        return cls.of(rows)
+
+
+def spread_of(codes: np.ndarray, relative: np.ndarray) -> int:
+    """What to add to relative spreads, so that they tell the size of these codes."""
+    size = np.square(codes * 2.0 ** (-relative / 8)).mean()
+    return int(np.clip(round(4 * math.log2(max(size, 2.0**-200))), -(2**14), 2**14))
+
+
+def contexts_of(spread: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Contexts [N] of a matrix's codes, even ones, from log2 of their sizes in eighths."""
+    return np.broadcast_to(np.clip(spread, -32, 127), shape).ravel()
+
+
+def normalised(counts: np.ndarray) -> np.ndarray:
+    """Frequencies of sum 2^14 in proportion to counts; what occurs has at least 1."""
+    total = 1 << RANS_BITS
+    frequency = np.maximum(counts * total // counts.sum(), counts > 0)
+    while frequency.sum() != total:  # what the rounding left goes to and comes from the largest
+        excess = int(frequency.sum()) - total
+        at = frequency.argmax()
+        frequency[at] -= min(excess, frequency[at] // 2)
+    return frequency
+
+
+def table_bits(counts: np.ndarray) -> float:
+    """What coding with a table of these counts costs, the table included."""
+    seen = counts[counts > 0]
+    return float((seen * np.log2(counts.sum() / seen)).sum()) + 80 + 9 * len(seen)
+
+
+def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
+    """Tables by quarter octaves of size, neighbours merged as long as that saves bits."""
+    lowest = min(int(part.codes.min()) for part in parts)
+    size = max(int(part.codes.max()) for part in parts) - lowest + 1
+    check(size <= 1 << RANS_BITS, f"COMPRESSOR=rans: {size} codes apart; steps are too fine")
+    counts: dict[int, np.ndarray] = {}
+    for part in parts:
+        bins = part.contexts >> 1
+        for at in np.unique(bins):
+            found = np.bincount(part.codes[bins == at] - lowest, minlength=size)
+            counts[at] = counts.get(at, 0) + found
+    rows = [[2 * int(at) + 1, counts[at], table_bits(counts[at])] for at in sorted(counts)]
+    while len(rows) > 1:
+        merged = [table_bits(a[1] + b[1]) for a, b in itertools.pairwise(rows)]
+        saved = [a[2] + b[2] - bits for (a, b), bits in zip(itertools.pairwise(rows), merged)]
+        at = int(np.argmax(saved))
+        if saved[at] <= 0:
+            break
+        highest, other, _ = rows.pop(at + 1)
+        rows[at] = [highest, rows[at][1] + other, merged[at]]
+    tables = []
+    for highest, found, _ in rows:
+        first = int(np.flatnonzero(found)[0])
+        last = int(np.flatnonzero(found)[-1])
+        tables.append((highest, lowest + first, normalised(found[first : last + 1])))
+    return CodeTables.of(tables)
+
+
+def lanes_of(count: int, period: int) -> int:
+    """How many lanes code so many codes: each costs about 3 bytes, and fewer are slower.
+
+    period: a number of them that lanes must divide, so that a trellis is known in time; 0 = none.
+    """
+    lanes = max(1, count // 4096, min(8, count // 2048))
+    while period % lanes:
+        lanes -= 1
+    return lanes
+
+
+def rans_encode(
+    codes: np.ndarray, contexts: np.ndarray, tables: CodeTables, period: int = 0
+) -> bytes:
+    """Codes [N] in their contexts [N] -> states of the lanes, then the words that they need."""
+    lanes = lanes_of(len(codes), period)
+    table = tables.of_context(contexts)
+    symbol = codes - tables.lowest[table]
+    frequency = tables.frequency[table, symbol]
+    start = tables.start[table, symbol]
+    states = np.full(lanes, RANS_LOW, np.uint64)
+    words = [np.empty(0, "<u2")]
+    for lo in reversed(range(0, len(codes), lanes)):  # the decoder goes forward
+        f = frequency[lo : lo + lanes]
+        state = states[: len(f)]
+        full = state >= f << (32 - RANS_BITS)
+        words.append(state[full].astype("<u2"))
+        state = np.where(full, state >> 16, state)
+        states[: len(f)] = (state // f << RANS_BITS) + state % f + start[lo : lo + lanes]
+    return states.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
+
+
+def rans_decode(
+    data: bytes, contexts: np.ndarray, tables: CodeTables, period: int = 0
+) -> np.ndarray:
+    """The codes [N]; InputError unless all words are used and all lanes end where they began.
+
+    contexts: as if all were even. period: how many codes of a trellis lie side by side; 0 = none.
+    """
+    lanes = lanes_of(len(contexts), period)
+    check(len(data) >= 4 * lanes and len(data) % 2 == 0, "a range of codes is too short")
+    states = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
+    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64)
+    used = 0
+    codes = np.empty(len(contexts), np.int64)
+    table = tables.of_context(contexts)
+    odd_table = tables.of_context(contexts + RANS_ODD)
+    path = np.zeros(period, np.int64)  # states of a trellis
+    for lo in range(0, len(codes), lanes):
+        which = table[lo : lo + lanes]
+        if period:
+            on_path = path[lo % period :][: len(which)]
+            which = np.where(on_path & 1, odd_table[lo : lo + lanes], which)
+        state = states[: len(which)]
+        slot = state & ((1 << RANS_BITS) - 1)
+        symbol = tables.code_at[which, slot]
+        found = symbol + tables.lowest[which]
+        codes[lo : lo + lanes] = found
+        if period:
+            on_path[:] = TRELLIS_NEXT[on_path, found & 1]
+        state = tables.frequency[which, symbol] * (state >> RANS_BITS) + slot
+        state -= tables.start[which, symbol]
+        low = np.flatnonzero(state < RANS_LOW)
+        check(used + len(low) <= len(words), "a range of codes is too short")
+        state[low] = state[low] << 16 | words[used : used + len(low)]
+        used += len(low)
+        states[: len(which)] = state
+    ended = used == len(words) and (states == RANS_LOW).all()
+    check(ended, "a range of codes does not end where it should")
+    return codes
+
+
 CODERS = {
     "zstd": EntropyCoder(_compress_zstd, _expand_zstd),
     "zlib": EntropyCoder(_compress_zlib, _expand_zlib),
     "lzma": EntropyCoder(_compress_lzma, _expand_lzma),
 }
-EXPAND_ERRORS = (zstandard.ZstdError, zlib.error, lzma.LZMAError, InputError)
+EXPAND_ERRORS = (zstandard.ZstdError, zlib.error, lzma.LZMAError, InputError, struct.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTensor:
+    """A tensor of the model as its quantizer's arrays."""
+
+    name: str
+    shape: list[int]
+    kind: str  # name of the quantizer
+    arrays: tuple[np.ndarray, ...]  # as the quantizer's layout says
+    range_bytes: int = 0  # of its codes in the file, if they have ranges of their own
+
+
+def packed_tensor(
+    name: str, shape: Sequence[int], kind: str, arrays: Sequence[Tensor], cfg: Config
+) -> PackedTensor:
+    """What a quantizer has fitted, in the types of its layout."""
+    rows = zip(arrays, quantizer(kind, cfg).layout(shape), strict=True)
+    found = [array.contiguous().numpy().astype(part.dtype) for array, part in rows]
+    return PackedTensor(name, list(shape), kind, tuple(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedPart:
+    """One array of codes, flat, as rANS codes it."""
+
+    codes: np.ndarray  # [N] int64
+    contexts: np.ndarray  # [N]
+    spread: int  # of the array, see spread_of
+    period: int  # of a trellis
+
+
+def coded_parts(tensor: PackedTensor, cfg: Config) -> list[CodedPart]:
+    """The arrays of codes of a tensor in their contexts."""
+    found = quantizer(tensor.kind, cfg)
+    rows = zip(tensor.arrays, found.layout(tensor.shape))
+    matrices = [array.astype(np.int64) for array, part in rows if part.stream == "codes"]
+    parts = []
+    for codes, relative in zip(matrices, found.spreads(tensor.arrays), strict=True):
+        period = 0 if parts else found.period(tensor.shape)
+        spread = spread_of(codes, relative)
+        contexts = contexts_of(spread + relative, codes.shape)
+        if period:
+            contexts = contexts + RANS_ODD * trellis_parity(codes).ravel()
+        parts.append(CodedPart(codes.ravel(), contexts, spread, period))
+    return parts
+
+
+def rans_payload(tensors: Sequence[PackedTensor], cfg: Config, others: bytes) -> bytes:
+    """Length of and what zstd makes of the other streams, sizes and tables; then the ranges."""
+    parts = [part for tensor in tensors for part in coded_parts(tensor, cfg)]
+    if not parts:
+        return struct.pack("<I", 0) + _compress_zstd(others)
+    tables = build_tables(parts)
+    ranges = [rans_encode(part.codes, part.contexts, tables, part.period) for part in parts]
+    sizes = b"".join(RANGE.pack(len(data), part.spread) for data, part in zip(ranges, parts))
+    rest = _compress_zstd(others + sizes + tables.to_bytes())
+    return struct.pack("<I", len(rest)) + rest + b"".join(ranges)
+
+
+def fit_steps(
+    group: Mapping[str, Tensor], kind: str, cfg: Config, calibration: Calibration, scale: float
+) -> dict[str, PackedTensor]:
+    """Matrices of one shape by StepInt or TrellisInt, at steps times scale."""
+    for name in group:
+        known = name in calibration.hessians and name in calibration.importance
+        check(known, f"{name}: QUANT_STEP needs its Hessian and the importance of its rows")
+    factors = [inverse_factor(calibration.hessians[name], cfg.gptq_damp) for name in group]
+    importance = torch.stack([calibration.importance[name] for name in group])
+    if not cfg.quant_row_steps:
+        importance = importance.mean(1, keepdim=True).expand_as(importance)
+    c = cfg.quant_step * scale
+    found = QUANTIZERS[kind].fit(torch.stack(list(group.values())), factors, importance, c)
+    fitted = {}
+    for (name, w), (q, *steps) in zip(group.items(), found):
+        narrow = -128 <= q.min() and q.max() < 128
+        small = kind.replace("16", "8") if narrow else kind
+        q = q.to(torch.int8 if narrow else torch.int16)
+        fitted[name] = packed_tensor(name, w.shape, small, (q, *steps), cfg)
+    return fitted
+
+
+def fit_all(
+    state_dict: Mapping[str, Tensor], cfg: Config, calibration: Calibration, scale: float = 1.0
+) -> list[PackedTensor]:
+    """Every tensor by its quantizer, steps times scale; with LQER_ENABLED the worst are corrected.
+
+    Matrices of one shape that take GPTQ's column steps are fitted together, which is faster.
+    """
+    fitted: dict[str, PackedTensor] = {}
+    groups: dict[Any, dict[str, Tensor]] = {}
+    for name, w in state_dict.items():
+        w = w.detach().to("cpu", torch.float32).contiguous()
+        check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
+        kind = quantizer_of(name, w, cfg)
+        if kind in ("step16", "trellis16"):
+            groups.setdefault((kind, w.shape), {})[name] = w
+            continue
+        if kind.startswith("int"):
+            hessian = calibration.hessians.get(name)
+            arrays = QUANTIZERS[kind].fit(w, cfg, hessian, clip_sigmas(name, cfg) * scale)
+        else:
+            arrays = QUANTIZERS[kind].fit(w, cfg)
+        fitted[name] = packed_tensor(name, w.shape, kind, arrays, cfg)
+    for (kind, _), group in groups.items():
+        fitted |= fit_steps(group, kind, cfg, calibration, scale)
+    if cfg.lqer_enabled:
+        fitted |= corrected(fitted, state_dict, cfg)
+    return [fitted[name] for name in state_dict]
+
+
+def corrected(
+    fitted: Mapping[str, PackedTensor], state_dict: Mapping[str, Tensor], cfg: Config
+) -> dict[str, PackedTensor]:
+    """The matrices that quantization has lost most of, with what LowRankCorrected adds."""
+    missing = {}
+    for name, tensor in fitted.items():
+        if tensor.kind not in ("f16", "f32"):
+            missing[name] = state_dict[name].detach().to("cpu", torch.float32) - decoded(
+                tensor, cfg
+            )
+    worst = sorted(missing, key=lambda name: missing[name].norm(), reverse=True)
+    found = {}
+    for name in worst[: cfg.lqer_top_k]:
+        tensor = fitted[name]
+        kind = f"{tensor.kind}+lqer"
+        factors = quantizer(kind, cfg).factors(missing[name])
+        arrays = (*map(torch.from_numpy, tensor.arrays), *factors)
+        found[name] = packed_tensor(name, tensor.shape, kind, arrays, cfg)
+    return found
+
+
+def decoded(tensor: PackedTensor, cfg: Config) -> Tensor:
+    """A tensor's float weights."""
+    arrays = [torch.from_numpy(array.copy()) for array in tensor.arrays]
+    return quantizer(tensor.kind, cfg).decode(*arrays)
 
 
 def pack(
@@ -4435,32 +5267,71 @@ def pack(
     hessians: Mapping[str, Tensor] | None = None,
     code_bytes: int = 0,
     notes: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> bytes:
     """Weights and the settings that rebuild and score them as one file's bytes.
 
-    hessians: name -> [C, C], mean of x x^T at a matrix's input (GPTQ). code_bytes, notes: recorded
-    (JSON). InputError if a weight is not finite.
+    hessians, importance: as in `Calibration`. code_bytes, notes: recorded (JSON). With FIT_ARTIFACT
+    the file is the largest found that leaves code and margin their bytes. InputError if a weight
+    is not finite, or if no file is small enough.
     """
-    table = []
+    calibration = Calibration(hessians or {}, importance or {})
+
+    def packed(scale: float) -> bytes:
+        fitted = fit_all(state_dict, cfg, calibration, scale)
+        return packed_file(fitted, cfg, code_bytes, dict(notes or {}))
+
+    if not cfg.fit_artifact:
+        return packed(1.0)
+    weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
+    return fitted_to(cfg.max_artifact_bytes - code_bytes - cfg.fit_margin, weights, packed)
+
+
+# Probes of FIT_ARTIFACT. A step an octave finer costs a bit a weight, so that each but the first
+# lands close to the limit; the last aims a little below what the others missed it by.
+FIT_PROBES = 5
+FIT_SLACK = 0.0005
+
+
+def fitted_to(limit: int, weights: int, packed: Callable[[float], bytes]) -> bytes:
+    """The largest file of at most `limit` bytes among a few scales of the quantization steps."""
+    best = b""
+    scale = 1.0
+    for _ in range(FIT_PROBES):
+        blob = packed(scale)
+        if len(best) < len(blob) <= limit:
+            best = blob
+        if best and len(best) >= limit * (1 - 2 * FIT_SLACK):
+            break
+        over = 8 * (len(blob) - limit * (1 - FIT_SLACK)) / weights
+        scale *= 2.0 ** max(-3.0, min(over, 3.0))
+    check(best, f"MAX_ARTIFACT_BYTES: {limit} bytes are left for the model; the smallest found ...")
+    return best
+
+
+def packed_file(
+    fitted: Sequence[PackedTensor], cfg: Config, code_bytes: int, notes: dict[str, Any]
+) -> bytes:
+    """Prefix, header and payload of an artifact."""
     streams = {stream: bytearray() for stream in STREAMS}
-    for name, w in state_dict.items():
-        w = w.detach().to("cpu", torch.float32).contiguous()
-        check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
-        kind = quantizer_of(name, w, cfg)
-        table.append([name, list(w.shape), kind])
-        arrays = QUANTIZERS[kind].fit(w, cfg, (hessians or {}).get(name))
-        for part, array in zip(QUANTIZERS[kind].layout(w.shape), arrays, strict=True):
-            streams[part.stream] += array.contiguous().numpy().astype(part.dtype).tobytes()
+    for tensor in fitted:
+        layout = quantizer(tensor.kind, cfg).layout(tensor.shape)
+        for part, array in zip(layout, tensor.arrays):
+            streams[part.stream] += array.tobytes()
     settings = cfg.group("model", "pack", "score")
     header = {
         "config": {**settings, "eval_seq_len": cfg.score_len},
-        "tensors": table,
+        "tensors": [[tensor.name, tensor.shape, tensor.kind] for tensor in fitted],
         "codec": cfg.compressor,
         "code_bytes": code_bytes,
-        "notes": dict(notes or {}),
+        "notes": notes,
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    payload = CODERS[cfg.compressor].compress(b"".join(streams.values()))
+    if cfg.compressor == "rans":
+        del streams["codes"]
+        payload = rans_payload(fitted, cfg, b"".join(streams.values()))
+    else:
+        payload = CODERS[cfg.compressor].compress(b"".join(streams.values()))
     digest = hashlib.sha256(head + payload).digest()
     return PREFIX.pack(MAGIC, FORMAT_VERSION, len(head), len(payload), digest) + head + payload
 
@@ -4517,16 +5388,6 @@ def tensors_of(cfg: Config) -> dict[str, list[int]]:
     return {name: list(w.shape) for name, w in model.state_dict().items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedTensor:
-    """A tensor of an artifact, expanded and not yet decoded."""
-
-    name: str
-    shape: list[int]
-    kind: str  # name of its quantizer
-    arrays: tuple[np.ndarray, ...]  # as the quantizer's layout says
-
-
 def _layouts(tensors: Any, cfg: Config) -> list[tuple[Part, ...]]:
     """The arrays of every tensor that a header's table names, which must be the model's tensors."""
     layouts = []
@@ -4537,8 +5398,8 @@ def _layouts(tensors: Any, cfg: Config) -> list[tuple[Part, ...]]:
             check(name not in found, f"{name!r:.80} twice")
             found[name] = shape
             shown = f"{name!r:.80} {shape!r:.80} {kind!r:.20}"
-            check(len(shape) == 2 or not kind.startswith("int"), shown)
-            layouts.append(QUANTIZERS[kind].layout(shape))
+            check(len(shape) == 2 or kind in ("f16", "f32"), shown)
+            layouts.append(quantizer(kind, cfg).layout(shape))
     wanted = tensors_of(cfg)
     differ = sorted(map(str, {n for n in found | wanted if found.get(n) != wanted.get(n)}))
     names = ", ".join(printable(name, 40) for name in differ[:5])
@@ -4556,32 +5417,82 @@ def expand(blob: bytes) -> tuple[Config, dict[str, Any], list[PackedTensor]]:
     header, payload = read_header(blob)
     cfg = config_from(header.get("config"))
     layouts = _layouts(header.get("tensors"), cfg)
-    sizes = dict.fromkeys(STREAMS, 0)
-    for part in itertools.chain(*layouts):
-        sizes[part.stream] += part.size
-    total = sum(sizes.values())
+    total = sum(part.size for part in itertools.chain(*layouts))
     limit = (64 << 20) + 64 * len(payload)  # far above what any codec makes of weights
     claim = f"claims {total} bytes of weights in {len(payload)} bytes of payload"
     check(total <= limit, f"artifact: {claim}")
     codec = header.get("codec")
-    known = isinstance(codec, str) and codec in CODERS
-    check(known, f"artifact: codec {codec!r:.40}; this program has {', '.join(CODERS)}")
+    known = isinstance(codec, str) and codec in (*CODERS, "rans")
+    check(known, f"artifact: codec {codec!r:.40}; this program has {', '.join(CODERS)}, rans")
     with input_error_from(f"artifact: the {codec} payload cannot be expanded", *EXPAND_ERRORS):
-        raw = CODERS[codec].expand(payload, total)
-    expands = f"the payload expands to {len(raw)} bytes, the tensors need {total}"
-    check(len(raw) == total, f"artifact: {expands}")
+        if codec == "rans":
+            quantizers = [quantizer(kind, cfg) for _, _, kind in header["tensors"]]
+            arrays, sizes = rans_arrays(payload, layouts, quantizers)
+        else:
+            arrays = split(CODERS[codec].expand(payload, total), layouts, STREAMS)
+            sizes = [0] * len(layouts)
+    rows = zip(header["tensors"], arrays, sizes)
+    return cfg, header, [PackedTensor(*row, tuple(found), size) for row, found, size in rows]
+
+
+def split(
+    raw: bytes, layouts: Sequence[tuple[Part, ...]], streams: Sequence[str]
+) -> list[list[Any]]:
+    """Every tensor's arrays in expanded streams; None for those that are in other streams."""
+    sizes = dict.fromkeys(streams, 0)
+    for part in itertools.chain(*layouts):
+        if part.stream in sizes:
+            sizes[part.stream] += part.size
+    total = sum(sizes.values())
+    check(len(raw) == total, f"the payload expands to {len(raw)} bytes, the tensors need {total}")
     ends = itertools.accumulate(sizes.values(), initial=0)
-    offsets = dict(zip(STREAMS, ends))  # where the next array of a stream begins
+    offsets = dict(zip(streams, ends))  # where the next array of a stream begins
     tensors = []
-    for (name, shape, kind), layout in zip(header["tensors"], layouts):
-        arrays = []
-        for part in layout:
-            count = math.prod(part.shape)
-            array = np.frombuffer(raw, part.dtype, count, offsets[part.stream])
-            arrays.append(array.reshape(part.shape))
-            offsets[part.stream] += part.size
-        tensors.append(PackedTensor(name, shape, kind, tuple(arrays)))
-    return cfg, header, tensors
+    for layout in layouts:
+        arrays: list[Any] = [None] * len(layout)
+        for at, part in enumerate(layout):
+            if part.stream in offsets:
+                count = math.prod(part.shape)
+                array = np.frombuffer(raw, part.dtype, count, offsets[part.stream])
+                arrays[at] = array.reshape(part.shape)
+                offsets[part.stream] += part.size
+        tensors.append(arrays)
+    return tensors
+
+
+def rans_arrays(
+    payload: bytes, layouts: Sequence[tuple[Part, ...]], quantizers: Sequence[Any]
+) -> tuple[list[list[Any]], list[int]]:
+    """Every tensor's arrays in what `rans_payload` gives, and the bytes of its ranges."""
+    parts = list(itertools.chain(*layouts))
+    count = sum(part.stream == "codes" for part in parts)
+    others = sum(part.size for part in parts if part.stream != "codes")
+    (length,) = struct.unpack_from("<I", payload)
+    rest = payload[4 : 4 + length]
+    size = zstandard.get_frame_parameters(rest).content_size
+    check(others <= size <= others + RANGE.size * count + RANS_TABLES, "its first part is no frame")
+    rest = _expand_zstd(rest, size)
+    tensors = split(rest[:others], layouts, STREAMS[1:])
+    sizes = [0] * len(layouts)
+    if not count:
+        return tensors, sizes
+    tables = CodeTables.from_bytes(rest[others + RANGE.size * count :])
+    ranges = RANGE.iter_unpack(rest[others : others + RANGE.size * count])
+    at = 4 + length
+    for tensor, (layout, arrays, found) in enumerate(zip(layouts, tensors, quantizers)):
+        relative = iter(found.spreads(arrays))
+        for number, part in enumerate(layout):
+            if part.stream == "codes":
+                size, spread = next(ranges)
+                contexts = contexts_of(spread + next(relative), part.shape)
+                period = found.period(part.shape) if number == 0 else 0
+                codes = rans_decode(payload[at : at + size], contexts, tables, period)
+                arrays[number] = codes.astype(part.dtype).reshape(part.shape)
+                check((arrays[number].ravel() == codes).all(), "a code is out of its range")
+                at += size
+                sizes[tensor] += size
+    check(at == len(payload), "the ranges of codes do not end where they should")
+    return tensors, sizes
 
 
 def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
@@ -4590,15 +5501,14 @@ def unpack(blob: bytes) -> tuple[Config, dict[str, Tensor]]:
     Runs nothing that is in the file and allocates only what its model needs.
     """
     cfg, _, tensors = expand(blob)
-    return cfg, weights_of(tensors)
+    return cfg, weights_of(tensors, cfg)
 
 
-def weights_of(tensors: Sequence[PackedTensor]) -> dict[str, Tensor]:
+def weights_of(tensors: Sequence[PackedTensor], cfg: Config) -> dict[str, Tensor]:
     """Name -> float weights; InputError if one is not finite."""
     weights = {}
     for tensor in tensors:
-        arrays = [torch.from_numpy(array.copy()) for array in tensor.arrays]
-        w = QUANTIZERS[tensor.kind].decode(*arrays)
+        w = decoded(tensor, cfg)
         check(w.isfinite().all(), f"artifact: {tensor.name} has values that are not finite")
         weights[tensor.name] = w
     return weights
@@ -4612,8 +5522,11 @@ def entropy_bytes(tensor: PackedTensor) -> float:
 
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
-    """Log lines: bytes of code, model and both, the margin, the five largest tensors."""
-    _, header, tensors = expand(blob)
+    """Log lines: bytes of code, model and both, the margin, the five largest tensors.
+
+    With rANS for each tensor also the bits of a code, and what its contexts would allow at best.
+    """
+    cfg, header, tensors = expand(blob)
     codec = header["codec"]
     total = len(blob) + code_bytes
     over = "" if total <= cap else " OVER THE CAP"
@@ -4623,10 +5536,26 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
         f"Total submission size {codec}: {total} bytes",
         f"size_cap:{cap} margin:{cap - total} bytes{over}",
     ]
-    rows = [(entropy_bytes(tensor), tensor.kind, tensor.name, tensor.shape) for tensor in tensors]
-    for size, kind, name, shape in sorted(rows, reverse=True)[:5]:
-        lines.append(f"  about {size:9.0f} bytes  {kind:5} {name} {shape}")
+    sizes = {tensor.name: tensor.range_bytes or entropy_bytes(tensor) for tensor in tensors}
+    for tensor in sorted(tensors, key=lambda tensor: sizes[tensor.name], reverse=True)[:5]:
+        size = sizes[tensor.name]
+        line = f"  about {size:9.0f} bytes  {tensor.kind:5} {tensor.name} {tensor.shape}"
+        if tensor.range_bytes:
+            count = math.prod(tensor.shape)
+            ideal = sum(map(context_entropy, coded_parts(tensor, cfg)))
+            line += f" {8 * size / count:.3f} bits a weight, ideal {ideal / count:.3f}"
+        lines.append(line)
     return lines
+
+
+def context_entropy(part: CodedPart) -> float:
+    """Bits of an array of codes for a coder that knows how often each comes in a context."""
+    total = 0.0
+    bins = part.contexts >> 1
+    for at in np.unique(bins):
+        counts = np.unique(part.codes[bins == at], return_counts=True)[1]
+        total += (counts * np.log2(counts.sum() / counts)).sum()
+    return float(total)
 
 
 def code_size() -> int:
@@ -4655,7 +5584,7 @@ def noted(header: Mapping[str, Any], name: str) -> str:
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     """The model in an artifact, on its device; InputError if it had another tokenizer."""
     stored, header, tensors = expand(blob)
-    model = build_model(stored, rt, weights_of(tensors))
+    model = build_model(stored, rt, weights_of(tensors, stored))
     here = tokenizer_hash(cfg)
     made_with = noted(header, "tokenizer")
     check(
@@ -7109,11 +8038,11 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
         return status, b""
     if trainer.averager:
         trainer.averager.apply()
-    hessians = {}
+    calibration = Calibration({}, {})
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
-            hessians = collect_hessians(trainer.model, cfg, rt, trainer.stream)
-    return status, pack_model(cfg, rt, log, trainer.model, hessians, table.transform)
+            calibration = calibrate(trainer.model, cfg, rt, trainer.stream)
+    return status, pack_model(cfg, rt, log, trainer.model, calibration, table.transform)
 
 
 def pack_model(
@@ -7121,7 +8050,7 @@ def pack_model(
     rt: Runtime,
     log: RunLog,
     model: GPT,
-    hessians: dict[str, Tensor],
+    calibration: Calibration,
     transform: str,
 ) -> bytes:
     """Artifact and raw weights on disk, before anything is scored -> its bytes on every process.
@@ -7139,7 +8068,8 @@ def pack_model(
                 notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
                 if transform:
                     notes["case_transform"] = transform
-                blob = pack(state, cfg, hessians, code, notes)
+                hessians, importance = calibration.hessians, calibration.importance
+                blob = pack(state, cfg, hessians, code, notes, importance)
                 atomic_write(log.out_dir / "model.ptz", blob)
                 with log.optional("final_model.pt"):
                     save_torch(log.out_dir / "final_model.pt", state)

@@ -136,7 +136,9 @@ def test_gptq_equals_column_by_column(layer):
     top = top_level(layer.bits)
     scale = np.abs(layer.w).max(1, keepdims=True) / np.float32(top)
     arrays = [torch.from_numpy(array) for array in (layer.w, scale, layer.hessian)]
-    codes = tg.gptq(*arrays, top, layer.damp).numpy()
+    w, steps, hessian = arrays
+    factor = tg.inverse_factor(hessian, layer.damp)
+    codes = tg.gptq(w[None], steps[None], [factor], tg.RowInt(layer.bits)._rounded)[0].numpy()
     np.testing.assert_array_equal(codes, layer.gptq(scale[:, 0].astype(np.float64)))
     plain = oracles.rounded(layer.w, scale, top)
     assert layer.output_error(codes * scale) < 0.9 * layer.output_error(plain * scale)

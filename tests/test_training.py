@@ -319,7 +319,7 @@ def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
     tokens = rng.integers(0, 260, 400)
     tg.write_shard(tmp_path / "fineweb_train_0.bin", tokens)
     stream = tg.TokenStream([tmp_path / "fineweb_train_0.bin"], cfg)
-    hessians = tg.collect_hessians(model, cfg, rt, stream)
+    hessians = tg.calibrate(model, cfg, rt, stream).hessians
     inputs = inputs_of_matrices(model, tokens[:96].reshape(3, 32))
     assert hessians.keys() == inputs.keys()
     assert len(inputs) == 3 * 6 + 2
