@@ -5,6 +5,7 @@
     CONFIG=records/track_cpu_1mb/demo/config.env python train_gpt.py    # minutes on a laptop CPU
     MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py         # score an artifact alone
     SMOKE=1 python train_gpt.py                                 # every section, synthetic text
+    MODE=pack ARTIFACT=logs/<run>/model.ptz python train_gpt.py         # pack its weights otherwise
     MODE=plan python train_gpt.py                               # what a run would cost on 8xH100
     python train_gpt.py --help                                  # every setting with its meaning
 
@@ -154,8 +155,8 @@ class Config:
 
     mode: str = _run(
         "train",
-        "what to do; plan: print what a run would cost on 8xH100",
-        choices=("train", "eval", "sample", "plan"),
+        "what to do; plan: print what a run would cost on 8xH100; pack: raw weights again",
+        choices=("train", "eval", "pack", "sample", "plan"),
     )
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
@@ -182,8 +183,13 @@ class Config:
     )
     artifact: str = _run(
         "",
-        "packed model for MODE=eval and MODE=sample; empty = <OUT_DIR>/model.ptz",
-        needs="MODE=eval or MODE=sample",
+        "packed model for MODE=eval, pack and sample; empty = <OUT_DIR>/model.ptz",
+        needs="MODE=eval or MODE=sample or MODE=pack",
+    )
+    raw_model: str = _run(
+        "",
+        "float weights for MODE=pack; empty = final_model.pt beside the artifact",
+        needs="MODE=pack",
     )
     resume: str = _run("", "checkpoint to continue from", needs="MODE=train")
     save_every: int = _run(
@@ -4786,6 +4792,11 @@ class CalibrationSums:
     def _add_squares(self, name: str, gradient: Tensor) -> None:
         self._add(self.importance, name, gradient.flatten(0, -2).float().square().sum(0))
 
+    def _add_reads(self, name: str, rows: Tensor, count: int, each: float | Tensor = 1.0) -> None:
+        """How often each row is read, times `each`; once more than seen, since none is never."""
+        reads = torch.bincount(rows.flatten(), minlength=count).float()
+        self._add(self.importance, name, (reads if name in self.importance else reads + 1) * each)
+
     def _see_linear(self, name: str, module: Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
         self._add_moments(name, args[0].detach())
         if out.requires_grad:
@@ -4795,8 +4806,7 @@ class CalibrationSums:
         self, name: str, module: nn.Embedding, args: tuple[Tensor, ...], out: Tensor
     ) -> None:
         if out.requires_grad:
-            reads = torch.bincount(args[0].flatten(), minlength=len(module.weight))
-            self._add(self.importance, name, reads.float())
+            self._add_reads(name, args[0], len(module.weight))
             out.register_hook(functools.partial(self._add_moments, name))
 
     def _see_logits(self, logits: Tensor, targets: Tensor) -> None:
@@ -4809,9 +4819,7 @@ class CalibrationSums:
         gradient.scatter_add_(-1, targets.unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
         if cap:
             gradient *= 1 - (logits.detach() / cap).square()
-        read = torch.bincount(targets.flatten(), minlength=logits.size(-1)).float()
-        share = gradient.square().sum() / targets.numel()
-        self._add(self.importance, self.head, read * share)
+        self._add_reads(self.head, targets, logits.size(-1), gradient.square().sum(-1).mean())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -4928,26 +4936,24 @@ RANS_LOW = 1 << 16  # a state is at least this and below 2^32; words have 16 bit
 RANS_ODD = 256  # what the context of an odd number is higher by
 RANS_TABLES = 1 << 22  # bytes of all tables at most
 RANGE = struct.Struct("<Ih")  # of every array of codes: bytes, and its spread in eighths of log2
-TABLE = struct.Struct("<hiI")  # of every table: highest spread, lowest code, number of frequencies
+TABLE = struct.Struct("<hiH")  # of every table: highest context, lowest code, frequencies less 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeTables:
-    """Frequencies of codes [K, A]: a table for each of K context classes, A codes from lowest."""
+    """Frequencies of codes, a table for each of K classes of context."""
 
     highest: np.ndarray  # [K] context up to which a table is used; the last has no end
     lowest: np.ndarray  # [K] code of its first frequency
-    frequency: np.ndarray  # [K, A] uint64, 0 where a table has no such code
+    stored: tuple[np.ndarray, ...]  # K arrays of bytes, see frequencies_of
 
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, np.ndarray]]) -> CodeTables:
-        """Tables of (highest context, lowest code, frequencies)."""
-        frequency = np.zeros((len(rows), max(len(row[2]) for row in rows)), np.uint64)
-        for at, (_, _, values) in enumerate(rows):
-            frequency[at, : len(values)] = values
-        return cls(
-            np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), frequency
-        )
+    @functools.cached_property
+    def frequency(self) -> np.ndarray:
+        """[K, A] uint64, A codes from the lowest on; 0 where a table has no such code."""
+        frequency = np.zeros((len(self.stored), max(map(len, self.stored))), np.uint64)
+        for row, values in zip(frequency, self.stored):
+            row[: len(values)] = frequencies_of(values)
+        return frequency
 
     @functools.cached_property
     def start(self) -> np.ndarray:
@@ -4967,9 +4973,8 @@ class CodeTables:
     def to_bytes(self) -> bytes:
         """For `from_bytes`."""
         parts = [struct.pack("<H", len(self.highest))]
-        for highest, lowest, row in zip(self.highest, self.lowest, self.frequency):
-            row = np.trim_zeros(row, "b").astype("<u2")
-            parts += [TABLE.pack(highest, lowest, len(row)), row.tobytes()]
+        for highest, lowest, values in zip(self.highest, self.lowest, self.stored):
+            parts += [TABLE.pack(highest, lowest, len(values) - 1), values.tobytes()]
         return b"".join(parts)
 
     @classmethod
@@ -4977,16 +4982,18 @@ class CodeTables:
         """InputError unless these are whole tables, in order, each of the full sum."""
         (count,) = struct.unpack_from("<H", data)
         at = 2
-        rows = []
+        highest, lowest, stored = [], [], []
         for _ in range(count):
-            highest, lowest, size = TABLE.unpack_from(data, at)
-            values = np.frombuffer(data, "<u2", size, at + TABLE.size)
-            at += TABLE.size + 2 * size
-            check(values.sum(dtype=np.int64) == 1 << RANS_BITS, "a code table has another sum")
-            check(not rows or highest > rows[-1][0], "the code tables are out of order")
-            rows.append((highest, lowest, values))
-        check(rows and at == len(data), "the code tables do not end where they should")
-        return cls.of(rows)
+            until, first, others = TABLE.unpack_from(data, at)
+            values = np.frombuffer(data, np.uint8, others + 1, at + TABLE.size)
+            at += TABLE.size + len(values)
+            check(not highest or until > highest[-1], "the code tables are out of order")
+            frequencies_of(values)
+            highest.append(until)
+            lowest.append(first)
+            stored.append(values)
+        check(stored and at == len(data), "the code tables do not end where they should")
+        return cls(np.array(highest), np.array(lowest), tuple(stored))
 
 
 def spread_of(codes: np.ndarray, relative: np.ndarray) -> int:
@@ -5000,21 +5007,43 @@ def contexts_of(spread: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(np.clip(spread, -32, 127), shape).ravel()
 
 
-def normalised(counts: np.ndarray) -> np.ndarray:
-    """Frequencies of sum 2^14 in proportion to counts; what occurs has at least 1."""
-    total = 1 << RANS_BITS
-    frequency = np.maximum(counts * total // counts.sum(), counts > 0)
-    while frequency.sum() != total:  # what the rounding left goes to and comes from the largest
-        excess = int(frequency.sum()) - total
-        at = frequency.argmax()
-        frequency[at] -= min(excess, frequency[at] // 2)
+def frequency_bytes(frequency: np.ndarray) -> np.ndarray:
+    """Frequencies as one byte each: 5 significant bits and an exponent; rounded, never to 0."""
+    values = frequency.astype(np.int64)
+    shift = np.maximum(0, np.frexp(values)[1] - 5)
+    mantissa = values + (1 << shift >> 1) >> shift  # 32 is the next exponent's 16
+    return (mantissa + 16 * shift).astype(np.uint8)
+
+
+def frequencies_of(values: np.ndarray) -> np.ndarray:
+    """The frequencies of such bytes; the largest makes up for what their sum lacks of 2^14.
+
+    InputError if it cannot.
+    """
+    values = values.astype(np.int64)
+    shift = np.maximum(0, (values >> 4) - 1)
+    frequency = values - 16 * shift << np.minimum(shift, RANS_BITS)
+    at = frequency.argmax()
+    frequency[at] += (1 << RANS_BITS) - frequency.sum()
+    check(0 < frequency[at] <= 1 << RANS_BITS, "a code table has another sum")
     return frequency
+
+
+def normalised(counts: np.ndarray) -> np.ndarray:
+    """Bytes of frequencies in proportion to counts; what occurs has one."""
+    total = 1 << RANS_BITS
+    while True:
+        values = frequency_bytes(np.maximum(counts * total // counts.sum(), counts > 0))
+        with contextlib.suppress(InputError):
+            frequencies_of(values)
+            return values
+        total //= 2  # so many rare codes that the largest cannot make up for them
 
 
 def table_bits(counts: np.ndarray) -> float:
     """What coding with a table of these counts costs, the table included."""
     seen = counts[counts > 0]
-    return float((seen * np.log2(counts.sum() / seen)).sum()) + 80 + 9 * len(seen)
+    return float((seen * np.log2(counts.sum() / seen)).sum()) + 100 + 9 * len(seen)
 
 
 def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
@@ -5037,12 +5066,10 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
             break
         highest, other, _ = rows.pop(at + 1)
         rows[at] = [highest, rows[at][1] + other, merged[at]]
-    tables = []
-    for highest, found, _ in rows:
-        first = int(np.flatnonzero(found)[0])
-        last = int(np.flatnonzero(found)[-1])
-        tables.append((highest, lowest + first, normalised(found[first : last + 1])))
-    return CodeTables.of(tables)
+    firsts = [int(np.flatnonzero(found)[0]) for _, found, _ in rows]
+    stored = [normalised(np.trim_zeros(found)) for _, found, _ in rows]
+    highest = np.array([row[0] for row in rows])
+    return CodeTables(highest, lowest + np.array(firsts), tuple(stored))
 
 
 def lanes_of(count: int, period: int) -> int:
@@ -5050,7 +5077,7 @@ def lanes_of(count: int, period: int) -> int:
 
     period: a number of them that lanes must divide, so that a trellis is known in time; 0 = none.
     """
-    lanes = max(1, count // 4096, min(8, count // 2048))
+    lanes = max(1, count // (4096 if count >= 1 << 18 else 8192))
     while period % lanes:
         lanes -= 1
     return lanes
@@ -5279,7 +5306,8 @@ def pack(
 
     def packed(scale: float) -> bytes:
         fitted = fit_all(state_dict, cfg, calibration, scale)
-        return packed_file(fitted, cfg, code_bytes, dict(notes or {}))
+        said = {"fit_scale": scale} if cfg.fit_artifact else {}
+        return packed_file(fitted, cfg, code_bytes, {**(notes or {}), **said})
 
     if not cfg.fit_artifact:
         return packed(1.0)
@@ -5287,25 +5315,29 @@ def pack(
     return fitted_to(cfg.max_artifact_bytes - code_bytes - cfg.fit_margin, weights, packed)
 
 
-# Probes of FIT_ARTIFACT. A step an octave finer costs a bit a weight, so that each but the first
-# lands close to the limit; the last aims a little below what the others missed it by.
-FIT_PROBES = 5
-FIT_SLACK = 0.0005
+# Probes of FIT_ARTIFACT, and the share of the limit that the largest file may fall short of it.
+FIT_PROBES = 6
+FIT_SLACK = 0.001
 
 
 def fitted_to(limit: int, weights: int, packed: Callable[[float], bytes]) -> bytes:
-    """The largest file of at most `limit` bytes among a few scales of the quantization steps."""
-    best = b""
+    """The largest file of at most `limit` bytes that a few scales of the quantization steps give.
+
+    Steps an octave finer cost about a bit a weight: so each probe aims at half of the slack.
+    """
+    best = smallest = b""
     scale = 1.0
     for _ in range(FIT_PROBES):
         blob = packed(scale)
+        smallest = min(blob, smallest or blob, key=len)
         if len(best) < len(blob) <= limit:
             best = blob
-        if best and len(best) >= limit * (1 - 2 * FIT_SLACK):
+        if len(best) >= limit * (1 - FIT_SLACK):
             break
-        over = 8 * (len(blob) - limit * (1 - FIT_SLACK)) / weights
-        scale *= 2.0 ** max(-3.0, min(over, 3.0))
-    check(best, f"MAX_ARTIFACT_BYTES: {limit} bytes are left for the model; the smallest found ...")
+        octaves = 8 * (len(blob) - limit * (1 - FIT_SLACK / 2)) / weights
+        scale *= 2.0 ** max(-4.0, min(octaves, 4.0))
+    found = f"{len(smallest)} bytes at the coarsest steps that were tried"
+    check(best, f"FIT_ARTIFACT: MAX_ARTIFACT_BYTES leaves the model {limit} bytes; {found}")
     return best
 
 
@@ -5564,9 +5596,29 @@ def code_size() -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def read_artifact(cfg: Config) -> bytes:
+def artifact_path(cfg: Config) -> Path:
     """The file that ARTIFACT names, else OUT_DIR's."""
-    path = Path(cfg.artifact or Path(cfg.out_dir) / "model.ptz")
+    return Path(cfg.artifact or Path(cfg.out_dir) / "model.ptz")
+
+
+def raw_path(cfg: Config) -> Path:
+    """The file of float weights that RAW_MODEL names, else the one beside the artifact."""
+    return Path(cfg.raw_model or artifact_path(cfg).with_name("final_model.pt"))
+
+
+def read_raw_model(cfg: Config, wanted: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The float weights for MODE=pack; InputError unless their names and shapes are the model's."""
+    where = f"RAW_MODEL={str(raw_path(cfg))!r}"
+    with input_error_from(f"{where}: cannot be read", Exception):  # torch has many types
+        weights = torch.load(raw_path(cfg), map_location="cpu", weights_only=True)
+        found = {name: list(w.shape) for name, w in weights.items()}
+    check(found == wanted, f"{where}: its tensors are not those of the artifact's model")
+    return {name: w.float() for name, w in weights.items()}
+
+
+def read_artifact(cfg: Config) -> bytes:
+    """The bytes of `artifact_path`."""
+    path = artifact_path(cfg)
     with input_error_from(f"ARTIFACT={str(path)!r}: cannot be read", OSError):
         check(path.is_file() or not path.exists(), f"ARTIFACT={str(path)!r}: not a regular file")
         return path.read_bytes()
@@ -5596,7 +5648,7 @@ def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
 
 
 def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None = None) -> Config:
-    """For MODE=eval and sample: the artifact's settings, and what is set here otherwise.
+    """For MODE=eval, pack and sample: the artifact's settings, and what is set here otherwise.
 
     blob: what the file that ARTIFACT names holds, if it is read already. Data and tokenizer that
     nobody names are looked for.
@@ -8083,6 +8135,41 @@ def pack_model(
     return blob
 
 
+def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: ByteTable) -> bytes:
+    """MODE=pack: the raw weights packed as the settings say now, and what that changes by role."""
+    with log.phase("load"), rt.together():
+        stored, _, old = expand(old_blob)
+        raw = read_raw_model(cfg, tensors_of(stored))
+        tokens = load_validation(cfg)
+        sizes = load_charges(cfg, table, tokens)
+        if cfg.gptq_n_samples:
+            stream = TokenStream(shard_paths(cfg, "train"), cfg)
+    model = build_model(cfg, rt, {name: w.clone() for name, w in raw.items()})
+    calibration = Calibration({}, {})
+    if cfg.gptq_n_samples:
+        with log.phase("calibrate"):
+            calibration = calibrate(model, cfg, rt, stream)
+    blob = pack_model(cfg, rt, log, model, calibration, table.transform)
+    scorer = Scorer("compare", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
+
+    def score(packed: Mapping[str, Tensor]) -> str:
+        model.load_state_dict({**raw, **packed})
+        found = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
+        return f"{found.label}:{found.bpb:.6f}" if found else "skipped:MAX_EVAL_SECONDS"
+
+    log.log(f"pack raw weights {score({})}")
+    new = expand(blob)[2]
+    for role in (*ROLES, "all"):
+        line = f"pack {role}"
+        for name, tensors, settings in (("before", old, stored), ("after", new, cfg)):
+            chosen = [t for t in tensors if role in ("all", tensor_role(t.name))]
+            size = sum(tensor.range_bytes or entropy_bytes(tensor) for tensor in chosen)
+            line += f" {name} about {size:.0f} bytes {score(weights_of(chosen, settings))}"
+        if chosen:
+            log.log(line)
+    return blob
+
+
 def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: ByteTable) -> int:
     """Every scoring stage from the artifact alone, results written after each -> exit code."""
     with log.phase("unpack"), rt.together():
@@ -8184,12 +8271,15 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)
+    elif cfg.mode == "pack":
+        blob = repack_model(cfg, rt, log, blob, table)
     code = {"diverged": DIVERGED, "interrupted": INTERRUPTED}.get(ended, OK)
     if cfg.mode == "sample":
         with log.phase("sample"):
             log_sample(load_artifact(cfg, blob, rt), table, cfg, rt, log)
     elif blob:
-        code = score_artifact(cfg, blob, rt, log, table)
+        if cfg.mode != "pack":
+            code = score_artifact(cfg, blob, rt, log, table)
         if code != AUDIT_FAILED and code_size() + len(blob) > cfg.max_artifact_bytes:
             code = OVER_SIZE
         elif code == OK and over_budget(cfg, log):
@@ -8329,7 +8419,8 @@ def run_mode(env: Mapping[str, str]) -> int:
         with rt.together():
             blob = read_artifact(cfg) if rt.main else b""
         blob = rt.broadcast_bytes(blob)
-        cfg = settings_of_artifact(cfg, env, blob)
+        raw = str(raw_path(cfg)) if cfg.mode == "pack" else ""
+        cfg = dataclasses.replace(settings_of_artifact(cfg, env, blob), raw_model=raw)
         if cfg.mode == "sample" and "SEED" not in env:
             drawn = rt.broadcast_bytes(os.urandom(4))
             cfg = dataclasses.replace(cfg, seed=int.from_bytes(drawn, "little"))
