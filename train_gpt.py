@@ -270,10 +270,16 @@ class Config:
         0.35, "share of the run after which layers are repeated", low=0, high=1, needs="NUM_LOOPS"
     )
     late_qat_threshold: float = _train(
-        0.0, "fake quantization at rate factors below this; 0 = never", low=0
+        0.0,
+        "fake quantization at rate factors below this; 0 = never",
+        low=0,
+        needs="QUANT_STEP=0.0",
     )
     crown_q_lambda: float = _train(
-        0.0, "quantization penalty (CROWN-Q) at rate factors below 0.5", low=0
+        0.0,
+        "quantization penalty (CROWN-Q) at rate factors below 0.5",
+        low=0,
+        needs="QUANT_STEP=0.0",
     )
 
     vocab_size: int = _model(1024, "tokens in the vocabulary", low=2, high=65536)
@@ -8094,7 +8100,10 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
             calibration = calibrate(trainer.model, cfg, rt, trainer.stream)
-    return status, pack_model(cfg, rt, log, trainer.model, calibration, table.transform)
+    notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
+    if table.transform:
+        notes["case_transform"] = table.transform
+    return status, pack_model(cfg, rt, log, trainer.model, calibration, notes)
 
 
 def pack_model(
@@ -8103,7 +8112,7 @@ def pack_model(
     log: RunLog,
     model: GPT,
     calibration: Calibration,
-    transform: str,
+    notes: dict[str, Any],
 ) -> bytes:
     """Artifact and raw weights on disk, before anything is scored -> its bytes on every process.
 
@@ -8117,9 +8126,6 @@ def pack_model(
         with rt.together():
             if rt.main:
                 state = {name: w.cpu() for name, w in model.state_dict().items()}
-                notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
-                if transform:
-                    notes["case_transform"] = transform
                 hessians, importance = calibration.hessians, calibration.importance
                 blob = pack(state, cfg, hessians, code, notes, importance)
                 atomic_write(log.out_dir / "model.ptz", blob)
@@ -8138,7 +8144,7 @@ def pack_model(
 def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: ByteTable) -> bytes:
     """MODE=pack: the raw weights packed as the settings say now, and what that changes by role."""
     with log.phase("load"), rt.together():
-        stored, _, old = expand(old_blob)
+        stored, header, old = expand(old_blob)
         raw = read_raw_model(cfg, tensors_of(stored))
         tokens = load_validation(cfg)
         sizes = load_charges(cfg, table, tokens)
@@ -8149,7 +8155,8 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
             calibration = calibrate(model, cfg, rt, stream)
-    blob = pack_model(cfg, rt, log, model, calibration, table.transform)
+    notes = {name: value for name, value in header["notes"].items() if name != "fit_scale"}
+    blob = pack_model(cfg, rt, log, model, calibration, notes)
     scorer = Scorer("compare", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
 
     def score(packed: Mapping[str, Tensor]) -> str:
@@ -8160,13 +8167,14 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
     log.log(f"pack raw weights {score({})}")
     new = expand(blob)[2]
     for role in (*ROLES, "all"):
-        line = f"pack {role}"
-        for name, tensors, settings in (("before", old, stored), ("after", new, cfg)):
+        line = ""
+        for when, tensors, settings in (("before", old, stored), ("after", new, cfg)):
             chosen = [t for t in tensors if role in ("all", tensor_role(t.name))]
-            size = sum(tensor.range_bytes or entropy_bytes(tensor) for tensor in chosen)
-            line += f" {name} about {size:.0f} bytes {score(weights_of(chosen, settings))}"
-        if chosen:
-            log.log(line)
+            if chosen:
+                size = sum(tensor.range_bytes or entropy_bytes(tensor) for tensor in chosen)
+                line += f" {when} about {size:.0f} bytes {score(weights_of(chosen, settings))}"
+        if line:
+            log.log(f"pack {role}{line}")
     return blob
 
 

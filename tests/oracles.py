@@ -295,7 +295,7 @@ def best_clip_error(w, top, tries=16):
 def gptq(w, scale, hessian, top, damp):
     """Round one column, let those not yet rounded make up for it, take it out of the system.
 
-    In float64.
+    In float64. scale: [R], or of every entry [R, C].
     """
     w = w.astype(np.float64)
     h = hessian.astype(np.float64)
@@ -308,8 +308,9 @@ def gptq(w, scale, hessian, top, damp):
     codes = np.zeros_like(w)
     while left:
         j = left.pop(0)
-        codes[:, j] = rounded(w[:, j], scale, top)
-        error = (w[:, j] - codes[:, j] * scale) / inverse[j, j]
+        step = scale if scale.ndim == 1 else scale[:, j]
+        codes[:, j] = rounded(w[:, j], step, top)
+        error = (w[:, j] - codes[:, j] * step) / inverse[j, j]
         for k in left:
             w[:, k] -= error * inverse[j, k]
         taken_out = np.outer(inverse[:, j], inverse[j]) / inverse[j, j]

@@ -428,6 +428,7 @@ def test_a_step_by_itself_follows_the_run(run_log):
 
 # --- its artifact ----------------------------------------------------------------------------------
 
+
 @needs_reference
 def test_gptq_and_corrections_of_pr2135():
     """Codes, scales and restored weights of its own program, from its weights and Hessians."""

@@ -1,6 +1,7 @@
 """Quantizers (section 7): rows as whole numbers, GPTQ, fake quantization and its penalty."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -267,3 +268,178 @@ def test_quantization_penalty_equals_loops(floor, rng):
     assert found.keys() == gradients.keys()
     for name, wanted in gradients.items():
         np.testing.assert_allclose(found[name].numpy(), wanted, rtol=1e-4)
+
+
+# --- water-filled steps ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Filled:
+    """A matrix [24, 40], X^T X / n of correlated inputs, and what its rows' outputs matter."""
+
+    w: np.ndarray
+    hessian: np.ndarray
+    importance: np.ndarray
+    damp: float = 0.01
+
+    def steps(self, c):
+        """c U_jj importance^-1/2; U_jj^-2: what is left of input j, given those after it."""
+        h = self.hessian + self.damp * np.diagonal(self.hessian).mean() * np.eye(40)
+        order = sorted(range(40), key=lambda j: -self.hessian[j, j])
+        left = np.empty(40)
+        for at, j in enumerate(order):
+            later = order[at + 1 :]
+            cross = h[np.ix_(later, [j])]
+            explained = cross.T @ np.linalg.solve(h[np.ix_(later, later)], cross)
+            left[j] = h[j, j] - explained.item()
+        return c * np.outer(self.importance**-0.5, left**-0.5)
+
+    def fit(self, kind, c):
+        arrays = [torch.from_numpy(array)[None] for array in (self.w, self.importance)]
+        factor = tg.inverse_factor(torch.from_numpy(self.hessian), self.damp)
+        (found,) = tg.QUANTIZERS[kind].fit(arrays[0], [factor], arrays[1], c)
+        return found
+
+    def loss(self, decoded):
+        """Half of the importance-weighted error of the outputs."""
+        wrong = decoded - self.w
+        return (self.importance * np.einsum("rc,cd,rd->r", wrong, self.hessian, wrong)).sum() / 2
+
+
+@pytest.fixture
+def filled(rng):
+    x = rng.standard_normal((400, 40)) @ (rng.standard_normal((40, 40)) / 4 + np.eye(40))
+    x = x * np.exp(rng.standard_normal(40))
+    importance = np.exp(rng.standard_normal(24))
+    w = rng.standard_normal((24, 40)).astype(np.float32)
+    return Filled(w, (x.T @ x / 400).astype(np.float32), importance.astype(np.float32))
+
+
+def test_water_filled_steps_and_codes_equal_the_slow_rule(filled):
+    """Steps to a sixteenth of an octave; at these steps, codes of the column by column oracle."""
+    q, columns, rows = filled.fit("step16", 0.1)
+    steps = np.outer(tg.step_of(rows).numpy(), tg.step_of(columns).numpy())
+    wanted = filled.steps(0.1)
+    assert np.abs(np.log2(steps / wanted)).max() <= 1 / 8 + 1e-5
+    slow = oracles.gptq(filled.w, steps.astype(np.float64), filled.hessian, 32767, filled.damp)
+    np.testing.assert_array_equal(q.numpy(), slow)
+    decoded = tg.QUANTIZERS["step16"].decode(q, columns, rows)
+    np.testing.assert_allclose(decoded.numpy(), slow * steps, rtol=1e-6)
+
+
+def test_the_loss_of_fine_steps_is_what_c_says(filled, rng):
+    """c^2 / 24 a weight, for a Hessian without damping; a trellis has 0.9 to 1.2 dB less."""
+    filled.damp = 1e-6
+    filled.w = np.tile(filled.w, (16, 1)) + rng.standard_normal((384, 40)).astype(np.float32)
+    filled.importance = np.tile(filled.importance, 16)
+    losses = {}
+    for kind in ("step16", "trellis16"):
+        decoded = tg.QUANTIZERS[kind].decode(*filled.fit(kind, 0.02)).numpy()
+        losses[kind] = filled.loss(decoded.astype(np.float64))
+    assert abs(losses["step16"] / (filled.w.size * 0.02**2 / 24) - 1) < 0.1
+    gain = 10 * np.log10(losses["step16"] / losses["trellis16"])
+    assert 0.9 < gain < 1.25
+
+
+def test_matrices_fitted_together_equal_each_alone(filled, rng):
+    other = Filled(filled.w[::-1].copy(), np.eye(40, dtype=np.float32), filled.importance)
+    for kind in ("step16", "trellis16"):
+        w = torch.from_numpy(np.stack([filled.w, other.w]))
+        hessians = [torch.from_numpy(part.hessian) for part in (filled, other)]
+        factors = [tg.inverse_factor(h, filled.damp) for h in hessians]
+        importance = torch.from_numpy(np.stack([filled.importance, other.importance]))
+        both = tg.QUANTIZERS[kind].fit(w, factors, importance, 0.3)
+        for found, alone in zip(both, (filled.fit(kind, 0.3), other.fit(kind, 0.3))):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone))
+
+
+def test_steps_are_exact_powers():
+    exponents = torch.arange(-128, 128).to(torch.int8)
+    steps = tg.step_of(exponents).double()
+    np.testing.assert_allclose(steps, 2.0 ** (exponents.double() / 8), rtol=1e-7)
+    assert torch.equal(tg.exponent(steps), exponents)
+
+
+# --- the trellis ----------------------------------------------------------------------------------
+
+# Which class of half steps (code mod 4) leads a state to which: frontier of the published design.
+LEADS = ["00 21", "12 33", "24 05", "36 17", "20 01", "32 13", "04 25", "16 37"]
+
+
+def path_of(codes, state=0):
+    """Whether the trellis allows these half steps, one after the other, from a state on."""
+    for code in codes:
+        after = {int(pair[0]): int(pair[1]) for pair in LEADS[state].split()}
+        if code % 4 not in after:
+            return False
+        state = after[code % 4]
+    return True
+
+
+@pytest.mark.parametrize("spread", [9.0, 0.6])
+def test_viterbi_equals_trying_every_path(spread, rng):
+    """Among all paths of five codes near the values; below a spread of 1 codes cost bits too."""
+    price = 0.36 / (2 * math.log(2) * spread**2) if spread < 1 else 0.0
+    for _ in range(5):
+        y = rng.standard_normal(5) * 3
+        near = [range(round(value) - 4, round(value) + 5) for value in y]
+        allowed = [codes for codes in itertools.product(*near) if path_of(codes)]
+
+        def cost(codes):
+            codes = np.array(codes)
+            return (np.square(y - codes) + price * np.square(codes)).sum()
+
+        column = torch.from_numpy(y)[None]
+        found = tg.trellis_round(column, torch.full_like(column, spread))[0].numpy()
+        assert path_of(found.astype(int))
+        assert abs(cost(found) - min(map(cost, allowed))) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [1, 5, 128, 300, 521])
+def test_stored_codes_lead_back_to_half_steps(rows, rng):
+    """Rows that a path takes, also where paths are of different lengths."""
+    y = torch.from_numpy(rng.standard_normal((3, rows)) * 5)
+    half_steps = tg.trellis_round(y, torch.ones_like(y)).numpy().astype(np.int64)
+    assert np.abs(half_steps - y.numpy()).max() < 3
+    paths = tg.trellis_paths(rows)
+    for column in half_steps:
+        assert all(path_of(column[first::paths]) for first in range(paths))
+    stored = (half_steps // 2).T
+    np.testing.assert_array_equal(2 * stored + tg.trellis_parity(stored), half_steps.T)
+
+
+# --- clipping by deviations, corrections ----------------------------------------------------------
+
+
+def test_rows_clipped_by_deviations_and_rows_that_would_be_lost(rng):
+    w = normal(rng, 4, 50)
+    w[1] = 0
+    w[2] = 3
+    w[3] = 5 + w[3] / 1000
+    q, scales = tg.RowInt(6).fit(w, tg.Config(), None, 12.0)
+    deviation = math.sqrt(((w[0] - w[0].mean()) ** 2).sum() / 49)
+    assert scales[0] == np.float16(12 * deviation / 31)
+    decoded = tg.RowInt(6).decode(q, scales)
+    assert not decoded[1].any()
+    assert (decoded[2:] / w[2:] - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (3, 50), (40, 2), (1, 1)])
+def test_a_correction_of_low_rank_takes_error_away(shape, rng):
+    """Of full precision factors it would be the best of its rank; two and four bits come close."""
+    cfg = tg.Config(lqer_enabled=True, lqer_rank=2, lqer_asym_group=32)
+    corrected = tg.LowRankCorrected(tg.RowInt(3), cfg)
+    w = normal(rng, *shape) + 3 * normal(rng, shape[0], 1) @ normal(rng, 1, shape[1])
+    base = tg.RowInt(3).fit(w, tg.Config(quant_clip_steps=1))
+    missing = w - tg.RowInt(3).decode(*base)
+    arrays = (*base, *corrected.factors(missing))
+    parts = corrected.layout(shape)
+    assert [part.shape for part in parts] == [tuple(array.shape) for array in arrays]
+    restored = corrected.decode(*arrays)
+    assert (w - restored).norm() <= missing.norm()
+    *_, first, scale, second, scales = arrays
+    assert first.min() >= -2 and first.max() <= 1
+    assert second.min() >= -8 and second.max() <= 7
+    each = np.repeat(scales.numpy().astype(float), 32)[: second.numel()].reshape(second.shape)
+    product = (first.numpy() * float(scale)) @ (second.numpy() * each)
+    np.testing.assert_allclose(restored - (w - missing), product, atol=1e-5)

@@ -688,6 +688,57 @@ def test_absurd_settings_in_an_artifact_cost_no_memory(base, tmp_path, rt):
     assert rt.peak_memory() - before < 100e6
 
 
+# --- packing again --------------------------------------------------------------------------------
+
+
+def packed_again(base, out, **env):
+    """MODE=pack on a run's weights -> exit code, log, artifact."""
+    code = tg.main([], of_artifact(base, out, MODE="pack", **env))
+    blob = (out / "model.ptz").read_bytes() if code == 0 else b""
+    return code, log_of(out), blob
+
+
+def test_packing_again_as_before_gives_the_same_bytes(base, tmp_path):
+    code, _, blob = packed_again(base, tmp_path / "again")
+    assert code == 0
+    assert blob == (base[0] / "model.ptz").read_bytes()
+
+
+def test_packing_again_otherwise(base, tmp_path):
+    """Fitted to a cap, by every new technique; the log's score is that of MODE=eval."""
+    old = (base[0] / "model.ptz").stat().st_size
+    code_bytes = base[2]["sizes"]["code"]
+    cap = code_bytes + int(0.7 * old)
+    filled = dict(QUANT_STEP="0.01", QUANT_TRELLIS="1", COMPRESSOR="rans", GPTQ_N_SAMPLES="4")
+    fitted = dict(FIT_ARTIFACT="1", FIT_MARGIN="100", MAX_ARTIFACT_BYTES=str(cap))
+    out = tmp_path / "out"
+    code, log, blob = packed_again(base, out, **filled, **fitted, TRAIN_SEQ_LEN="64")
+    assert code == 0
+    assert 0.95 * 0.7 * old < len(blob) <= cap - code_bytes - 100
+    lines = {line.split()[1]: line for line in log.splitlines() if line.startswith("pack ")}
+    assert {"raw", "embed", "table", "attn", "mlp", "all"} <= lines.keys()
+    assert f"Serialized model rans: {len(blob)} bytes" in log
+    assert "bits a weight, ideal" in log
+
+    again = tmp_path / "eval"
+    artifact = dict(ARTIFACT=str(out / "model.ptz"), EVAL_PLAIN="1", MAX_ARTIFACT_BYTES=str(cap))
+    assert tg.main([], of_artifact(base, again, **artifact)) == 0
+    scored = result_of(again)["stages"]["plain"]["val_bpb"]
+    assert abs(scored - float(lines["all"].split("val_bpb:")[2])) < 1e-6
+
+
+def test_packing_needs_the_raw_weights(base, tmp_path):
+    """Missing, damaged, or of another model: named, and nothing is written."""
+    torch.save({"tok_emb.weight": torch.zeros(3, 4)}, tmp_path / "other.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04")
+    for name in ("none.pt", "other.pt", "damaged.pt"):
+        out = tmp_path / name.removesuffix(".pt")
+        code, log, _ = packed_again(base, out, RAW_MODEL=str(tmp_path / name))
+        assert code == 64
+        assert f"RAW_MODEL='{tmp_path / name}'" in log
+        assert not (out / "model.ptz").exists()
+
+
 # --- processes of their own -----------------------------------------------------------------------
 
 

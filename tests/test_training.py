@@ -327,3 +327,53 @@ def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
         assert len(x) == 96
         found = hessians[name].numpy()
         np.testing.assert_allclose(found, x.T @ x / 96, rtol=1e-3, atol=1e-4)
+
+
+def gradients_of(model, module, rows, outputs):
+    """d loss / d output of a module at every token [N, outputs], by adding zeros to that output."""
+    seen = []
+    for ids, targets in rows:
+        zeros = torch.zeros(ids.shape[1], outputs, requires_grad=True)
+        handle = module.register_forward_hook(lambda module, args, out: out + zeros)
+        logits = model.head(model.hidden(ids), scoring=False)
+        handle.remove()
+        loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
+        seen.append(torch.autograd.grad(loss, zeros)[0])
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_importance_is_the_gradients_square(tied, rng, rt, tmp_path):
+    """Of matrices and of tables; of the output embedding what p - 1[target] says, by frequency."""
+    cfg = config(FULL, gptq_n_samples=3, quant_step=0.1, tie_embeddings=tied, logit_softcap=5.0)
+    model = randomized(cfg)
+    tokens = rng.integers(0, 30, 400)
+    tg.write_shard(tmp_path / "fineweb_train_0.bin", tokens)
+    stream = tg.TokenStream([tmp_path / "fineweb_train_0.bin"], cfg)
+    found = tg.calibrate(model, cfg, rt, stream)
+    rows = [torch.from_numpy(tokens[at : at + 33].astype(np.int64))[None] for at in (0, 32, 64)]
+    rows = [(row[:, :-1], row[:, 1:]) for row in rows]
+    for name in ("blocks.1.mlp.fc", "blocks.0.attn.c_k", "bigram.proj"):
+        module = model.get_submodule(name)
+        squares = gradients_of(model, module, rows, len(module.weight)).square().mean(0)
+        np.testing.assert_allclose(found.importance[f"{name}.weight"], squares, rtol=1e-3)
+
+    table = model.bigram.embed
+    g = gradients_of(model, table, rows, table.embedding_dim)
+    np.testing.assert_allclose(found.hessians["bigram.embed.weight"], g.T @ g / 96, rtol=1e-3)
+    reads = np.bincount(
+        torch.cat([model.bigram.rows_of(ids)[0] for ids, _ in rows]), minlength=len(table.weight)
+    )
+    np.testing.assert_allclose(found.importance["bigram.embed.weight"], (reads + 1) / 96, rtol=1e-5)
+
+    name = "tok_emb.weight" if tied else "lm_head.weight"
+    hidden = torch.cat([model.hidden(ids)[0] for ids, _ in rows]).detach().double()
+    np.testing.assert_allclose(found.hessians[name], hidden.T @ hidden / 96, rtol=1e-3, atol=1e-5)
+    mean = found.importance[name].double().sum() * 96 / (96 + 260)
+    weight = model.get_parameter(name).detach().double()
+    z = (hidden @ weight.T).requires_grad_(True)
+    targets = torch.cat([targets[0] for _, targets in rows])
+    nats = torch.nn.functional.cross_entropy(5 * torch.tanh(z / 5), targets, reduction="sum")
+    squares = torch.autograd.grad(nats, z)[0].square().sum() / 96
+    assert abs(mean / squares - 1) < 0.05
+    assert "tok_emb.weight" in found.hessians
