@@ -78,6 +78,10 @@ class InputError(ValueError):
     """Something given to the program (a setting, a shard, an artifact) is unusable; it is named."""
 
 
+class TooFine(InputError):
+    """Quantization steps so small that whole numbers of two bytes do not reach the weights."""
+
+
 class AgreedError(InputError):
     """An InputError that every process raises at the same place."""
 
@@ -273,13 +277,13 @@ class Config:
         0.0,
         "fake quantization at rate factors below this; 0 = never",
         low=0,
-        needs="QUANT_STEP=0.0",
+        needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
     crown_q_lambda: float = _train(
         0.0,
         "quantization penalty (CROWN-Q) at rate factors below 0.5",
         low=0,
-        needs="QUANT_STEP=0.0",
+        needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
 
     vocab_size: int = _model(1024, "tokens in the vocabulary", low=2, high=65536)
@@ -452,26 +456,26 @@ class Config:
         needs="QUANT_STEP=0.0",
     )
     quant_policy: str = _pack(
-        "", "other bits by role: embed:8,attn:6 (roles embed, table, attn, mlp, gate, other)"
+        "", "other bits by role: embed:8,attn:6 (embed, table, attn, mlp, gate, other; gate:16)"
     )
     quant_clip_steps: int = _pack(
         16,
         "clip levels tried for each row; 1 = its maximum",
         low=1,
         high=256,
-        needs="MATRIX_CLIP_SIGMAS=0.0",
+        needs="MATRIX_CLIP_SIGMAS=0.0, and QUANT_STEP=0.0 or QUANT_POLICY",
     )
     quant_scale_floor: bool = _pack(
         False,
         "steps of at least 1/top level, as the official baseline has them",
-        needs="MATRIX_CLIP_SIGMAS=0.0",
+        needs="MATRIX_CLIP_SIGMAS=0.0, and QUANT_STEP=0.0 or QUANT_POLICY",
     )
     matrix_clip_sigmas: float = _pack(
         0.0,
         "clip each row at so many of its standard deviations; 0 = search",
         low=0,
         high=1e4,
-        needs="QUANT_STEP=0.0",
+        needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
     attn_clip_sigmas: float = _pack(
         0.0,
@@ -498,12 +502,16 @@ class Config:
         False, "the worst quantized matrices get a correction of low rank (LQER, 2402.02446)"
     )
     lqer_top_k: int = _pack(3, "how many matrices get one", low=1, needs="LQER_ENABLED")
-    lqer_rank: int = _pack(4, "its rank", low=1, needs="LQER_ENABLED")
+    lqer_rank: int = _pack(4, "its rank", low=1, high=256, needs="LQER_ENABLED")
     lqer_factor_bits: int = _pack(
         4, "bits of its second factor; the first has 2", low=2, high=8, needs="LQER_ENABLED"
     )
     lqer_asym_group: int = _pack(
-        64, "neighbours in the second factor that share a scale", low=1, needs="LQER_ENABLED"
+        64,
+        "neighbours in the second factor that share a scale",
+        low=1,
+        high=65536,
+        needs="LQER_ENABLED",
     )
     gptq_n_samples: int = _pack(
         0, "training sequences that calibrate GPTQ; 0 = plain rounding", low=0
@@ -527,7 +535,7 @@ class Config:
         "share of each quantized tensor's smallest weights set to 0",
         low=0,
         high=1,
-        needs="QUANT_STEP=0.0",
+        needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
     keep_float_max_numel: int = _pack(65536, "tensors up to this size stay float", low=0)
     compressor: str = _pack(
@@ -538,7 +546,7 @@ class Config:
     )
     fit_artifact: bool = _pack(
         False,
-        "steps as fine as the cap allows: scales QUANT_STEP, or MATRIX_CLIP_SIGMAS and its like",
+        "scale QUANT_STEP to fill the cap; MATRIX_CLIP_SIGMAS and its like only up, to fit it",
         needs="QUANT_STEP or MATRIX_CLIP_SIGMAS",
     )
     fit_margin: int = _pack(0, "bytes of the cap left free then", low=0, needs="FIT_ARTIFACT")
@@ -1127,7 +1135,7 @@ def _check_training(c: Config, relations: Relations) -> None:
         f"{shown('seeds')}: expected different numbers from 0 on",
     )
     require(not c.seeds or not c.resume, "RESUME goes on with one run: not with SEEDS")
-    policy = rf"(\s*({'|'.join(ROLES)}):[2-8]\s*(,|$)|,)*"
+    policy = rf"(\s*(({'|'.join(ROLES)}):[2-8]|gate:16)\s*(,|$)|,)*"
     require(
         re.fullmatch(policy, c.quant_policy),
         f"{shown('quant_policy')}: expected role:bits with roles {', '.join(ROLES)}, 2 to 8 bits",
@@ -3732,7 +3740,20 @@ class Calibration:
     """
 
     hessians: Mapping[str, Tensor]
-    importance: Mapping[str, Tensor]
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    factors: dict[str, InverseFactor] = dataclasses.field(default_factory=dict)  # made once
+
+    def __post_init__(self) -> None:
+        for kind, found in (("Hessian", self.hessians), ("importance", self.importance)):
+            for name, values in found.items():
+                check(values.isfinite().all(), f"{name}: its {kind} has values that are not finite")
+
+    def factor(self, name: str, damp: float) -> InverseFactor:
+        """Of a matrix's Hessian; InputError, by name, if it cannot be factored."""
+        if name not in self.factors:
+            with input_error_from(f"{name}: its Hessian", torch.linalg.LinAlgError):
+                self.factors[name] = inverse_factor(self.hessians[name], damp)
+        return self.factors[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4015,12 +4036,21 @@ class StepInt:
         return Part("codes", self.dtype, (rows, columns)), *steps
 
     def fit(
+        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """One matrix w [R, C] at c = QUANT_STEP, all of its rows of importance 1; see fit_many."""
+        hessian = torch.eye(w.size(1)) if hessian is None else hessian
+        factor = inverse_factor(hessian, cfg.gptq_damp)
+        return self.fit_many(w[None], [factor], torch.ones(1, len(w)), cfg.quant_step)[0]
+
+    def fit_many(
         self, w: Tensor, factors: Sequence[InverseFactor], importance: Tensor, c: float
     ) -> list[tuple[Tensor, ...]]:
         """M matrices w [M, R, C] -> of each q int16 [R, C], exponents of steps int8 [C] and [R].
 
         importance [M, R]: mean square of the loss's gradient at the rows' outputs. A row's is at
-        most 256 times more or less than their mean, since it is an estimate.
+        most 256 times more or less than their mean, since it is an estimate. c: root of 24 times
+        the nats that a weight may cost. TooFine if a code needs more than two bytes.
         """
         mean = importance.double().mean(1, keepdim=True).clamp_min(1e-30)
         relative = (importance.double() / mean).clamp(1 / 256, 256)
@@ -4030,14 +4060,19 @@ class StepInt:
         steps = step_of(rows)[:, :, None] * step_of(columns)[:, None]
         deviation = w.double().std((1, 2), correction=0)[:, None]
         q = gptq(w, steps, factors, functools.partial(self._rounded, deviation=deviation))
-        return list(zip(self._stored(q), columns, rows))
+        stored = self._stored(q)
+        reached = stored.abs().max() <= 32767 and columns.min() > -128
+        if not reached:
+            raise TooFine(f"QUANT_STEP={c:g} is too fine: codes beyond two bytes")
+        return list(zip(stored.to(torch.int16), columns, rows))
 
     def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
         """A column in steps [M, R] -> codes; deviation [M, 1]: of the matrices."""
-        return y.round().clamp(-32767, 32767)
+        return y.round()
 
     def _stored(self, q: Tensor) -> Tensor:
-        return q.to(torch.int16)
+        """Whole numbers as they are packed."""
+        return q
 
     def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """For each array of codes: log2 in eighths of a code's expected size, but for a constant.
@@ -4061,10 +4096,11 @@ class TrellisInt(StepInt):
 
     def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
         spread = (2 * deviation / step).clamp_min(1e-6)
-        return trellis_round(2 * y, spread).clamp(-65534, 65534) / 2
+        return trellis_round(2 * y, spread) / 2
 
     def _stored(self, q: Tensor) -> Tensor:
-        return q.floor().to(torch.int16)
+        """Whole steps; the path tells whether half a step is added."""
+        return q.floor()
 
     def period(self, shape: Sequence[int]) -> int:
         """See StepInt."""
@@ -4076,7 +4112,8 @@ class TrellisInt(StepInt):
         return super().decode(q.float() + half.float() / 2, columns, rows)
 
 
-# The steps of an octave. Exact: a power of a whole octave is, and these are read, not computed.
+# 2^(0/8) to 2^(7/8), float32. Read, not computed, so that no machine's rounding decides; whole
+# octaves only change the exponent.
 EIGHTHS = np.array(
     [1, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32
 )
@@ -4151,7 +4188,11 @@ class LowRankCorrected:
         *base, q_first, scale, q_second, scales = arrays
         second = self._grouped(q_second.float()) * scales.float()
         second = second.flatten()[: q_second.numel()].view(q_second.shape)
-        return self.base.decode(*base) + (q_first.float() * scale.float()) @ second
+        first = q_first.float() * scale.float()
+        w = self.base.decode(*base)
+        for column, row in zip(first.T, second):  # no matmul, whose order of sums is not fixed
+            w = w + column[:, None] * row
+        return w
 
 
 QUANTIZERS: dict[str, RowInt | StepInt | AsFloat] = {
@@ -4167,8 +4208,9 @@ QUANTIZERS: dict[str, RowInt | StepInt | AsFloat] = {
 
 def quantizer(kind: str, cfg: Config) -> RowInt | StepInt | AsFloat | LowRankCorrected:
     """The quantizer of a name in an artifact's table: int6, f16, int6+lqer; else a KeyError."""
-    base, corrected = re.fullmatch(r"(.*?)(\+lqer)?", kind, re.S).groups()
-    return LowRankCorrected(QUANTIZERS[base], cfg) if corrected else QUANTIZERS[base]
+    if kind.endswith("+lqer") and not kind.startswith("f"):
+        return LowRankCorrected(QUANTIZERS[kind.removesuffix("+lqer")], cfg)
+    return QUANTIZERS[kind]
 
 
 def tensor_role(name: str) -> str:
@@ -4184,12 +4226,12 @@ def tensor_role(name: str) -> str:
 def integer_bits(name: str, w: Tensor, cfg: Config) -> int:
     """Bits of a tensor's whole numbers by the policy; 0 = a float, or whole numbers without limit.
 
-    Gains and small matrices stay floats; gates too, unless the policy names them.
+    Gains and small matrices stay floats; gates too, unless the policy gives them 2 to 8 bits.
     """
-    bits_of_role = dict(re.findall(r"(\w+):(\d)", cfg.quant_policy))
+    bits_of_role = dict(re.findall(r"(\w+):(\d+)", cfg.quant_policy))
     role = tensor_role(name)
     if w.ndim == 2 and role == "gate":
-        return int(bits_of_role.get(role, 0))
+        return int(bits_of_role.get(role, 0)) % 16
     if not is_large(name, w, cfg):
         return 0
     return int(bits_of_role.get(role, 0 if cfg.quant_step else cfg.quant_bits))
@@ -4198,14 +4240,18 @@ def integer_bits(name: str, w: Tensor, cfg: Config) -> int:
 def is_large(name: str, w: Tensor, cfg: Config) -> bool:
     """Whether a tensor is a matrix, and no gain by role, of more than KEEP_FLOAT_MAX_NUMEL."""
     is_gain = name.endswith(CONTROL_NAMES)
+    is_gain |= name.startswith("alpha_head") and cfg.quant_step > 0  # calibration does not see it
     return w.ndim == 2 and not is_gain and w.numel() > cfg.keep_float_max_numel
 
 
 def clip_sigmas(name: str, cfg: Config) -> float:
     """Where the rows of a quantized matrix are clipped, in standard deviations; 0 = by search."""
+    role = tensor_role(name)
     of_role = {"attn": cfg.attn_clip_sigmas, "mlp": cfg.mlp_clip_sigmas}
     of_role["embed"] = cfg.embed_clip_sigmas
-    return of_role.get(tensor_role(name), 0.0) or cfg.matrix_clip_sigmas
+    if role == "gate":  # rows so short have no value that many deviations out
+        return 0.0
+    return of_role.get(role, 0.0) or cfg.matrix_clip_sigmas
 
 
 def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
@@ -4215,7 +4261,9 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
         return f"int{bits}"
     if is_large(name, w, cfg):
         return "trellis16" if cfg.quant_trellis else "step16"
-    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES) and tensor_role(name) != "gate"
+    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES)
+    if tensor_role(name) == "gate" and "gate:16" in cfg.quant_policy:
+        is_gain = w.ndim != 2
     return "f16" if not is_gain and w.abs().max() < 65504 else "f32"
 
 
@@ -4785,6 +4833,7 @@ class CalibrationSums:
         self.cfg = cfg
         self.hessians: dict[str, Tensor] = {}
         self.importance: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor] = {}  # of the rows of tables, and of the output embedding
         self.head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
 
     @staticmethod
@@ -4798,10 +4847,9 @@ class CalibrationSums:
     def _add_squares(self, name: str, gradient: Tensor) -> None:
         self._add(self.importance, name, gradient.flatten(0, -2).float().square().sum(0))
 
-    def _add_reads(self, name: str, rows: Tensor, count: int, each: float | Tensor = 1.0) -> None:
-        """How often each row is read, times `each`; once more than seen, since none is never."""
+    def _add_reads(self, name: str, rows: Tensor, count: int) -> None:
         reads = torch.bincount(rows.flatten(), minlength=count).float()
-        self._add(self.importance, name, (reads if name in self.importance else reads + 1) * each)
+        self._add(self.reads, name, reads)
 
     def _see_linear(self, name: str, module: Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
         self._add_moments(name, args[0].detach())
@@ -4825,7 +4873,8 @@ class CalibrationSums:
         gradient.scatter_add_(-1, targets.unsqueeze(-1), -torch.ones_like(gradient[..., :1]))
         if cap:
             gradient *= 1 - (logits.detach() / cap).square()
-        self._add_reads(self.head, targets, logits.size(-1), gradient.square().sum(-1).mean())
+        self._add_reads(self.head, targets, logits.size(-1))
+        self._add_squares(self.head, gradient.square().sum(-1, keepdim=True).sqrt())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -4836,9 +4885,11 @@ class CalibrationSums:
             if see and f"{name}.weight" != self.head:
                 see = functools.partial(see, f"{name}.weight")
                 handles.append(module.register_forward_hook(see))
-        yield
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(self, ids: Tensor, targets: Tensor) -> None:
         """One batch [B, T]; the loss's gradient is taken only where QUANT_STEP needs it."""
@@ -4868,9 +4919,14 @@ def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Cali
             sums.add(tokens[:, :-1], tokens[:, 1:])
 
     def means(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: (rt.sum_(t) / (samples * length)).cpu() for name, t in totals.items()}
+        names = sorted(totals)  # every process makes the same calls
+        return {name: (rt.sum_(totals[name]) / (samples * length)).cpu() for name in names}
 
-    return Calibration(means(sums.hessians), means(sums.importance))
+    importance = means(sums.importance)
+    for name, share in means(sums.reads).items():
+        seen = share + 1 / (samples * length)  # once more, since no row is never read
+        importance[name] = seen * importance[name] if name in importance else seen
+    return Calibration(means(sums.hessians), importance)
 
 
 # ==================================================================================================
@@ -4969,7 +5025,7 @@ class CodeTables:
     @functools.cached_property
     def code_at(self) -> np.ndarray:
         """[K, 2^14] which code (from lowest) holds a slot."""
-        codes = np.arange(self.frequency.shape[1])
+        codes = np.arange(self.frequency.shape[1], dtype=np.uint16)
         return np.stack([np.repeat(codes, row.astype(np.int64)) for row in self.frequency])
 
     def of_context(self, context: np.ndarray) -> np.ndarray:
@@ -4989,10 +5045,13 @@ class CodeTables:
         (count,) = struct.unpack_from("<H", data)
         at = 2
         highest, lowest, stored = [], [], []
+        check(count <= 2 * RANS_ODD, f"{count} code tables")
         for _ in range(count):
             until, first, others = TABLE.unpack_from(data, at)
-            values = np.frombuffer(data, np.uint8, others + 1, at + TABLE.size)
-            at += TABLE.size + len(values)
+            at += TABLE.size + others + 1
+            whole = others < 1 << RANS_BITS and at <= len(data)
+            check(whole, "the code tables do not end where they should")
+            values = np.frombuffer(data[at - others - 1 : at], np.uint8)
             check(not highest or until > highest[-1], "the code tables are out of order")
             frequencies_of(values)
             highest.append(until)
@@ -5056,7 +5115,8 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
     """Tables by quarter octaves of size, neighbours merged as long as that saves bits."""
     lowest = min(int(part.codes.min()) for part in parts)
     size = max(int(part.codes.max()) for part in parts) - lowest + 1
-    check(size <= 1 << RANS_BITS, f"COMPRESSOR=rans: {size} codes apart; steps are too fine")
+    if size > 1 << RANS_BITS:
+        raise TooFine(f"COMPRESSOR=rans: codes are {size} apart, at most 16384; use a larger step")
     counts: dict[int, np.ndarray] = {}
     for part in parts:
         bins = part.contexts >> 1
@@ -5223,12 +5283,12 @@ def fit_steps(
     for name in group:
         known = name in calibration.hessians and name in calibration.importance
         check(known, f"{name}: QUANT_STEP needs its Hessian and the importance of its rows")
-    factors = [inverse_factor(calibration.hessians[name], cfg.gptq_damp) for name in group]
+    factors = [calibration.factor(name, cfg.gptq_damp) for name in group]
     importance = torch.stack([calibration.importance[name] for name in group])
     if not cfg.quant_row_steps:
         importance = importance.mean(1, keepdim=True).expand_as(importance)
     c = cfg.quant_step * scale
-    found = QUANTIZERS[kind].fit(torch.stack(list(group.values())), factors, importance, c)
+    found = QUANTIZERS[kind].fit_many(torch.stack(list(group.values())), factors, importance, c)
     fitted = {}
     for (name, w), (q, *steps) in zip(group.items(), found):
         narrow = -128 <= q.min() and q.max() < 128
@@ -5277,7 +5337,8 @@ def corrected(
             missing[name] = state_dict[name].detach().to("cpu", torch.float32) - decoded(
                 tensor, cfg
             )
-    worst = sorted(missing, key=lambda name: missing[name].norm(), reverse=True)
+    norms = {name: float(error.norm()) for name, error in missing.items()}
+    worst = sorted(norms, key=norms.__getitem__, reverse=True)
     found = {}
     for name in worst[: cfg.lqer_top_k]:
         tensor = fitted[name]
@@ -5297,18 +5358,18 @@ def decoded(tensor: PackedTensor, cfg: Config) -> Tensor:
 def pack(
     state_dict: Mapping[str, Tensor],
     cfg: Config,
-    hessians: Mapping[str, Tensor] | None = None,
+    hessians: Calibration | Mapping[str, Tensor] | None = None,
     code_bytes: int = 0,
     notes: Mapping[str, Any] | None = None,
-    importance: Mapping[str, Tensor] | None = None,
 ) -> bytes:
     """Weights and the settings that rebuild and score them as one file's bytes.
 
-    hessians, importance: as in `Calibration`. code_bytes, notes: recorded (JSON). With FIT_ARTIFACT
-    the file is the largest found that leaves code and margin their bytes. InputError if a weight
-    is not finite, or if no file is small enough.
+    hessians: all of a calibration, or name -> mean of x x^T [C, C]. code_bytes, notes: recorded
+    (JSON). With FIT_ARTIFACT the file is the largest found that leaves code and margin their bytes,
+    the smallest if none does. InputError if a weight is not finite.
     """
-    calibration = Calibration(hessians or {}, importance or {})
+    known = isinstance(hessians, Calibration)
+    calibration = hessians if known else Calibration(hessians or {})
 
     def packed(scale: float) -> bytes:
         fitted = fit_all(state_dict, cfg, calibration, scale)
@@ -5318,33 +5379,40 @@ def pack(
     if not cfg.fit_artifact:
         return packed(1.0)
     weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
-    return fitted_to(cfg.max_artifact_bytes - code_bytes - cfg.fit_margin, weights, packed)
+    finest = 0.0 if cfg.quant_step else 1.0  # fewer deviations would clip more, not round finer
+    limit = cfg.max_artifact_bytes - code_bytes - cfg.fit_margin
+    return fitted_to(limit, weights, packed, finest)
 
 
-# Probes of FIT_ARTIFACT, and the share of the limit that the largest file may fall short of it.
-FIT_PROBES = 6
+# Probes of FIT_ARTIFACT, and the share of the limit that the file may fall short of it.
+FIT_PROBES = 5
 FIT_SLACK = 0.001
 
 
-def fitted_to(limit: int, weights: int, packed: Callable[[float], bytes]) -> bytes:
+def fitted_to(
+    limit: int, weights: int, packed: Callable[[float], bytes], finest: float = 0.0
+) -> bytes:
     """The largest file of at most `limit` bytes that a few scales of the quantization steps give.
 
-    Steps an octave finer cost about a bit a weight: so each probe aims at half of the slack.
+    Else the smallest. Steps an octave finer cost about a bit a weight: so each probe aims at half
+    of the slack. Steps that are refused as too fine are a file too large. finest: no scale below.
     """
-    best = smallest = b""
+    blobs: dict[float, bytes] = {}
     scale = 1.0
-    for _ in range(FIT_PROBES):
-        blob = packed(scale)
-        smallest = min(blob, smallest or blob, key=len)
-        if len(best) < len(blob) <= limit:
-            best = blob
-        if len(best) >= limit * (1 - FIT_SLACK):
+    while scale not in blobs and len(blobs) < FIT_PROBES:
+        size = 2 * limit
+        blobs[scale] = b""
+        with contextlib.suppress(TooFine):
+            blobs[scale] = packed(scale)
+            size = len(blobs[scale])
+        octaves = 8 * (size - limit * (1 - FIT_SLACK / 2)) / max(1, weights)
+        if limit * (1 - FIT_SLACK) <= size <= limit:
             break
-        octaves = 8 * (len(blob) - limit * (1 - FIT_SLACK / 2)) / weights
-        scale *= 2.0 ** max(-4.0, min(octaves, 4.0))
-    found = f"{len(smallest)} bytes at the coarsest steps that were tried"
-    check(best, f"FIT_ARTIFACT: MAX_ARTIFACT_BYTES leaves the model {limit} bytes; {found}")
-    return best
+        scale = max(finest, scale * 2.0 ** max(-4.0, min(octaves, 4.0)))
+    found = [blob for blob in blobs.values() if blob]
+    check(found, "FIT_ARTIFACT: QUANT_STEP is too fine for every scale that was tried")
+    fitting = [blob for blob in found if len(blob) <= limit]
+    return max(fitting, key=len) if fitting else min(found, key=len)
 
 
 def packed_file(
@@ -5467,13 +5535,13 @@ def expand(blob: bytes) -> tuple[Config, dict[str, Any], list[PackedTensor]]:
             quantizers = [quantizer(kind, cfg) for _, _, kind in header["tensors"]]
             arrays, sizes = rans_arrays(payload, layouts, quantizers)
         else:
-            arrays = split(CODERS[codec].expand(payload, total), layouts, STREAMS)
+            arrays = arrays_in(CODERS[codec].expand(payload, total), layouts, STREAMS)
             sizes = [0] * len(layouts)
     rows = zip(header["tensors"], arrays, sizes)
     return cfg, header, [PackedTensor(*row, tuple(found), size) for row, found, size in rows]
 
 
-def split(
+def arrays_in(
     raw: bytes, layouts: Sequence[tuple[Part, ...]], streams: Sequence[str]
 ) -> list[list[Any]]:
     """Every tensor's arrays in expanded streams; None for those that are in other streams."""
@@ -5510,7 +5578,7 @@ def rans_arrays(
     size = zstandard.get_frame_parameters(rest).content_size
     check(others <= size <= others + RANGE.size * count + RANS_TABLES, "its first part is no frame")
     rest = _expand_zstd(rest, size)
-    tensors = split(rest[:others], layouts, STREAMS[1:])
+    tensors = arrays_in(rest[:others], layouts, STREAMS[1:])
     sizes = [0] * len(layouts)
     if not count:
         return tensors, sizes
@@ -5559,6 +5627,15 @@ def entropy_bytes(tensor: PackedTensor) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
 
 
+def tensor_bytes(tensor: PackedTensor) -> float:
+    """About what a tensor takes in the file: its ranges, and the entropy of what has none."""
+    if not tensor.range_bytes:
+        return entropy_bytes(tensor)
+    steps = [array for array in tensor.arrays if array.ndim == 1 or array.dtype == np.float16]
+    others = dataclasses.replace(tensor, arrays=tuple(steps))
+    return tensor.range_bytes + entropy_bytes(others)
+
+
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
     """Log lines: bytes of code, model and both, the margin, the five largest tensors.
 
@@ -5574,14 +5651,16 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
         f"Total submission size {codec}: {total} bytes",
         f"size_cap:{cap} margin:{cap - total} bytes{over}",
     ]
-    sizes = {tensor.name: tensor.range_bytes or entropy_bytes(tensor) for tensor in tensors}
-    for tensor in sorted(tensors, key=lambda tensor: sizes[tensor.name], reverse=True)[:5]:
-        size = sizes[tensor.name]
+    sizes = {tensor.name: tensor_bytes(tensor) for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]:
+        tensor, size = by_name[name], sizes[name]
         line = f"  about {size:9.0f} bytes  {tensor.kind:5} {tensor.name} {tensor.shape}"
         if tensor.range_bytes:
             count = math.prod(tensor.shape)
             ideal = sum(map(context_entropy, coded_parts(tensor, cfg)))
-            line += f" {8 * size / count:.3f} bits a weight, ideal {ideal / count:.3f}"
+            coded = 8 * tensor.range_bytes / count
+            line += f" {coded:.3f} bits a weight, ideal {ideal / count:.3f}"
         lines.append(line)
     return lines
 
@@ -5669,6 +5748,8 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
             problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")
     raise_if(problems)
     merged = load_config(env, stored)
+    if cfg.mode == "pack" and "train_seq_len" not in given:
+        merged = dataclasses.replace(merged, train_seq_len=stored.score_len)
     places = find_data(noted(header, "tokenizer"), given.keys())
     if "case_transform" not in given:
         places["case_transform"] = noted(header, "case_transform")
@@ -8096,7 +8177,7 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
         return status, b""
     if trainer.averager:
         trainer.averager.apply()
-    calibration = Calibration({}, {})
+    calibration = Calibration({})
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
             calibration = calibrate(trainer.model, cfg, rt, trainer.stream)
@@ -8126,11 +8207,10 @@ def pack_model(
         with rt.together():
             if rt.main:
                 state = {name: w.cpu() for name, w in model.state_dict().items()}
-                hessians, importance = calibration.hessians, calibration.importance
-                blob = pack(state, cfg, hessians, code, notes, importance)
-                atomic_write(log.out_dir / "model.ptz", blob)
                 with log.optional("final_model.pt"):
                     save_torch(log.out_dir / "final_model.pt", state)
+                blob = pack(state, cfg, calibration, code, notes)
+                atomic_write(log.out_dir / "model.ptz", blob)
                 log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
     total = code + len(blob)
@@ -8151,11 +8231,13 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
         if cfg.gptq_n_samples:
             stream = TokenStream(shard_paths(cfg, "train"), cfg)
     model = build_model(cfg, rt, {name: w.clone() for name, w in raw.items()})
-    calibration = Calibration({}, {})
+    calibration = Calibration({})
     if cfg.gptq_n_samples:
         with log.phase("calibrate"):
             calibration = calibrate(model, cfg, rt, stream)
     notes = {name: value for name, value in header["notes"].items() if name != "fit_scale"}
+    if cfg.gptq_n_samples:
+        notes["repacked"] = "calibrated on training text after the run"
     blob = pack_model(cfg, rt, log, model, calibration, notes)
     scorer = Scorer("compare", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
 
@@ -8166,12 +8248,12 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
 
     log.log(f"pack raw weights {score({})}")
     new = expand(blob)[2]
-    for role in (*ROLES, "all"):
+    for role in ("all", *ROLES):
         line = ""
         for when, tensors, settings in (("before", old, stored), ("after", new, cfg)):
             chosen = [t for t in tensors if role in ("all", tensor_role(t.name))]
             if chosen:
-                size = sum(tensor.range_bytes or entropy_bytes(tensor) for tensor in chosen)
+                size = sum(map(tensor_bytes, chosen))
                 line += f" {when} about {size:.0f} bytes {score(weights_of(chosen, settings))}"
         if line:
             log.log(f"pack {role}{line}")

@@ -426,7 +426,7 @@ def test_a_step_by_itself_follows_the_run(run_log):
     assert looping == [False, False, True]
 
 
-# --- its artifact ----------------------------------------------------------------------------------
+# --- its artifact ---------------------------------------------------------------------------------
 
 
 @needs_reference
@@ -440,7 +440,7 @@ def test_gptq_and_corrections_of_pr2135():
     cfg = tg.Config(**leaders, lqer_enabled=True, lqer_asym_group=32)
     state = {name: torch.from_numpy(found[f"{name}/w"]) for name in names}
     hessians = {name: torch.from_numpy(found[f"{name}/hessian"]) for name in names}
-    for tensor in tg.fit_all(state, cfg, tg.Calibration(hessians, {})):
+    for tensor in tg.fit_all(state, cfg, tg.Calibration(hessians)):
         codes, scales = tensor.arrays[:2]
         np.testing.assert_array_equal(codes, found[f"{tensor.name}/codes"])
         np.testing.assert_array_equal(scales[:, 0], found[f"{tensor.name}/scale"])

@@ -41,8 +41,9 @@ def test_row_quantizer_error_bounds(bits, rng):
     w[3] = 0
     whole = there_and_back(w, bits, quant_clip_steps=1)
     clipped = there_and_back(w, bits, quant_clip_steps=16)
-    step = w.abs().amax(1, keepdim=True) / top_level(bits)
-    bound = 0.505 * step + 2.0**-24 * top_level(bits)  # float16 scales round
+    top = top_level(bits)
+    step = w.abs().amax(1, keepdim=True) / top
+    bound = 0.505 * step + 2.0**-24 * top  # float16 scales round
     assert ((whole - w).abs() <= bound).all()
     before = (whole - w).square().sum(1)
     after = (clipped - w).square().sum(1)
@@ -121,12 +122,14 @@ class Layer:
 @pytest.fixture(params=[(4, 24, 0.01), (3, 150, 0.1), (8, 40, 0.01)])
 def layer(request, rng):
     bits, cols, damp = request.param
-    w = rng.standard_normal((6, cols)).astype(np.float32)
+    w = rng.standard_normal((6, cols))
     x = rng.standard_normal((4 * cols, cols))
-    x = x @ (rng.standard_normal((cols, cols)) / 3 + np.eye(cols))
+    mixed = rng.standard_normal((cols, cols)) / 3
+    mixed += np.eye(cols)
+    x = x @ mixed
     x[:, [2, 9]] = 0
     hessian = x.T @ x / len(x)
-    return Layer(w, hessian.astype(np.float32), bits, damp)
+    return Layer(w.astype(np.float32), hessian.astype(np.float32), bits, damp)
 
 
 def test_gptq_equals_column_by_column(layer):
@@ -135,14 +138,17 @@ def test_gptq_equals_column_by_column(layer):
     Dead columns are 0.
     """
     top = top_level(layer.bits)
-    scale = np.abs(layer.w).max(1, keepdims=True) / np.float32(top)
+    highest = np.abs(layer.w).max(1, keepdims=True)
+    scale = highest / np.float32(top)
     arrays = [torch.from_numpy(array) for array in (layer.w, scale, layer.hessian)]
     w, steps, hessian = arrays
+    rounded = tg.RowInt(layer.bits)._rounded
     factor = tg.inverse_factor(hessian, layer.damp)
-    codes = tg.gptq(w[None], steps[None], [factor], tg.RowInt(layer.bits)._rounded)[0].numpy()
+    (codes,) = tg.gptq(w[None], steps[None], [factor], rounded).numpy()
     np.testing.assert_array_equal(codes, layer.gptq(scale[:, 0].astype(np.float64)))
     plain = oracles.rounded(layer.w, scale, top)
-    assert layer.output_error(codes * scale) < 0.9 * layer.output_error(plain * scale)
+    error = layer.output_error(codes * scale)
+    assert error < 0.9 * layer.output_error(plain * scale)
     assert not codes[:, [2, 9]].any()
     assert plain[:, [2, 9]].any()
 
@@ -295,10 +301,14 @@ class Filled:
         return c * np.outer(self.importance**-0.5, left**-0.5)
 
     def fit(self, kind, c):
-        arrays = [torch.from_numpy(array)[None] for array in (self.w, self.importance)]
-        factor = tg.inverse_factor(torch.from_numpy(self.hessian), self.damp)
-        (found,) = tg.QUANTIZERS[kind].fit(arrays[0], [factor], arrays[1], c)
+        w = torch.from_numpy(self.w)
+        importance = torch.from_numpy(self.importance)
+        quantizer = tg.QUANTIZERS[kind]
+        (found,) = quantizer.fit_many(w[None], [self.factor()], importance[None], c)
         return found
+
+    def factor(self):
+        return tg.inverse_factor(torch.from_numpy(self.hessian), self.damp)
 
     def loss(self, decoded):
         """Half of the importance-weighted error of the outputs."""
@@ -308,19 +318,25 @@ class Filled:
 
 @pytest.fixture
 def filled(rng):
-    x = rng.standard_normal((400, 40)) @ (rng.standard_normal((40, 40)) / 4 + np.eye(40))
-    x = x * np.exp(rng.standard_normal(40))
+    mixed = rng.standard_normal((40, 40)) / 4
+    mixed += np.eye(40)
+    x = rng.standard_normal((400, 40))
+    x = x @ mixed
+    x *= np.exp(rng.standard_normal(40))
+    hessian = x.T @ x / 400
     importance = np.exp(rng.standard_normal(24))
-    w = rng.standard_normal((24, 40)).astype(np.float32)
-    return Filled(w, (x.T @ x / 400).astype(np.float32), importance.astype(np.float32))
+    w = rng.standard_normal((24, 40))
+    return Filled(*[array.astype(np.float32) for array in (w, hessian, importance)])
 
 
 def test_water_filled_steps_and_codes_equal_the_slow_rule(filled):
     """Steps to a sixteenth of an octave; at these steps, codes of the column by column oracle."""
     q, columns, rows = filled.fit("step16", 0.1)
-    steps = np.outer(tg.step_of(rows).numpy(), tg.step_of(columns).numpy())
-    wanted = filled.steps(0.1)
-    assert np.abs(np.log2(steps / wanted)).max() <= 1 / 8 + 1e-5
+    row_steps = tg.step_of(rows).numpy()
+    column_steps = tg.step_of(columns).numpy()
+    steps = np.outer(row_steps, column_steps)
+    octaves = np.log2(steps / filled.steps(0.1))
+    assert np.abs(octaves).max() <= 1 / 8 + 1e-5
     slow = oracles.gptq(filled.w, steps.astype(np.float64), filled.hessian, 32767, filled.damp)
     np.testing.assert_array_equal(q.numpy(), slow)
     decoded = tg.QUANTIZERS["step16"].decode(q, columns, rows)
@@ -343,14 +359,15 @@ def test_the_loss_of_fine_steps_is_what_c_says(filled, rng):
 
 def test_matrices_fitted_together_equal_each_alone(filled, rng):
     other = Filled(filled.w[::-1].copy(), np.eye(40, dtype=np.float32), filled.importance)
+    parts = [filled, other]
+    w = torch.from_numpy(np.stack([part.w for part in parts]))
+    importance = torch.from_numpy(np.stack([part.importance for part in parts]))
+    factors = [part.factor() for part in parts]
     for kind in ("step16", "trellis16"):
-        w = torch.from_numpy(np.stack([filled.w, other.w]))
-        hessians = [torch.from_numpy(part.hessian) for part in (filled, other)]
-        factors = [tg.inverse_factor(h, filled.damp) for h in hessians]
-        importance = torch.from_numpy(np.stack([filled.importance, other.importance]))
-        both = tg.QUANTIZERS[kind].fit(w, factors, importance, 0.3)
-        for found, alone in zip(both, (filled.fit(kind, 0.3), other.fit(kind, 0.3))):
-            assert all(torch.equal(a, b) for a, b in zip(found, alone))
+        both = tg.QUANTIZERS[kind].fit_many(w, factors, importance, 0.3)
+        for found, part in zip(both, parts):
+            for together, alone in zip(found, part.fit(kind, 0.3)):
+                assert torch.equal(together, alone)
 
 
 def test_steps_are_exact_powers():
@@ -376,36 +393,44 @@ def path_of(codes, state=0):
     return True
 
 
+def cost(y, codes, price):
+    """Squared error, and what the codes' bits are charged."""
+    codes = np.array(codes)
+    wrong = y - codes
+    return wrong @ wrong + price * codes @ codes
+
+
 @pytest.mark.parametrize("spread", [9.0, 0.6])
 def test_viterbi_equals_trying_every_path(spread, rng):
     """Among all paths of five codes near the values; below a spread of 1 codes cost bits too."""
     price = 0.36 / (2 * math.log(2) * spread**2) if spread < 1 else 0.0
     for _ in range(5):
         y = rng.standard_normal(5) * 3
-        near = [range(round(value) - 4, round(value) + 5) for value in y]
+        centres = y.round().astype(int)
+        near = [range(centre - 4, centre + 5) for centre in centres]
         allowed = [codes for codes in itertools.product(*near) if path_of(codes)]
 
-        def cost(codes):
-            codes = np.array(codes)
-            return (np.square(y - codes) + price * np.square(codes)).sum()
-
         column = torch.from_numpy(y)[None]
-        found = tg.trellis_round(column, torch.full_like(column, spread))[0].numpy()
+        spreads = torch.full_like(column, spread)
+        found = tg.trellis_round(column, spreads)[0].numpy()
         assert path_of(found.astype(int))
-        assert abs(cost(found) - min(map(cost, allowed))) < 1e-9
+        least = min(cost(y, codes, price) for codes in allowed)
+        assert abs(cost(y, found, price) - least) < 1e-9
 
 
 @pytest.mark.parametrize("rows", [1, 5, 128, 300, 521])
 def test_stored_codes_lead_back_to_half_steps(rows, rng):
     """Rows that a path takes, also where paths are of different lengths."""
     y = torch.from_numpy(rng.standard_normal((3, rows)) * 5)
-    half_steps = tg.trellis_round(y, torch.ones_like(y)).numpy().astype(np.int64)
+    found = tg.trellis_round(y, torch.ones_like(y))
+    half_steps = found.numpy().astype(np.int64)
     assert np.abs(half_steps - y.numpy()).max() < 3
     paths = tg.trellis_paths(rows)
     for column in half_steps:
         assert all(path_of(column[first::paths]) for first in range(paths))
-    stored = (half_steps // 2).T
-    np.testing.assert_array_equal(2 * stored + tg.trellis_parity(stored), half_steps.T)
+    stored = half_steps.T // 2
+    parity = tg.trellis_parity(stored)
+    np.testing.assert_array_equal(2 * stored + parity, half_steps.T)
 
 
 # --- clipping by deviations, corrections ----------------------------------------------------------
@@ -417,29 +442,40 @@ def test_rows_clipped_by_deviations_and_rows_that_would_be_lost(rng):
     w[2] = 3
     w[3] = 5 + w[3] / 1000
     q, scales = tg.RowInt(6).fit(w, tg.Config(), None, 12.0)
-    deviation = math.sqrt(((w[0] - w[0].mean()) ** 2).sum() / 49)
+    centred = w[0] - w[0].mean()
+    deviation = math.sqrt((centred**2).sum() / 49)
     assert scales[0] == np.float16(12 * deviation / 31)
     decoded = tg.RowInt(6).decode(q, scales)
     assert not decoded[1].any()
-    assert (decoded[2:] / w[2:] - 1).abs().max() < 0.02
+    wrong = decoded[2:] / w[2:] - 1
+    assert wrong.abs().max() < 0.02
 
 
 @pytest.mark.parametrize("shape", [(20, 30), (3, 50), (40, 2), (1, 1)])
 def test_a_correction_of_low_rank_takes_error_away(shape, rng):
     """Of full precision factors it would be the best of its rank; two and four bits come close."""
+    rows, columns = shape
     cfg = tg.Config(lqer_enabled=True, lqer_rank=2, lqer_asym_group=32)
-    corrected = tg.LowRankCorrected(tg.RowInt(3), cfg)
-    w = normal(rng, *shape) + 3 * normal(rng, shape[0], 1) @ normal(rng, 1, shape[1])
-    base = tg.RowInt(3).fit(w, tg.Config(quant_clip_steps=1))
-    missing = w - tg.RowInt(3).decode(*base)
-    arrays = (*base, *corrected.factors(missing))
-    parts = corrected.layout(shape)
-    assert [part.shape for part in parts] == [tuple(array.shape) for array in arrays]
-    restored = corrected.decode(*arrays)
+    plain = tg.RowInt(3)
+    corrected = tg.LowRankCorrected(plain, cfg)
+    w = normal(rng, rows, columns)
+    w += 3 * normal(rng, rows, 1) @ normal(rng, 1, columns)
+    base = plain.fit(w, tg.Config(quant_clip_steps=1))
+    rounded = plain.decode(*base)
+    missing = w - rounded
+    factors = corrected.factors(missing)
+    shapes = [part.shape for part in corrected.layout(shape)]
+    assert shapes == [tuple(array.shape) for array in (*base, *factors)]
+    restored = corrected.decode(*base, *factors)
     assert (w - restored).norm() <= missing.norm()
-    *_, first, scale, second, scales = arrays
-    assert first.min() >= -2 and first.max() <= 1
-    assert second.min() >= -8 and second.max() <= 7
-    each = np.repeat(scales.numpy().astype(float), 32)[: second.numel()].reshape(second.shape)
-    product = (first.numpy() * float(scale)) @ (second.numpy() * each)
-    np.testing.assert_allclose(restored - (w - missing), product, atol=1e-5)
+
+    first, scale, second, scales = [factor.numpy() for factor in factors]
+    assert first.min() >= -2
+    assert first.max() <= 1
+    assert second.min() >= -8
+    assert second.max() <= 7
+    each = np.repeat(scales.astype(float), 32)
+    each = each[: second.size].reshape(second.shape)
+    left = first * float(scale[0])
+    right = second * each
+    np.testing.assert_allclose(restored - rounded, left @ right, atol=1e-5)

@@ -329,12 +329,16 @@ def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
         np.testing.assert_allclose(found, x.T @ x / 96, rtol=1e-3, atol=1e-4)
 
 
+def plus(zeros, module, args, out):
+    return out + zeros
+
+
 def gradients_of(model, module, rows, outputs):
     """d loss / d output of a module at every token [N, outputs], by adding zeros to that output."""
     seen = []
     for ids, targets in rows:
         zeros = torch.zeros(ids.shape[1], outputs, requires_grad=True)
-        handle = module.register_forward_hook(lambda module, args, out: out + zeros)
+        handle = module.register_forward_hook(functools.partial(plus, zeros))
         logits = model.head(model.hidden(ids), scoring=False)
         handle.remove()
         loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
