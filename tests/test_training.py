@@ -1,6 +1,7 @@
 """Training (section 8): the clock, late mechanisms, reports in flight, signals, calibration."""
 
 import copy
+import functools
 import json
 import math
 import signal
