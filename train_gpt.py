@@ -510,7 +510,6 @@ class Config:
         64,
         "neighbours in the second factor that share a scale",
         low=1,
-        high=65536,
         needs="LQER_ENABLED",
     )
     gptq_n_samples: int = _pack(
@@ -3911,7 +3910,22 @@ class Part:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class RowInt:
+class Quantizer:
+    """A tensor as arrays (`fit`), what these are (`layout`), and back (`decode`)."""
+
+    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """For each array of codes: log2, in eighths, of a code's expected size, but for a constant.
+
+        Broadcasts to the codes, and is told without them, so that a decoder can tell.
+        """
+        return []
+
+    def period(self, shape: Sequence[int]) -> int:
+        """After how many codes a trellis comes back to the same path; 0 = there is none."""
+        return 0
+
+
+class RowInt(Quantizer):
     """Whole numbers of a few bits, one float16 scale a row.
 
     Each row is clipped at so many of its standard deviations (SD clip, PR 1394), or at that of the
@@ -3980,19 +3994,15 @@ class RowInt:
         return scales
 
     def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """See StepInt: all alike."""
+        """All alike."""
         return [np.zeros((1, 1), np.int64)]
-
-    def period(self, shape: Sequence[int]) -> int:
-        """See StepInt."""
-        return 0
 
     def decode(self, q: Tensor, scales: Tensor) -> Tensor:
         """The weights [R, C], float32."""
         return q.float().mul_(scales.float())
 
 
-class AsFloat:
+class AsFloat(Quantizer):
     """A float type as it is."""
 
     def __init__(self, dtype: str, torch_dtype: torch.dtype):
@@ -4009,16 +4019,12 @@ class AsFloat:
         """The tensor in this type."""
         return (w.to(self.torch_dtype),)
 
-    def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """There are no codes."""
-        return []
-
     def decode(self, values: Tensor) -> Tensor:
         """The weights, float32."""
         return values.float()
 
 
-class StepInt:
+class StepInt(Quantizer):
     """Whole numbers without a limit; the step is its column's times its row's, a byte each.
 
     Water-filling (WaterSIC, 2603.04956): with U of `InverseFactor`, the loss of a matrix is the sum
@@ -4039,8 +4045,7 @@ class StepInt:
         self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
     ) -> tuple[Tensor, ...]:
         """One matrix w [R, C] at c = QUANT_STEP, all of its rows of importance 1; see fit_many."""
-        hessian = torch.eye(w.size(1)) if hessian is None else hessian
-        factor = inverse_factor(hessian, cfg.gptq_damp)
+        factor = inverse_factor(torch.eye(w.size(1)) if hessian is None else hessian, cfg.gptq_damp)
         return self.fit_many(w[None], [factor], torch.ones(1, len(w)), cfg.quant_step)[0]
 
     def fit_many(
@@ -4061,9 +4066,8 @@ class StepInt:
         deviation = w.double().std((1, 2), correction=0)[:, None]
         q = gptq(w, steps, factors, functools.partial(self._rounded, deviation=deviation))
         stored = self._stored(q)
-        reached = stored.abs().max() <= 32767 and columns.min() > -128
-        if not reached:
-            raise TooFine(f"QUANT_STEP={c:g} is too fine: codes beyond two bytes")
+        if stored.abs().max() > 32767 or columns.min() == -128:
+            raise TooFine(f"codes of more than 16 bits; QUANT_STEP={c:g} is too fine")
         return list(zip(stored.to(torch.int16), columns, rows))
 
     def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
@@ -4075,16 +4079,9 @@ class StepInt:
         return q
 
     def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """For each array of codes: log2 in eighths of a code's expected size, but for a constant.
-
-        Broadcasts to the codes; told without them, so that a decoder can tell.
-        """
+        """Larger where steps are smaller."""
         columns, rows = (np.asarray(array, np.int64) for array in arrays[1:])
         return [-columns - rows[:, None]]
-
-    def period(self, shape: Sequence[int]) -> int:
-        """After how many codes a trellis comes back to the same path; 0 = there is none."""
-        return 0
 
     def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
         """The weights [R, C], float32."""
@@ -4103,7 +4100,7 @@ class TrellisInt(StepInt):
         return q.floor()
 
     def period(self, shape: Sequence[int]) -> int:
-        """See StepInt."""
+        """A path takes every so many rows."""
         return trellis_paths(shape[0]) * shape[1]
 
     def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -4130,7 +4127,7 @@ def step_of(exponents: Tensor) -> Tensor:
     return torch.from_numpy(np.ldexp(EIGHTHS[eighths & 7], eighths >> 3))
 
 
-class LowRankCorrected:
+class LowRankCorrected(Quantizer):
     """Another quantizer, and two thin factors whose product makes up for its largest errors.
 
     LQER (2402.02446) as PR 1797 has it: the factors are rounded without symmetry, the first to 2
@@ -4172,15 +4169,16 @@ class LowRankCorrected:
 
     def _grouped(self, factor: Tensor) -> Tensor:
         """The flattened factor as rows of neighbours that share a scale; the last is padded."""
-        return F.pad(factor.flatten(), (0, -factor.numel() % self.group)).view(-1, self.group)
+        group = min(self.group, factor.numel())
+        return F.pad(factor.flatten(), (0, -factor.numel() % group)).view(-1, group)
 
     def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
-        """See StepInt: the factors' are all alike."""
+        """The other quantizer's; the factors' codes are all alike."""
         alike = np.zeros((1, 1), np.int64)
         return [*self.base.spreads(arrays[:-4]), alike, alike]
 
     def period(self, shape: Sequence[int]) -> int:
-        """See StepInt: the other quantizer's."""
+        """The other quantizer's."""
         return self.base.period(shape)
 
     def decode(self, *arrays: Tensor) -> Tensor:
@@ -4195,7 +4193,7 @@ class LowRankCorrected:
         return w
 
 
-QUANTIZERS: dict[str, RowInt | StepInt | AsFloat] = {
+QUANTIZERS: dict[str, Any] = {
     "step8": StepInt("|i1"),
     "step16": StepInt("<i2"),
     "trellis8": TrellisInt("|i1"),
@@ -4206,7 +4204,7 @@ QUANTIZERS: dict[str, RowInt | StepInt | AsFloat] = {
 }
 
 
-def quantizer(kind: str, cfg: Config) -> RowInt | StepInt | AsFloat | LowRankCorrected:
+def quantizer(kind: str, cfg: Config) -> Any:
     """The quantizer of a name in an artifact's table: int6, f16, int6+lqer; else a KeyError."""
     if kind.endswith("+lqer") and not kind.startswith("f"):
         return LowRankCorrected(QUANTIZERS[kind.removesuffix("+lqer")], cfg)
@@ -4246,12 +4244,14 @@ def is_large(name: str, w: Tensor, cfg: Config) -> bool:
 
 def clip_sigmas(name: str, cfg: Config) -> float:
     """Where the rows of a quantized matrix are clipped, in standard deviations; 0 = by search."""
-    role = tensor_role(name)
-    of_role = {"attn": cfg.attn_clip_sigmas, "mlp": cfg.mlp_clip_sigmas}
-    of_role["embed"] = cfg.embed_clip_sigmas
-    if role == "gate":  # rows so short have no value that many deviations out
-        return 0.0
-    return of_role.get(role, 0.0) or cfg.matrix_clip_sigmas
+    usual = cfg.matrix_clip_sigmas
+    of_role = {
+        "attn": cfg.attn_clip_sigmas or usual,
+        "mlp": cfg.mlp_clip_sigmas or usual,
+        "embed": cfg.embed_clip_sigmas or usual,
+        "gate": 0.0,  # rows so short have no value that many deviations out
+    }
+    return of_role.get(tensor_role(name), usual)
 
 
 def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
@@ -4996,7 +4996,8 @@ def _expand_stream(stream: Any, data: bytes, size: int) -> bytes:
 RANS_BITS = 14  # the frequencies of a table sum to 2^14
 RANS_LOW = 1 << 16  # a state is at least this and below 2^32; words have 16 bits
 RANS_ODD = 256  # what the context of an odd number is higher by
-RANS_TABLES = 1 << 22  # bytes of all tables at most
+RANS_TABLES = 256  # tables at most; a context has one of 160
+RANS_CODES = 1 << RANS_BITS  # codes of a table at most
 RANGE = struct.Struct("<Ih")  # of every array of codes: bytes, and its spread in eighths of log2
 TABLE = struct.Struct("<hiH")  # of every table: highest context, lowest code, frequencies less 1
 
@@ -5045,12 +5046,12 @@ class CodeTables:
         (count,) = struct.unpack_from("<H", data)
         at = 2
         highest, lowest, stored = [], [], []
-        check(count <= 2 * RANS_ODD, f"{count} code tables")
+        check(count <= RANS_TABLES, f"{count} code tables")
         for _ in range(count):
             until, first, others = TABLE.unpack_from(data, at)
             at += TABLE.size + others + 1
-            whole = others < 1 << RANS_BITS and at <= len(data)
-            check(whole, "the code tables do not end where they should")
+            whole = others < RANS_CODES and at <= len(data)
+            check(whole, "a code table is cut short or too long")
             values = np.frombuffer(data[at - others - 1 : at], np.uint8)
             check(not highest or until > highest[-1], "the code tables are out of order")
             frequencies_of(values)
@@ -5115,8 +5116,8 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
     """Tables by quarter octaves of size, neighbours merged as long as that saves bits."""
     lowest = min(int(part.codes.min()) for part in parts)
     size = max(int(part.codes.max()) for part in parts) - lowest + 1
-    if size > 1 << RANS_BITS:
-        raise TooFine(f"COMPRESSOR=rans: codes are {size} apart, at most 16384; use a larger step")
+    if size > RANS_CODES:
+        raise TooFine(f"COMPRESSOR=rans: {size} codes apart, {RANS_CODES} at most: too fine steps")
     counts: dict[int, np.ndarray] = {}
     for part in parts:
         bins = part.contexts >> 1
@@ -5180,6 +5181,7 @@ def rans_decode(
     lanes = lanes_of(len(contexts), period)
     check(len(data) >= 4 * lanes and len(data) % 2 == 0, "a range of codes is too short")
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
+    check((states >= RANS_LOW).all(), "a lane begins too low")  # else bytes are not the only ones
     words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64)
     used = 0
     codes = np.empty(len(contexts), np.int64)
@@ -5267,12 +5269,13 @@ def coded_parts(tensor: PackedTensor, cfg: Config) -> list[CodedPart]:
 def rans_payload(tensors: Sequence[PackedTensor], cfg: Config, others: bytes) -> bytes:
     """Length of and what zstd makes of the other streams, sizes and tables; then the ranges."""
     parts = [part for tensor in tensors for part in coded_parts(tensor, cfg)]
-    if not parts:
-        return struct.pack("<I", 0) + _compress_zstd(others)
-    tables = build_tables(parts)
-    ranges = [rans_encode(part.codes, part.contexts, tables, part.period) for part in parts]
-    sizes = b"".join(RANGE.pack(len(data), part.spread) for data, part in zip(ranges, parts))
-    rest = _compress_zstd(others + sizes + tables.to_bytes())
+    ranges = []
+    if parts:
+        tables = build_tables(parts)
+        ranges = [rans_encode(part.codes, part.contexts, tables, part.period) for part in parts]
+        sizes = [RANGE.pack(len(data), part.spread) for data, part in zip(ranges, parts)]
+        others += b"".join(sizes) + tables.to_bytes()
+    rest = _compress_zstd(others)
     return struct.pack("<I", len(rest)) + rest + b"".join(ranges)
 
 
@@ -5287,8 +5290,11 @@ def fit_steps(
     importance = torch.stack([calibration.importance[name] for name in group])
     if not cfg.quant_row_steps:
         importance = importance.mean(1, keepdim=True).expand_as(importance)
-    c = cfg.quant_step * scale
-    found = QUANTIZERS[kind].fit_many(torch.stack(list(group.values())), factors, importance, c)
+    w = torch.stack(list(group.values()))
+    try:
+        found = QUANTIZERS[kind].fit_many(w, factors, importance, cfg.quant_step * scale)
+    except TooFine as error:
+        raise TooFine(f"{', '.join(group)}: {error}") from None
     fitted = {}
     for (name, w), (q, *steps) in zip(group.items(), found):
         narrow = -128 <= q.min() and q.max() < 128
@@ -5368,8 +5374,7 @@ def pack(
     (JSON). With FIT_ARTIFACT the file is the largest found that leaves code and margin their bytes,
     the smallest if none does. InputError if a weight is not finite.
     """
-    known = isinstance(hessians, Calibration)
-    calibration = hessians if known else Calibration(hessians or {})
+    calibration = hessians if isinstance(hessians, Calibration) else Calibration(hessians or {})
 
     def packed(scale: float) -> bytes:
         fitted = fit_all(state_dict, cfg, calibration, scale)
@@ -5385,7 +5390,7 @@ def pack(
 
 
 # Probes of FIT_ARTIFACT, and the share of the limit that the file may fall short of it.
-FIT_PROBES = 5
+FIT_PROBES = 6
 FIT_SLACK = 0.001
 
 
@@ -5394,25 +5399,36 @@ def fitted_to(
 ) -> bytes:
     """The largest file of at most `limit` bytes that a few scales of the quantization steps give.
 
-    Else the smallest. Steps an octave finer cost about a bit a weight: so each probe aims at half
-    of the slack. Steps that are refused as too fine are a file too large. finest: no scale below.
+    Else the smallest. Each probe aims at half of the slack: steps an octave finer cost about a bit
+    a weight, which two probes know better. Steps refused as too fine end the search, once there is
+    a file. finest: no scale below.
     """
-    blobs: dict[float, bytes] = {}
-    scale = 1.0
-    while scale not in blobs and len(blobs) < FIT_PROBES:
-        size = 2 * limit
-        blobs[scale] = b""
-        with contextlib.suppress(TooFine):
-            blobs[scale] = packed(scale)
-            size = len(blobs[scale])
-        octaves = 8 * (size - limit * (1 - FIT_SLACK / 2)) / max(1, weights)
+    aim = limit * (1 - FIT_SLACK / 2)
+    usual = 8 / max(1, weights)  # octaves a byte
+    octaves = 0.0
+    blobs: dict[float, bytes] = {}  # octaves -> file
+    while octaves not in blobs and len(blobs) < FIT_PROBES:
+        try:
+            blobs[octaves] = packed(2.0**octaves)
+        except TooFine:
+            if not blobs:
+                raise
+            break
+        size = len(blobs[octaves])
         if limit * (1 - FIT_SLACK) <= size <= limit:
             break
-        scale = max(finest, scale * 2.0 ** max(-4.0, min(octaves, 4.0)))
-    found = [blob for blob in blobs.values() if blob]
-    check(found, "FIT_ARTIFACT: QUANT_STEP is too fine for every scale that was tried")
-    fitting = [blob for blob in found if len(blob) <= limit]
-    return max(fitting, key=len) if fitting else min(found, key=len)
+        probes = [(len(blob), at) for at, blob in blobs.items()]
+        below = [probe for probe in probes if probe[0] <= limit]
+        above = [probe for probe in probes if probe[0] > limit]
+        base, other = (max(below), min(above)) if below and above else (probes[-1], probes[-2:][0])
+        pace = usual
+        if other[0] != base[0]:
+            measured = (base[1] - other[1]) / (other[0] - base[0])
+            pace = max(usual / 4, min(measured, 4 * usual))
+        octaves = base[1] + max(-4.0, min(pace * (base[0] - aim), 4.0))
+        octaves = max(octaves, math.log2(finest) if finest else octaves)
+    fitting = [blob for blob in blobs.values() if len(blob) <= limit]
+    return max(fitting, key=len) if fitting else min(blobs.values(), key=len)
 
 
 def packed_file(
@@ -5576,12 +5592,14 @@ def rans_arrays(
     (length,) = struct.unpack_from("<I", payload)
     rest = payload[4 : 4 + length]
     size = zstandard.get_frame_parameters(rest).content_size
-    check(others <= size <= others + RANGE.size * count + RANS_TABLES, "its first part is no frame")
+    most = RANGE.size * count + RANS_TABLES * (TABLE.size + RANS_CODES)
+    check(others <= size <= others + most, "its first part is no frame")
     rest = _expand_zstd(rest, size)
-    tensors = arrays_in(rest[:others], layouts, STREAMS[1:])
     sizes = [0] * len(layouts)
     if not count:
-        return tensors, sizes
+        check(4 + length == len(payload), "more than its first part, and no codes")
+        return arrays_in(rest, layouts, STREAMS[1:]), sizes
+    tensors = arrays_in(rest[:others], layouts, STREAMS[1:])
     tables = CodeTables.from_bytes(rest[others + RANGE.size * count :])
     ranges = RANGE.iter_unpack(rest[others : others + RANGE.size * count])
     at = 4 + length

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -145,6 +146,11 @@ def counted_compiler(counters):
         return torch.compile(function, dynamic=False, fullgraph=True, backend=counters[-1])
 
     return compile_counted
+
+
+def with_lanes(lanes):
+    """As if rANS had so many for any count of codes: with many, small matrices are read quickly."""
+    return mock.patch.object(tg, "lanes_of", return_value=lanes)
 
 
 def take_step(trainer, batch_of):

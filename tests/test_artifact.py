@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import struct
 import zlib
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL, ROOT, TINY
-from helpers import config, randomized
+from helpers import config, randomized, with_lanes
 
 import train_gpt as tg
 
@@ -134,6 +135,317 @@ def test_pruning_zeroes_the_smallest_of_each_tensor(share, rng, monkeypatch):
             count = math.ceil((w.numel() - 1) * share)
             expected[w.abs().flatten().argsort()[:count]] = True
         assert np.array_equal((weights[name] == 0).flatten(), expected), name
+
+
+# --- steps without a limit, rANS ------------------------------------------------------------------
+
+STEPS = dict(quant_step=0.01, gptq_n_samples=1)
+TRELLIS = dict(STEPS, quant_trellis=True)
+LQER = dict(lqer_enabled=True, lqer_top_k=2, lqer_rank=3, lqer_asym_group=7)
+WAYS = {
+    "rows": dict(quant_policy="mlp:5,embed:6"),
+    "rows clipped": dict(matrix_clip_sigmas=8.0),
+    "steps": dict(STEPS, quant_row_steps=False),
+    "trellis": TRELLIS,
+    "trellis and rows": dict(TRELLIS, quant_policy="embed:8"),
+    "fine steps": dict(STEPS, quant_step=1e-5),
+    "a fine trellis": dict(TRELLIS, quant_step=1e-5),
+    "rows and LQER": LQER,
+    "steps and LQER": dict(STEPS, **LQER),
+    "trellis and LQER": dict(TRELLIS, **LQER, quant_policy="embed:8"),
+    "floats": dict(keep_float_max_numel=100_000),
+}
+# The kinds of whole numbers that each way gives.
+KINDS = {
+    "rows": {"int5", "int6", "int8"},
+    "rows clipped": {"int8"},
+    "steps": {"step8"},
+    "trellis": {"trellis8"},
+    "trellis and rows": {"trellis8", "int8"},
+    "fine steps": {"step16"},
+    "a fine trellis": {"trellis16"},
+    "rows and LQER": {"int8", "int8+lqer"},
+    "steps and LQER": {"step8", "step8+lqer"},
+    "trellis and LQER": {"trellis8", "trellis8+lqer", "int8"},
+    "floats": set(),
+}
+
+
+@pytest.fixture
+def sixteen_lanes():
+    with with_lanes(16):
+        yield
+
+
+def small_weights(**settings):
+    """Of a model of one layer."""
+    cfg = config(TINY, **{"num_layers": 1, **settings})
+    return cfg, randomized(cfg).state_dict()
+
+
+def calibration_of(state, seed=0):
+    """X^T X / n of random inputs, and a positive importance of each row, for every matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    hessians = {}
+    importance = {}
+    for name, w in state.items():
+        if w.ndim == 2:
+            x = torch.randn(3 * w.size(1), w.size(1), generator=generator)
+            hessians[name] = x.T @ x / len(x)
+            importance[name] = torch.rand(w.size(0), generator=generator) * 1e-3 + 1e-6
+    return tg.Calibration(hessians, importance)
+
+
+def packed_with(state, cfg, **options):
+    """An artifact, with a calibration of random inputs."""
+    known = calibration_of(state)
+    return tg.pack(state, cfg, known, **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rans_gives_what_zstd_gives(way, sixteen_lanes):
+    """And what was fitted; twice the same bytes."""
+    assert WAYS.keys() == KINDS.keys()
+    cfg, state = small_weights(compressor="rans", **WAYS[way])
+    blob = packed_with(state, cfg)
+    fitted = tg.fit_all(state, cfg, calibration_of(state))
+    assert blob == tg.packed_file(fitted, cfg, 0, {})
+    kinds = set(kinds_of(blob).values()) - {"f16", "f32"}
+    assert kinds == KINDS[way]
+    assert header_of(blob)["codec"] == "rans"
+    other = tg.packed_file(fitted, dataclasses.replace(cfg, compressor="zstd"), 0, {})
+    stored, weights = tg.unpack(blob)
+    _, expected = tg.unpack(other)
+    assert stored.group("model", "pack") == cfg.group("model", "pack")
+    assert weights.keys() == expected.keys() == state.keys()
+    for tensor in fitted:
+        w = weights[tensor.name]
+        assert torch.equal(w, expected[tensor.name]), tensor.name
+        assert torch.equal(w, tg.decoded(tensor, cfg)), tensor.name
+        if kinds & {"step16", "trellis16"}:
+            difference = w - state[tensor.name]
+            assert difference.abs().max() < 1e-2
+
+
+def test_rans_with_the_lanes_of_a_run():
+    """A whole artifact; its report names the bits of a weight."""
+    cfg, state = small_weights(compressor="rans", **WAYS["trellis and LQER"])
+    blob = packed_with(state, cfg)
+    _, weights = tg.unpack(blob)
+    for tensor in tg.fit_all(state, cfg, calibration_of(state)):
+        assert torch.equal(weights[tensor.name], tg.decoded(tensor, cfg)), tensor.name
+    lines = tg.size_report(blob, 0, len(blob))
+    assert len(lines) == 9
+    told = re.search(r"tok_emb.weight \[260, 32\] ([.\d]+) bits a weight, ideal ([.\d]+)", lines[4])
+    found = float(told[1])
+    ideal = float(told[2])
+    assert ideal < found < ideal * 1.1
+
+
+def test_a_first_part_and_no_codes_end_where_they_should():
+    cfg, state = small_weights(compressor="rans", keep_float_max_numel=100_000)
+    blob = packed_with(state, cfg)
+    tg.unpack(blob)
+    _, payload = tg.read_header(blob)
+    for wrong in (payload + b"\0", payload[:-1], payload[:3], b"", bytes(4) + payload[4:]):
+        with pytest.raises(tg.InputError, match="cannot be expanded"):
+            tg.unpack(resealed(blob, wrong))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc.weight", "blocks.0.resid_mix"])
+def test_steps_of_what_is_not_finite_are_refused(name, value):
+    cfg, state = small_weights(**TRELLIS)
+    state[name].flatten()[3] = value
+    with pytest.raises(tg.InputError, match=f"{name}: has values that are not finite"):
+        packed_with(state, cfg)
+
+
+@pytest.mark.parametrize("lacks", ["hessians", "importance"])
+def test_steps_need_a_calibration_of_every_matrix(lacks):
+    cfg, state = small_weights(**STEPS)
+    known = calibration_of(state)
+    del getattr(known, lacks)["blocks.0.attn.c_q.weight"]
+    with pytest.raises(tg.InputError, match="c_q.weight: QUANT_STEP needs its Hessian"):
+        tg.fit_all(state, cfg, known)
+
+
+def odd_matrices(rng):
+    """Matrices of shapes and values that a model has not, and what is known of them."""
+    state = {}
+    for name, shape in {
+        "row": (1, 90),
+        "column": (200, 1),
+        "one": (1, 1),
+        "tall": (300, 3),
+    }.items():
+        state[name] = torch.from_numpy(rng.standard_normal(shape)).float()
+    for name in ("zero", "alike", "row_of_zeros", "dead", "unseen", "careless", "large", "tiny"):
+        state[name] = torch.from_numpy(rng.standard_normal((20, 30))).float()
+    state["zero"] *= 0
+    state["alike"][3] = 0.25
+    state["row_of_zeros"][3] = 0
+    state["large"] *= 1e3
+    state["tiny"] *= 1e-30
+    known = calibration_of(state)
+    known.hessians["dead"][[2, 9]] = 0
+    known.hessians["dead"][:, [2, 9]] = 0
+    known.hessians["unseen"].zero_()
+    known.importance["careless"].zero_()
+    return state, known
+
+
+@pytest.mark.parametrize("way", ["steps", "trellis", "trellis and LQER", "rows", "rows and LQER"])
+def test_odd_matrices_come_back(way, rng):
+    """Finite, near what they were where that matters, by rANS as they were fitted."""
+    state, known = odd_matrices(rng)
+    cfg = config(TINY, **{**WAYS[way], "keep_float_max_numel": 0, "quant_policy": ""})
+    fitted = tg.fit_all(state, cfg, known)
+    weights = tg.weights_of(fitted, cfg)  # finite
+    for name in ("row", "column", "one", "tall", "alike", "row_of_zeros"):
+        wrong = weights[name] - state[name]
+        assert wrong.abs().max() < 2, name
+    assert not weights["zero"].any()
+    if "LQER" not in way:
+        assert not weights["dead"][:, [2, 9]].any()
+        assert not weights["unseen"].any()
+        assert weights["dead"].any()
+    layouts = [tg.quantizer(t.kind, cfg).layout(t.shape) for t in fitted]
+    found = payload_there_and_back(fitted, layouts, cfg)
+    for tensor, arrays in zip(fitted, found):
+        for array, expected in zip(arrays, tensor.arrays, strict=True):
+            np.testing.assert_array_equal(array, expected, tensor.name)
+
+
+def payload_there_and_back(tensors, layouts, cfg):
+    """The arrays of each tensor in a payload of rANS."""
+    others = []
+    for stream in tg.STREAMS[1:]:
+        for tensor, layout in zip(tensors, layouts):
+            pairs = zip(layout, tensor.arrays)
+            others += [array.tobytes() for part, array in pairs if part.stream == stream]
+    payload = tg.rans_payload(tensors, cfg, b"".join(others))
+    quantizers = [tg.quantizer(tensor.kind, cfg) for tensor in tensors]
+    found, sizes = tg.rans_arrays(payload, layouts, quantizers)
+    assert sum(sizes) < len(payload)
+    return found
+
+
+def test_an_importance_of_zeros_gives_the_coarsest_steps(rng):
+    state, known = odd_matrices(rng)
+    cfg = config(TINY, **STEPS, keep_float_max_numel=0)
+    weights = {t.name: tg.decoded(t, cfg) for t in tg.fit_all(state, cfg, known)}
+    assert not weights["careless"].any()
+    assert weights["alike"].any()
+
+
+# --- a file that fits -----------------------------------------------------------------------------
+
+FIT = dict(fit_artifact=True)
+FITTED = {
+    "steps": dict(STEPS, compressor="rans"),
+    "trellis": dict(TRELLIS, compressor="rans"),
+    "steps by zstd": STEPS,
+    "rows": dict(matrix_clip_sigmas=12.0, compressor="rans"),
+}
+
+
+@pytest.mark.parametrize("way", FITTED)
+def test_a_fitted_file_is_the_largest_that_fits(way, sixteen_lanes, cap=6_000, margin=321):
+    """Within a few times the slack, for the file is small; the margin is free."""
+    cfg, state = small_weights(**FIT, **FITTED[way], max_artifact_bytes=cap, fit_margin=margin)
+    assert not tg.check_config(cfg)
+    blob = packed_with(state, cfg, code_bytes=1000, notes={"seed": 1})
+    limit = cap - margin - 1000
+    assert limit * (1 - FIT_SHARE) <= len(blob) <= limit
+    if way == "steps":
+        assert blob == packed_with(state, cfg, code_bytes=1000, notes={"seed": 1})
+    header = header_of(blob)
+    assert header["notes"]["seed"] == 1
+    assert header["code_bytes"] == 1000
+    told = config(header["config"])
+    assert (told.fit_artifact, told.max_artifact_bytes, told.fit_margin) == (True, cap, margin)
+    check_scale(blob, state, cfg)
+
+
+FIT_SHARE = 8 * tg.FIT_SLACK
+
+
+def check_scale(blob, state, cfg):
+    """Its notes say at which scale it was fitted, and that gives its weights."""
+    scale = header_of(blob)["notes"]["fit_scale"]
+    fitted = tg.fit_all(state, cfg, calibration_of(state), scale)
+    _, weights = tg.unpack(blob)
+    for tensor in fitted:
+        assert torch.equal(tg.decoded(tensor, cfg), weights[tensor.name]), tensor.name
+
+
+@pytest.mark.parametrize("way", ["steps", "rows"])
+def test_where_no_file_fits_the_smallest_is_kept(way, sixteen_lanes):
+    """The run ends over the size cap, and nothing is lost."""
+    cfg, state = small_weights(**FIT, **FITTED[way], max_artifact_bytes=2000, fit_margin=100)
+    blob = packed_with(state, cfg, code_bytes=400)
+    plain = packed_with(state, dataclasses.replace(cfg, fit_artifact=False))
+    assert 1500 < len(blob) < len(plain)
+    tg.unpack(blob)
+
+
+@pytest.mark.parametrize("way", ["steps", "trellis", "steps by zstd"])
+def test_a_cap_beyond_all_needs_gives_the_finest_steps(way, sixteen_lanes):
+    """Also where the next steps would be too fine for the codec."""
+    cfg, state = small_weights(**FIT, **FITTED[way])
+    blob = packed_with(state, cfg)
+    _, weights = tg.unpack(blob)
+    name = "tok_emb.weight"
+    assert (weights[name] - state[name]).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("cap", [1000, 16_000_000])
+def test_a_fit_of_floats_alone_ends(cap):
+    """No step changes them: they fit, or they do not."""
+    cfg, state = small_weights(**FIT, **STEPS, keep_float_max_numel=100_000, max_artifact_bytes=cap)
+    plain = packed_with(state, dataclasses.replace(cfg, fit_artifact=False))
+    assert abs(len(packed_with(state, cfg)) - len(plain)) < 200
+
+
+def bits_a_weight(bits, floor=0):
+    """Files whose sizes fall by so many bits a weight with each octave of the steps."""
+    probes = []
+
+    def packed(scale):
+        probes.append(scale)
+        each = 5 - bits * math.log2(scale)
+        size = max(0, 100_000 * each / 8)
+        return bytes(floor + int(size))
+
+    return packed, probes
+
+
+@pytest.mark.parametrize("bits", [0.6, 1.0, 1.4])
+@pytest.mark.parametrize("limit", [20_000, 50_000, 62_500, 62_499, 200_000])
+def test_a_fit_finds_the_limit(bits, limit):
+    """Also where an octave costs more or less than it should."""
+    packed, probes = bits_a_weight(bits, floor=100)
+    blob = tg.fitted_to(limit, 100_000, packed)
+    assert limit * (1 - tg.FIT_SLACK) <= len(blob) <= limit
+    assert probes[0] == 1
+    assert len(probes) <= tg.FIT_PROBES
+
+
+@pytest.mark.parametrize("way", ["steps", "trellis"])
+def test_steps_too_fine_for_16_bits_are_named(way):
+    """Codes are not cut off: by zstd no less than by rANS."""
+    cfg, state = small_weights(**{**WAYS[way], "quant_step": 1e-8})
+    with pytest.raises(tg.InputError, match=r"weight: .*16 bits; QUANT_STEP=1e-08 is too fine"):
+        packed_with(state, cfg)
+
+
+def test_steps_too_fine_at_once_are_named():
+    def packed(scale):
+        raise tg.InputError("too fine")
+
+    with pytest.raises(tg.InputError, match="too fine"):
+        tg.fitted_to(1000, 100, packed)
 
 
 # --- size -----------------------------------------------------------------------------------------
@@ -272,6 +584,10 @@ CLAIMS = {
     ),
     "a setting out of its range": config_claim("expected 1 or more", num_heads=0),
 }
+CLAIMS["a trellis of a vector"] = table_claim(BAD_TABLE, "a", [4], "trellis8")
+for kind in ("+lqer", "int8+lqer+lqer", "step32", 8):
+    CLAIMS[f"the kind {kind}"] = table_claim(BAD_TABLE, "a", [4, 4], kind)
+CLAIMS["a correction of floats"] = table_claim(BAD_TABLE, "tok_emb.weight", [260, 32], "f16+lqer")
 CLAIMS["seventy sizes"] = table_claim(OTHERS, "a", [1] * 70, "f32")
 CLAIMS["no sizes"] = table_claim(BAD_TABLE, "a", {}, "int8")
 CLAIMS["a size in words"] = table_claim(OTHERS, "a", ["x"], "f32")

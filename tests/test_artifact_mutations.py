@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import struct
 import time
@@ -9,9 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 import zstandard
-from conftest import FULL
-from helpers import config, mild
+from conftest import FULL, TINY
+from helpers import config, mild, with_lanes
 
 import train_gpt as tg
 
@@ -181,6 +183,267 @@ def test_mutations_of_an_artifact(original, rt):
 def test_many_mutations_of_an_artifact(original, rt):
     unpack_mutations(original, 5000, 1, rt)
 
+
+# --- rANS -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sixteen_lanes():
+    """As if they were right for any matrix: so artifacts are read quickly."""
+    with with_lanes(16):
+        yield
+
+
+CORRECTED = dict(lqer_enabled=True, lqer_top_k=2)
+CODED = {
+    "rows": CORRECTED,
+    "steps": dict(quant_step=0.01, gptq_n_samples=1),
+    "trellis": dict(quant_step=0.01, gptq_n_samples=1, quant_trellis=True, **CORRECTED),
+}
+
+
+def known_of(state):
+    """A calibration of random inputs."""
+    generator = torch.Generator().manual_seed(0)
+    hessians = {}
+    importance = {}
+    for name, w in state.items():
+        if w.ndim == 2:
+            x = torch.randn(2 * w.size(1), w.size(1), generator=generator)
+            hessians[name] = x.T @ x / len(x)
+            importance[name] = torch.rand(w.size(0), generator=generator) + 0.1
+    return dict(hessians=tg.Calibration(hessians, importance))
+
+
+@pytest.fixture(scope="module", params=CODED)
+def coded(request, sixteen_lanes):
+    """An artifact by rANS."""
+    sizes = dict(num_layers=1, keep_float_max_numel=1500, compressor="rans")
+    cfg = config(TINY, **sizes, **CODED[request.param])
+    state = mild(cfg).state_dict()
+    return tg.pack(state, cfg, **known_of(state))
+
+
+def test_mutations_of_coded_artifacts(coded, rt):
+    accepted = unpack_mutations(tg.read_header(coded), 60, 2, rt)
+    assert 3 < accepted < 30
+
+
+@pytest.mark.slow
+def test_many_mutations_of_coded_artifacts(coded, rt):
+    unpack_mutations(tg.read_header(coded), 3000, 3, rt)
+
+
+class Payload:
+    """What a payload of rANS holds, to be changed and put together again."""
+
+    def __init__(self, blob):
+        self.header, payload = tg.read_header(blob)
+        cfg = tg.config_from(self.header["config"])
+        parts = []
+        for _, shape, kind in self.header["tensors"]:
+            parts += tg.quantizer(kind, cfg).layout(shape)
+        streams = [part.stream for part in parts]
+        others = sum(part.size for part in parts if part.stream != "codes")
+        (length,) = struct.unpack_from("<I", payload)
+        first = zstandard.ZstdDecompressor().decompress(payload[4 : 4 + length])
+        tables_at = others + 6 * streams.count("codes")
+        self.others = first[:others]
+        self.ranges = [list(row) for row in struct.iter_unpack("<Ih", first[others:tables_at])]
+        self.tables = bytearray(first[tables_at:])
+        self.codes = payload[4 + length :]
+        assert sum(size for size, _ in self.ranges) == len(self.codes)
+
+    def first_part(self):
+        rows = [struct.pack("<Ih", *row) for row in self.ranges]
+        return self.others + b"".join(rows) + self.tables
+
+    def sealed(self, frame=None, length=None):
+        """The artifact of this payload, its checksum repaired."""
+        frame = frame or zstandard.ZstdCompressor(level=1).compress(self.first_part())
+        length = len(frame) if length is None else length
+        body = zlib.compress(json.dumps(self.header).encode(), 1)
+        payload = struct.pack("<I", length) + frame + self.codes
+        digest = hashlib.sha256(body + payload).digest()
+        sizes = (len(body), len(payload))
+        prefix = struct.pack("<8sHIQ32s", tg.MAGIC, tg.FORMAT_VERSION, *sizes, digest)
+        return prefix + body + payload
+
+
+def refused(blob, rt):
+    """The complaint about an artifact, or None: soon, and without much memory."""
+    before = rt.peak_memory()
+    began = time.process_time()
+    said = None
+    try:
+        _, weights = tg.unpack(blob)
+    except tg.InputError as error:
+        said = str(error)
+    else:
+        assert all(w.isfinite().all() for w in weights.values())
+        tg.size_report(blob, 0, 10**6)
+    assert time.process_time() - began < 5
+    assert rt.peak_memory() - before < 256e6
+    return said
+
+
+def test_a_payload_put_together_again_is_as_before(coded, rt):
+    blob = Payload(coded).sealed()
+    assert refused(blob, rt) is None
+    pairs = zip(tg.unpack(coded)[1].values(), tg.unpack(blob)[1].values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def frame_of_zeros(size):
+    """A zstd frame of a few bytes for each 128 kB that it truly expands to."""
+    block = 1 << 17
+    frame = struct.pack("<IBQ", 0xFD2FB528, 0xE0, size)
+    blocks = size // block
+    for number in range(blocks):
+        last = number == blocks - 1
+        frame += struct.pack("<I", block << 3 | 2 | last)[:3] + b"\0"
+    return frame
+
+
+def test_a_first_part_of_two_gigabytes_allocates_nothing(coded, rt):
+    bomb = frame_of_zeros(1 << 20)
+    assert zstandard.ZstdDecompressor().decompress(bomb) == bytes(1 << 20)
+    said = refused(Payload(coded).sealed(frame_of_zeros(1 << 31)), rt)
+    assert "no frame" in said
+
+
+@pytest.mark.parametrize("length", [0, 1, 17, 2**31, 2**32 - 1])
+def test_a_first_part_of_another_length_is_refused(length, coded, rt):
+    assert "cannot be expanded" in refused(Payload(coded).sealed(length=length), rt)
+
+
+# By how much the first range is longer, and the second; as the file has them and beyond it.
+LENGTHS = [(2, 0), (-2, 0), (1, -1), (2, -2), (-2, 2), (-4, 4), (10**6, 0), (2**32 - 10**5, 0)]
+
+
+@pytest.mark.parametrize("first, second", LENGTHS)
+def test_ranges_of_other_lengths_are_refused(first, second, coded, rt):
+    """Overlapping, beyond the file, or with bytes between them."""
+    payload = Payload(coded)
+    payload.ranges[0][0] += first
+    payload.ranges[1][0] += second
+    assert "cannot be expanded" in refused(payload.sealed(), rt)
+
+
+def test_missing_and_added_ranges_are_refused(coded, rt):
+    for change in (list.pop, list.clear, list.reverse):
+        payload = Payload(coded)
+        change(payload.ranges)
+        assert refused(payload.sealed(), rt)
+    payload = Payload(coded)
+    payload.ranges.append([0, 0])
+    assert refused(payload.sealed(), rt)
+
+
+@pytest.mark.parametrize("spread", [-32768, -(2**14) - 1, -200, 200, 32767])
+def test_spreads_out_of_range_are_taken_as_the_last(spread, coded, rt):
+    """Refused, or other codes: never an index beyond the tables."""
+    for number in (0, -1):
+        payload = Payload(coded)
+        payload.ranges[number][1] = spread
+        refused(payload.sealed(), rt)
+
+
+@pytest.mark.parametrize("lowest", [-(2**31), -300, 300, 2**31 - 1])
+def test_codes_beyond_their_type_are_refused(lowest, coded, rt):
+    payload = Payload(coded)
+    highest, _, others = struct.unpack_from("<hiH", payload.tables, 2)
+    struct.pack_into("<hiH", payload.tables, 2, highest, lowest, others)
+    assert "cannot be expanded" in refused(payload.sealed(), rt)
+
+
+KIND_NAMES = ("trellis8", "trellis16", "step8", "step16", "int8", "int2", "f16", "f32", "rans")
+KIND_NAMES += ("trellis8+lqer", "f16+lqer", "int6+lqer", "+lqer", "trellis", "step8 ", "TRELLIS8")
+
+
+def test_other_kinds_are_refused_or_read(coded, rt):
+    """Of a vector, and of each of the first matrices."""
+    names = itertools.product(KIND_NAMES, range(1, 5))
+    read = 0
+    for kind, number in names:
+        payload = Payload(coded)
+        _, shape, now = payload.header["tensors"][number]
+        payload.header["tensors"][number][2] = kind
+        said = refused(payload.sealed(), rt)
+        read += said is None
+        if len(shape) != 2 and kind not in ("f16", "f32"):
+            assert "bad tensor table" in said
+        if kind == now:
+            assert said is None
+    assert 4 <= read < 40
+
+
+def spoiled(payload, rng):
+    """A bit or a few bytes changed in one of the payload's regions."""
+    region = rng.choice(["others", "tables", "codes", "ranges"])
+    if region == "ranges":
+        row = payload.ranges[rng.integers(len(payload.ranges))]
+        at = rng.integers(2)
+        row[at] = int(rng.integers(0, 2**15)) if rng.random() < 0.5 else row[at] ^ 1
+        return
+    data = bytearray(getattr(payload, region))
+    for _ in range(rng.integers(1, 3)):
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    if rng.random() < 0.1:
+        del data[rng.integers(len(data)) :]
+    setattr(payload, region, data)
+
+
+def fuzz_payloads(blob, rt, count, seed):
+    """Regions spoiled before they are compressed -> how many were read."""
+    read = 0
+    for number in range(count):
+        payload = Payload(blob)
+        spoiled(payload, np.random.default_rng([seed, number]))
+        read += refused(payload.sealed(), rt) is None
+    return read
+
+
+def test_spoiled_payloads(coded, rt):
+    assert 0 < fuzz_payloads(coded, rt, 40, 0) < 32
+
+
+@pytest.mark.slow
+def test_many_spoiled_payloads(coded, rt):
+    fuzz_payloads(coded, rt, 4000, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("region", ["tables", "ranges"])
+def test_every_bit_of_tables_and_lengths(region, coded, rt):
+    """Each one changed alone, with the lanes that a count of codes gets."""
+    size = 8 * (
+        len(Payload(coded).tables) if region == "tables" else 6 * len(Payload(coded).ranges)
+    )
+    for bit in range(size):
+        payload = Payload(coded)
+        rows = b"".join(struct.pack("<Ih", *row) for row in payload.ranges)
+        data = payload.tables if region == "tables" else bytearray(rows)
+        data[bit // 8] ^= 1 << bit % 8
+        if region == "ranges":
+            payload.ranges = [list(row) for row in struct.iter_unpack("<Ih", data)]
+        refused(payload.sealed(), rt)
+
+
+def test_neighbours_beyond_all_memory_share_a_scale(rt):
+    """LQER_ASYM_GROUP of a file: no more neighbours than there are."""
+    settings = dict(num_layers=1, keep_float_max_numel=1500, lqer_enabled=True)
+    before = rt.peak_memory()
+    weights = []
+    for group in (4 * 260, 2**27):
+        cfg = config(TINY, **settings, lqer_asym_group=group)
+        weights.append(tg.unpack(tg.pack(mild(cfg).state_dict(), cfg))[1])
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert rt.peak_memory() - before < 256e6
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 # Settings of scoring that an artifact may choose, and that would once take hours or all memory.
 GREEDY = dict(
