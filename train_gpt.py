@@ -3740,7 +3740,7 @@ class Calibration:
 
     hessians: Mapping[str, Tensor]
     importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    factors: dict[str, InverseFactor] = dataclasses.field(default_factory=dict)  # made once
+    factors: dict[Any, InverseFactor] = dataclasses.field(default_factory=dict)  # made once
 
     def __post_init__(self) -> None:
         for kind, found in (("Hessian", self.hessians), ("importance", self.importance)):
@@ -3749,10 +3749,10 @@ class Calibration:
 
     def factor(self, name: str, damp: float) -> InverseFactor:
         """Of a matrix's Hessian; InputError, by name, if it cannot be factored."""
-        if name not in self.factors:
+        if (name, damp) not in self.factors:
             with input_error_from(f"{name}: its Hessian", torch.linalg.LinAlgError):
-                self.factors[name] = inverse_factor(self.hessians[name], damp)
-        return self.factors[name]
+                self.factors[name, damp] = inverse_factor(self.hessians[name], damp)
+        return self.factors[name, damp]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5657,7 +5657,7 @@ def tensor_bytes(tensor: PackedTensor) -> float:
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
     """Log lines: bytes of code, model and both, the margin, the five largest tensors.
 
-    With rANS for each tensor also the bits of a code, and what its contexts would allow at best.
+    With rANS all that it codes, and the bits of a weight beside what its contexts would allow.
     """
     cfg, header, tensors = expand(blob)
     codec = header["codec"]
@@ -5671,14 +5671,15 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
     ]
     sizes = {tensor.name: tensor_bytes(tensor) for tensor in tensors}
     by_name = {tensor.name: tensor for tensor in tensors}
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]:
+    coded = sum(tensor.range_bytes > 0 for tensor in tensors)
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True)[: max(5, coded)]:
         tensor, size = by_name[name], sizes[name]
         line = f"  about {size:9.0f} bytes  {tensor.kind:5} {tensor.name} {tensor.shape}"
         if tensor.range_bytes:
             count = math.prod(tensor.shape)
             ideal = sum(map(context_entropy, coded_parts(tensor, cfg)))
-            coded = 8 * tensor.range_bytes / count
-            line += f" {coded:.3f} bits a weight, ideal {ideal / count:.3f}"
+            bits = 8 * tensor.range_bytes / count
+            line += f" {bits:.3f} bits a weight, ideal {ideal / count:.3f}"
         lines.append(line)
     return lines
 
