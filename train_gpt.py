@@ -8226,10 +8226,12 @@ def pack_model(
         with rt.together():
             if rt.main:
                 state = {name: w.cpu() for name, w in model.state_dict().items()}
-                with log.optional("final_model.pt"):
-                    save_torch(log.out_dir / "final_model.pt", state)
-                blob = pack(state, cfg, calibration, code, notes)
-                atomic_write(log.out_dir / "model.ptz", blob)
+                try:
+                    blob = pack(state, cfg, calibration, code, notes)
+                    atomic_write(log.out_dir / "model.ptz", blob)
+                finally:  # MODE=pack can begin from these, if packing fails
+                    with log.optional("final_model.pt"):
+                        save_torch(log.out_dir / "final_model.pt", state)
                 log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
     total = code + len(blob)
