@@ -1,7 +1,8 @@
 """What each way to quantize costs on a trained model: real files against nats, paired by document.
 
     python tests/bench/quantizers.py RUN_FOLDER DATA_PATH TOKENIZER_PATH
-        [--sequences 128] [--tokens 61440] [--steps 0.0002 0.0003 0.0004] [--clips 1 1.25 1.5]
+        [--sequences 128] [--tokens 61440] [--keep 4096]
+        [--steps 0.0002 0.0003 0.0004] [--clips 1 1.25 1.5]
 
 RUN_FOLDER holds a run's model.ptz and final_model.pt. Calibration takes training sequences as long
 as the model's scoring windows. First, by matrix, in dB between arithmetic and geometric mean: of
@@ -68,6 +69,7 @@ class Bench:
             **places,
             train_seq_len=stored.score_len,
             val_tokens=args.tokens,
+            keep_float_max_numel=args.keep or stored.keep_float_max_numel,
             gptq_n_samples=args.sequences,
             quant_step=1.0,
         )
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=61440)
+    parser.add_argument("--keep", type=int, default=0, help="KEEP_FLOAT_MAX_NUMEL")
     parser.add_argument("--steps", type=float, nargs="+", default=[0.0002, 0.0003, 0.0004])
     parser.add_argument("--clips", type=float, nargs="+", default=[1.0, 1.25, 1.5])
     args = parser.parse_args()
