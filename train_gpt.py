@@ -8206,6 +8206,25 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
     return status, pack_model(cfg, rt, log, trainer.model, calibration, notes)
 
 
+def pack_to_disk(
+    cfg: Config,
+    log: RunLog,
+    model: GPT,
+    calibration: Calibration,
+    code_bytes: int,
+    notes: dict[str, Any],
+) -> bytes:
+    """Writes model.ptz, then final_model.pt: from these MODE=pack can begin if packing fails."""
+    state = {name: w.cpu() for name, w in model.state_dict().items()}
+    try:
+        blob = pack(state, cfg, calibration, code_bytes, notes)
+        atomic_write(log.out_dir / "model.ptz", blob)
+    finally:
+        with log.optional("final_model.pt"):
+            save_torch(log.out_dir / "final_model.pt", state)
+    return blob
+
+
 def pack_model(
     cfg: Config,
     rt: Runtime,
@@ -8225,13 +8244,7 @@ def pack_model(
     with requests.heard(), log.phase("pack"):
         with rt.together():
             if rt.main:
-                state = {name: w.cpu() for name, w in model.state_dict().items()}
-                try:
-                    blob = pack(state, cfg, calibration, code, notes)
-                    atomic_write(log.out_dir / "model.ptz", blob)
-                finally:  # MODE=pack can begin from these, if packing fails
-                    with log.optional("final_model.pt"):
-                        save_torch(log.out_dir / "final_model.pt", state)
+                blob = pack_to_disk(cfg, log, model, calibration, code, notes)
                 log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
     total = code + len(blob)
