@@ -5035,10 +5035,10 @@ class CodeTables:
 
     def to_bytes(self) -> bytes:
         """For `from_bytes`."""
-        parts = [struct.pack("<H", len(self.highest))]
+        data = struct.pack("<H", len(self.highest))
         for highest, lowest, values in zip(self.highest, self.lowest, self.stored):
-            parts += [TABLE.pack(highest, lowest, len(values) - 1), values.tobytes()]
-        return b"".join(parts)
+            data += TABLE.pack(highest, lowest, len(values) - 1) + values.tobytes()
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> CodeTables:
@@ -5133,10 +5133,9 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
             break
         highest, other, _ = rows.pop(at + 1)
         rows[at] = [highest, rows[at][1] + other, merged[at]]
-    firsts = [int(np.flatnonzero(found)[0]) for _, found, _ in rows]
+    firsts = [lowest + int(np.flatnonzero(found)[0]) for _, found, _ in rows]
     stored = [normalised(np.trim_zeros(found)) for _, found, _ in rows]
-    highest = np.array([row[0] for row in rows])
-    return CodeTables(highest, lowest + np.array(firsts), tuple(stored))
+    return CodeTables(np.array([row[0] for row in rows]), np.array(firsts), tuple(stored))
 
 
 def lanes_of(count: int, period: int) -> int:
@@ -5207,8 +5206,10 @@ def rans_decode(
         state[low] = state[low] << 16 | words[used : used + len(low)]
         used += len(low)
         states[: len(which)] = state
-    ended = used == len(words) and (states == RANS_LOW).all()
-    check(ended, "a range of codes does not end where it should")
+    check(
+        used == len(words) and (states == RANS_LOW).all(),
+        "a range of codes does not end where it should",
+    )
     return codes
 
 
@@ -5378,8 +5379,8 @@ def pack(
 
     def packed(scale: float) -> bytes:
         fitted = fit_all(state_dict, cfg, calibration, scale)
-        said = {"fit_scale": scale} if cfg.fit_artifact else {}
-        return packed_file(fitted, cfg, code_bytes, {**(notes or {}), **said})
+        said = {**(notes or {}), "fit_scale": scale} if cfg.fit_artifact else dict(notes or {})
+        return packed_file(fitted, cfg, code_bytes, said)
 
     if not cfg.fit_artifact:
         return packed(1.0)
@@ -5650,8 +5651,7 @@ def tensor_bytes(tensor: PackedTensor) -> float:
     if not tensor.range_bytes:
         return entropy_bytes(tensor)
     steps = [array for array in tensor.arrays if array.ndim == 1 or array.dtype == np.float16]
-    others = dataclasses.replace(tensor, arrays=tuple(steps))
-    return tensor.range_bytes + entropy_bytes(others)
+    return tensor.range_bytes + entropy_bytes(dataclasses.replace(tensor, arrays=tuple(steps)))
 
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
@@ -5678,8 +5678,9 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
         if tensor.range_bytes:
             count = math.prod(tensor.shape)
             ideal = sum(map(context_entropy, coded_parts(tensor, cfg)))
-            bits = 8 * tensor.range_bytes / count
-            line += f" {bits:.3f} bits a weight, ideal {ideal / count:.3f}"
+            line += (
+                f" {8 * tensor.range_bytes / count:.3f} bits a weight, ideal {ideal / count:.3f}"
+            )
         lines.append(line)
     return lines
 
@@ -5715,8 +5716,8 @@ def read_raw_model(cfg: Config, wanted: Mapping[str, list[int]]) -> dict[str, Te
     where = f"RAW_MODEL={str(raw_path(cfg))!r}"
     with input_error_from(f"{where}: cannot be read", Exception):  # torch has many types
         weights = torch.load(raw_path(cfg), map_location="cpu", weights_only=True)
-        found = {name: list(w.shape) for name, w in weights.items()}
-    check(found == wanted, f"{where}: its tensors are not those of the artifact's model")
+        fits = wanted == {name: list(w.shape) for name, w in weights.items()}
+    check(fits, f"{where}: its tensors are not those of the artifact's model")
     return {name: w.float() for name, w in weights.items()}
 
 

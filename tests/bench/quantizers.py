@@ -136,7 +136,8 @@ class Bench:
         lost = 1000 * gains.sum() / sizes.sum()
         bits = 8 * size / count
         predicted = self.curvature_loss(weights)
-        line = f"{name:28} {len(blob):9} bytes {bits:5.2f} bits {lost:+7.2f} "
+        line = f"{name:28} {len(blob):9} bytes "
+        line += f"{bits:5.2f} bits {lost:+7.2f} "
         line += f"[{low:+.2f}, {high:+.2f}] mnat, curvature {predicted:6.2f}, {seconds:.0f} s"
         print(line, flush=True)
 
