@@ -445,7 +445,7 @@ class Config:
     )
     quant_trellis: bool = _pack(
         False,
-        "codes by a trellis of 8 states: about 0.9 dB less error at equal bits",
+        "codes by a trellis of 8 states: up to 0.9 dB less error at equal bits",
         needs="QUANT_STEP",
     )
     quant_bits: int = _pack(
