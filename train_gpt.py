@@ -5185,7 +5185,7 @@ def rans_decode(
     used = 0
     codes = np.empty(len(contexts), np.int64)
     table = tables.of_context(contexts)
-    odd_table = tables.of_context(contexts + RANS_ODD)
+    odd_table = tables.of_context(contexts + RANS_ODD) if period else table
     path = np.zeros(period, np.int64)  # states of a trellis
     for lo in range(0, len(codes), lanes):
         which = table[lo : lo + lanes]

@@ -454,3 +454,17 @@ def run_in_processes(out, processes, **env):
     """A tiny run of several processes -> result.json."""
     in_processes(processes, Path(out).parent, main_of_rank, tiny_settings(out, **env))
     return result_of(out)
+
+
+def calibration_of(state, highest=1e-3):
+    """X^T X / n of random inputs, and a positive importance of each row, for every matrix."""
+    generator = torch.Generator().manual_seed(0)
+    hessians = {}
+    importance = {}
+    for name, w in state.items():
+        if w.ndim == 2:
+            x = torch.randn(3 * w.size(1), w.size(1), generator=generator)
+            hessians[name] = x.T @ x / len(x)
+            drawn = torch.rand(w.size(0), generator=generator)
+            importance[name] = drawn * highest + highest / 1000
+    return tg.Calibration(hessians, importance)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL, ROOT, TINY
-from helpers import config, randomized, with_lanes
+from helpers import calibration_of, config, randomized, with_lanes
 
 import train_gpt as tg
 
@@ -181,19 +181,6 @@ def small_weights(**settings):
     """Of a model of one layer."""
     cfg = config(TINY, **{"num_layers": 1, **settings})
     return cfg, randomized(cfg).state_dict()
-
-
-def calibration_of(state, seed=0):
-    """X^T X / n of random inputs, and a positive importance of each row, for every matrix."""
-    generator = torch.Generator().manual_seed(seed)
-    hessians = {}
-    importance = {}
-    for name, w in state.items():
-        if w.ndim == 2:
-            x = torch.randn(3 * w.size(1), w.size(1), generator=generator)
-            hessians[name] = x.T @ x / len(x)
-            importance[name] = torch.rand(w.size(0), generator=generator) * 1e-3 + 1e-6
-    return tg.Calibration(hessians, importance)
 
 
 def packed_with(state, cfg, **options):
@@ -386,7 +373,8 @@ def test_where_no_file_fits_the_smallest_is_kept(way, sixteen_lanes):
     """The run ends over the size cap, and nothing is lost."""
     cfg, state = small_weights(**FIT, **FITTED[way], max_artifact_bytes=2000, fit_margin=100)
     blob = packed_with(state, cfg, code_bytes=400)
-    plain = packed_with(state, dataclasses.replace(cfg, fit_artifact=False))
+    unfitted = dataclasses.replace(cfg, fit_artifact=False)
+    plain = packed_with(state, unfitted)
     assert 1500 < len(blob) < len(plain)
     tg.unpack(blob)
 
@@ -405,8 +393,10 @@ def test_a_cap_beyond_all_needs_gives_the_finest_steps(way, sixteen_lanes):
 def test_a_fit_of_floats_alone_ends(cap):
     """No step changes them: they fit, or they do not."""
     cfg, state = small_weights(**FIT, **STEPS, keep_float_max_numel=100_000, max_artifact_bytes=cap)
-    plain = packed_with(state, dataclasses.replace(cfg, fit_artifact=False))
-    assert abs(len(packed_with(state, cfg)) - len(plain)) < 200
+    unfitted = dataclasses.replace(cfg, fit_artifact=False)
+    plain = packed_with(state, unfitted)
+    blob = packed_with(state, cfg)
+    assert abs(len(blob) - len(plain)) < 200
 
 
 def bits_a_weight(bits, floor=0):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zstandard
 from conftest import FULL, TINY
-from helpers import config, mild, with_lanes
+from helpers import calibration_of, config, mild, with_lanes
 
 import train_gpt as tg
 
@@ -202,26 +202,13 @@ CODED = {
 }
 
 
-def known_of(state):
-    """A calibration of random inputs."""
-    generator = torch.Generator().manual_seed(0)
-    hessians = {}
-    importance = {}
-    for name, w in state.items():
-        if w.ndim == 2:
-            x = torch.randn(2 * w.size(1), w.size(1), generator=generator)
-            hessians[name] = x.T @ x / len(x)
-            importance[name] = torch.rand(w.size(0), generator=generator) + 0.1
-    return dict(hessians=tg.Calibration(hessians, importance))
-
-
 @pytest.fixture(scope="module", params=CODED)
 def coded(request, sixteen_lanes):
     """An artifact by rANS."""
     sizes = dict(num_layers=1, keep_float_max_numel=1500, compressor="rans")
     cfg = config(TINY, **sizes, **CODED[request.param])
     state = mild(cfg).state_dict()
-    return tg.pack(state, cfg, **known_of(state))
+    return tg.pack(state, cfg, calibration_of(state, highest=1.0))
 
 
 def test_mutations_of_coded_artifacts(coded, rt):

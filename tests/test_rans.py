@@ -195,6 +195,13 @@ def there_and_back(part, evens, lanes=None):
 # --- there and back -------------------------------------------------------------------------------
 
 
+def drawn_there_and_back(seed, kind, count, lanes, trellis):
+    rng = np.random.default_rng(seed)
+    evens = even_contexts(rng, count)
+    part = coded(kind(rng, count), evens, trellis * lanes)
+    there_and_back(part, evens, lanes)
+
+
 @checked
 @hypothesis.given(
     seed=seeds,
@@ -205,10 +212,7 @@ def there_and_back(part, evens, lanes=None):
 )
 def test_every_code_comes_back(seed, kind, count, lanes, trellis):
     """Of any kind, in any contexts, by so many lanes; trellis: paths for each lane, 0 = none."""
-    rng = np.random.default_rng(seed)
-    evens = even_contexts(rng, count)
-    part = coded(kind(rng, count), evens, trellis * lanes)
-    there_and_back(part, evens, lanes)
+    drawn_there_and_back(seed, kind, count, lanes, trellis)
 
 
 SHAPES = {
@@ -246,10 +250,7 @@ def test_many_lanes_come_back(count, period, rng):
     trellis=strategies.integers(0, 9),
 )
 def test_every_code_comes_back_long(seed, kind, count, lanes, trellis):
-    rng = np.random.default_rng(seed)
-    evens = even_contexts(rng, count)
-    part = coded(kind(rng, count), evens, trellis * lanes)
-    there_and_back(part, evens, lanes)
+    drawn_there_and_back(seed, kind, count, lanes, trellis)
 
 
 @checked
