@@ -443,11 +443,6 @@ class Config:
     quant_row_steps: bool = _pack(
         True, "a step for each row by its importance, not one a matrix", needs="QUANT_STEP"
     )
-    quant_trellis: bool = _pack(
-        False,
-        "codes by a trellis of 8 states: up to 0.9 dB less error at equal bits",
-        needs="QUANT_STEP",
-    )
     quant_bits: int = _pack(
         8,
         "bits of a quantized weight, row-wise scales",
@@ -1128,6 +1123,11 @@ def _check_training(c: Config, relations: Relations) -> None:
     require(
         c.max_wallclock_seconds == 0 or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"{shown('gptq_reserve_seconds')} must be below {shown('max_wallclock_seconds')}",
+    )
+    timed = c.mode in TRAINING_MODES and c.schedule == "clock" and c.max_wallclock_seconds > 0
+    require(
+        not timed or not c.gptq_n_samples or c.gptq_reserve_seconds > 0,
+        f"{shown('gptq_n_samples')} takes training time: GPTQ_RESERVE_SECONDS must be above 0",
     )
     require(
         len(set(c.seeds)) == len(c.seeds) and all(0 <= seed < 2**63 for seed in c.seeds),
@@ -3793,13 +3793,13 @@ def gptq(
     w: Tensor,
     steps: Tensor,
     factors: Sequence[InverseFactor],
-    rounded: Callable[[Tensor, Tensor], Tensor],
+    rounded: Callable[[Tensor], Tensor],
     block: int = 128,
 ) -> Tensor:
     """Codes for M matrices w [M, R, C] at steps [M, R, C], with a small error in w @ x; float64.
 
     Each column is rounded, and later ones make up for its error; a column that is never used
-    becomes 0 (GPTQ, 2210.17323). rounded: a column in steps [M, R], its steps [M, R] -> codes.
+    becomes 0 (GPTQ, 2210.17323). rounded: a column in steps [M, R] -> codes.
     """
     order = torch.stack([factor.order for factor in factors])[:, None]  # [M, 1, C]
     inverse = torch.stack([factor.upper for factor in factors])
@@ -3813,87 +3813,12 @@ def gptq(
         errors = torch.empty(*w.shape[:2], hi - lo, dtype=torch.float64)
         for j in range(lo, hi):
             step = steps[:, :, j]
-            q[:, :, j] = rounded(w[:, :, j] / step, step)
+            q[:, :, j] = rounded(w[:, :, j] / step)
             error = (w[:, :, j] - q[:, :, j] * step) / inverse[:, j, j, None]
             w[:, :, j:hi] -= error[:, :, None] * inverse[:, None, j, j:hi]
             errors[:, :, j - lo] = error
         w[:, :, hi:] -= errors @ inverse[:, lo:hi, hi:]
     return q.gather(2, order.argsort(2).expand_as(q))
-
-
-# The trellis of 8 states (Ungerboeck 1982): codes are whole half steps; a state allows the even or
-# the odd ones, and every second of these leads to the first, the others to the second state named.
-TRELLIS_NEXT = np.array([[0, 1], [2, 3], [5, 4], [7, 6], [1, 0], [3, 2], [4, 5], [6, 7]])
-TRELLIS_ROWS = 128  # about so many rows make a path, so that paths run side by side
-# Where steps are large, half a step of noise is dearer than a zero, and bits decide as well: the
-# price of one in squared half steps, as high rates have it (2 ln 2 times their mean error).
-TRELLIS_BIT = 0.36
-
-
-def trellis_paths(rows: int) -> int:
-    """How many paths share the rows of a column: path p takes the rows p, p + paths, ..."""
-    return max(1, rows // TRELLIS_ROWS)
-
-
-def trellis_candidates(y: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For y [..., in half steps] the best code of each class (code mod 4) and its cost [..., 4].
-
-    spread: of the values, in half steps; below 1 codes are charged their bits.
-    """
-    price = np.where(spread < 1, TRELLIS_BIT / (2 * math.log(2) * np.square(spread)), 0)[..., None]
-    y = y[..., None]
-    classes = np.arange(4)
-    codes = 4 * np.round((y / (1 + price) - classes) / 4) + classes
-    return codes, np.square(y - codes) + price * np.square(codes)
-
-
-def trellis_round(y: Tensor, spread: Tensor) -> Tensor:
-    """Half steps for columns y [M, R] in half steps, those of the path of least cost (Viterbi).
-
-    Entropy-coded trellis quantization (Fischer and Wang 1992): the entropy of whole steps, about
-    1 dB less error. spread [M, R]: of the values, in half steps.
-    """
-    M, R = y.shape
-    paths = trellis_paths(R)
-    length = -(-R // paths)
-
-    def as_paths(x: Tensor) -> np.ndarray:
-        x = F.pad(x, (0, length * paths - R), value=1.0).view(M, length, paths)
-        return x.transpose(0, 1).reshape(length, M * paths).numpy()
-
-    codes, costs = trellis_candidates(as_paths(y), as_paths(spread))
-    came = [np.nonzero(TRELLIS_NEXT == state) for state in range(8)]
-    before = np.stack([states for states, _ in came])  # [8, 2] the states that lead to a state
-    classes = 2 * np.stack([odd for _, odd in came]) + (before & 1)
-    costs = costs[:, :, classes]
-    total = np.full((M * paths, 8), np.inf)
-    total[:, 0] = 0
-    second = np.empty((length, M * paths, 8), bool)
-    for t in range(length):
-        reached = total[:, before] + costs[t]
-        second[t] = reached[..., 1] < reached[..., 0]
-        total = np.minimum(reached[..., 0], reached[..., 1])
-    state = total.argmin(1)
-    best = np.empty((length, M * paths))
-    every = np.arange(M * paths)
-    for t in reversed(range(length)):
-        which = second[t, every, state].astype(np.int64)
-        best[t] = codes[t, every, classes[state, which]]
-        state = before[state, which]
-    return torch.from_numpy(best.reshape(length, M, paths).swapaxes(0, 1).reshape(M, -1)[:, :R])
-
-
-def trellis_parity(codes: np.ndarray) -> np.ndarray:
-    """Codes as they are stored, [R, C]: half steps // 2 -> half steps % 2, as the path has it."""
-    paths = trellis_paths(len(codes))
-    state = np.zeros((paths, codes.shape[1]), np.int64)
-    parity = np.empty_like(codes)
-    for lo in range(0, len(codes), paths):
-        row = codes[lo : lo + paths]
-        now = state[: len(row)]
-        parity[lo : lo + paths] = now & 1
-        state[: len(row)] = TRELLIS_NEXT[now, row & 1]
-    return parity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3919,10 +3844,6 @@ class Quantizer:
         Broadcasts to the codes, and is told without them, so that a decoder can tell.
         """
         return []
-
-    def period(self, shape: Sequence[int]) -> int:
-        """After how many codes a trellis comes back to the same path; 0 = there is none."""
-        return 0
 
 
 class RowInt(Quantizer):
@@ -3964,7 +3885,7 @@ class RowInt(Quantizer):
             q = q * (w != 0)  # what is pruned stays so
         return q.to(torch.int8), scales.half()
 
-    def _rounded(self, y: Tensor, step: Tensor | None = None) -> Tensor:
+    def _rounded(self, y: Tensor) -> Tensor:
         return y.round().clamp(-self.qmax, self.qmax)
 
     def _deviation_scales(self, w: Tensor, sigmas: float) -> Tensor:
@@ -4063,20 +3984,10 @@ class StepInt(Quantizer):
         columns = exponent(c * conditional / mean.sqrt())
         rows = exponent(relative**-0.5)
         steps = step_of(rows)[:, :, None] * step_of(columns)[:, None]
-        deviation = w.double().std((1, 2), correction=0)[:, None]
-        q = gptq(w, steps, factors, functools.partial(self._rounded, deviation=deviation))
-        stored = self._stored(q)
-        if stored.abs().max() > 32767 or columns.min() == -128:
+        q = gptq(w, steps, factors, torch.round)
+        if q.abs().max() > 32767 or columns.min() == -128:
             raise TooFine(f"codes of more than 16 bits; QUANT_STEP={c:g} is too fine")
-        return list(zip(stored.to(torch.int16), columns, rows))
-
-    def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
-        """A column in steps [M, R] -> codes; deviation [M, 1]: of the matrices."""
-        return y.round()
-
-    def _stored(self, q: Tensor) -> Tensor:
-        """Whole numbers as they are packed."""
-        return q
+        return list(zip(q.to(torch.int16), columns, rows))
 
     def spreads(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """Larger where steps are smaller."""
@@ -4086,27 +3997,6 @@ class StepInt(Quantizer):
     def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
         """The weights [R, C], float32."""
         return q.float() * step_of(columns) * step_of(rows)[:, None]
-
-
-class TrellisInt(StepInt):
-    """The same at half steps, of which a trellis down the rows allows every second one."""
-
-    def _rounded(self, y: Tensor, step: Tensor, deviation: Tensor) -> Tensor:
-        spread = (2 * deviation / step).clamp_min(1e-6)
-        return trellis_round(2 * y, spread) / 2
-
-    def _stored(self, q: Tensor) -> Tensor:
-        """Whole steps; the path tells whether half a step is added."""
-        return q.floor()
-
-    def period(self, shape: Sequence[int]) -> int:
-        """A path takes every so many rows."""
-        return trellis_paths(shape[0]) * shape[1]
-
-    def decode(self, q: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-        """The weights [R, C], float32."""
-        half = torch.from_numpy(trellis_parity(q.numpy().astype(np.int64)))
-        return super().decode(q.float() + half.float() / 2, columns, rows)
 
 
 # 2^(0/8) to 2^(7/8), float32. Read, not computed, so that no machine's rounding decides; whole
@@ -4177,10 +4067,6 @@ class LowRankCorrected(Quantizer):
         alike = np.zeros((1, 1), np.int64)
         return [*self.base.spreads(arrays[:-4]), alike, alike]
 
-    def period(self, shape: Sequence[int]) -> int:
-        """The other quantizer's."""
-        return self.base.period(shape)
-
     def decode(self, *arrays: Tensor) -> Tensor:
         """The weights [R, C], float32."""
         *base, q_first, scale, q_second, scales = arrays
@@ -4196,8 +4082,6 @@ class LowRankCorrected(Quantizer):
 QUANTIZERS: dict[str, Any] = {
     "step8": StepInt("|i1"),
     "step16": StepInt("<i2"),
-    "trellis8": TrellisInt("|i1"),
-    "trellis16": TrellisInt("<i2"),
     "f16": AsFloat("<f2", torch.float16),
     "f32": AsFloat("<f4", torch.float32),
     **{f"int{bits}": RowInt(bits) for bits in range(2, 9)},
@@ -4260,7 +4144,7 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
     if bits:
         return f"int{bits}"
     if is_large(name, w, cfg):
-        return "trellis16" if cfg.quant_trellis else "step16"
+        return "step16"
     is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES)
     if tensor_role(name) == "gate" and "gate:16" in cfg.quant_policy:
         is_gain = w.ndim != 2
@@ -4991,11 +4875,9 @@ def _expand_stream(stream: Any, data: bytes, size: int) -> bytes:
 
 # rANS (1311.2540): an entropy coder of whole numbers only, so that every machine decodes the same.
 # A code's table of frequencies is chosen by its context: its expected size in units of its step,
-# which the decoder knows from the steps, and whether a trellis asks for an odd count of half steps.
-# Lanes are independent coders that share one sequence of words.
+# which the decoder knows from the steps. Lanes are independent coders of one sequence of words.
 RANS_BITS = 14  # the frequencies of a table sum to 2^14
 RANS_LOW = 1 << 16  # a state is at least this and below 2^32; words have 16 bits
-RANS_ODD = 256  # what the context of an odd number is higher by
 RANS_TABLES = 256  # tables at most; a context has one of 160
 RANS_CODES = 1 << RANS_BITS  # codes of a table at most
 RANGE = struct.Struct("<Ih")  # of every array of codes: bytes, and its spread in eighths of log2
@@ -5069,7 +4951,7 @@ def spread_of(codes: np.ndarray, relative: np.ndarray) -> int:
 
 
 def contexts_of(spread: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Contexts [N] of a matrix's codes, even ones, from log2 of their sizes in eighths."""
+    """Contexts [N] of a matrix's codes, from log2 of their sizes in eighths."""
     return np.broadcast_to(np.clip(spread, -32, 127), shape).ravel()
 
 
@@ -5138,22 +5020,14 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
     return CodeTables(np.array([row[0] for row in rows]), np.array(firsts), tuple(stored))
 
 
-def lanes_of(count: int, period: int) -> int:
-    """How many lanes code so many codes: each costs about 3 bytes, and fewer are slower.
-
-    period: a number of them that lanes must divide, so that a trellis is known in time; 0 = none.
-    """
-    lanes = max(1, count // (4096 if count >= 1 << 18 else 8192))
-    while period % lanes:
-        lanes -= 1
-    return lanes
+def lanes_of(count: int) -> int:
+    """How many lanes code so many codes: each costs about 3 bytes, and fewer are slower."""
+    return max(1, count // (4096 if count >= 1 << 18 else 8192))
 
 
-def rans_encode(
-    codes: np.ndarray, contexts: np.ndarray, tables: CodeTables, period: int = 0
-) -> bytes:
+def rans_encode(codes: np.ndarray, contexts: np.ndarray, tables: CodeTables) -> bytes:
     """Codes [N] in their contexts [N] -> states of the lanes, then the words that they need."""
-    lanes = lanes_of(len(codes), period)
+    lanes = lanes_of(len(codes))
     table = tables.of_context(contexts)
     symbol = codes - tables.lowest[table]
     frequency = tables.frequency[table, symbol]
@@ -5170,14 +5044,9 @@ def rans_encode(
     return states.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
 
 
-def rans_decode(
-    data: bytes, contexts: np.ndarray, tables: CodeTables, period: int = 0
-) -> np.ndarray:
-    """The codes [N]; InputError unless all words are used and all lanes end where they began.
-
-    contexts: as if all were even. period: how many codes of a trellis lie side by side; 0 = none.
-    """
-    lanes = lanes_of(len(contexts), period)
+def rans_decode(data: bytes, contexts: np.ndarray, tables: CodeTables) -> np.ndarray:
+    """The codes [N]; InputError unless all words are used and all lanes end where they began."""
+    lanes = lanes_of(len(contexts))
     check(len(data) >= 4 * lanes and len(data) % 2 == 0, "a range of codes is too short")
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
     check((states >= RANS_LOW).all(), "a lane begins too low")  # else bytes are not the only ones
@@ -5185,20 +5054,12 @@ def rans_decode(
     used = 0
     codes = np.empty(len(contexts), np.int64)
     table = tables.of_context(contexts)
-    odd_table = tables.of_context(contexts + RANS_ODD) if period else table
-    path = np.zeros(period, np.int64)  # states of a trellis
     for lo in range(0, len(codes), lanes):
         which = table[lo : lo + lanes]
-        if period:
-            on_path = path[lo % period :][: len(which)]
-            which = np.where(on_path & 1, odd_table[lo : lo + lanes], which)
         state = states[: len(which)]
         slot = state & ((1 << RANS_BITS) - 1)
         symbol = tables.code_at[which, slot]
-        found = symbol + tables.lowest[which]
-        codes[lo : lo + lanes] = found
-        if period:
-            on_path[:] = TRELLIS_NEXT[on_path, found & 1]
+        codes[lo : lo + lanes] = symbol + tables.lowest[which]
         state = tables.frequency[which, symbol] * (state >> RANS_BITS) + slot
         state -= tables.start[which, symbol]
         low = np.flatnonzero(state < RANS_LOW)
@@ -5248,7 +5109,6 @@ class CodedPart:
     codes: np.ndarray  # [N] int64
     contexts: np.ndarray  # [N]
     spread: int  # of the array, see spread_of
-    period: int  # of a trellis
 
 
 def coded_parts(tensor: PackedTensor, cfg: Config) -> list[CodedPart]:
@@ -5258,12 +5118,9 @@ def coded_parts(tensor: PackedTensor, cfg: Config) -> list[CodedPart]:
     matrices = [array.astype(np.int64) for array, part in rows if part.stream == "codes"]
     parts = []
     for codes, relative in zip(matrices, found.spreads(tensor.arrays), strict=True):
-        period = 0 if parts else found.period(tensor.shape)
         spread = spread_of(codes, relative)
         contexts = contexts_of(spread + relative, codes.shape)
-        if period:
-            contexts = contexts + RANS_ODD * trellis_parity(codes).ravel()
-        parts.append(CodedPart(codes.ravel(), contexts, spread, period))
+        parts.append(CodedPart(codes.ravel(), contexts, spread))
     return parts
 
 
@@ -5273,7 +5130,7 @@ def rans_payload(tensors: Sequence[PackedTensor], cfg: Config, others: bytes) ->
     ranges = []
     if parts:
         tables = build_tables(parts)
-        ranges = [rans_encode(part.codes, part.contexts, tables, part.period) for part in parts]
+        ranges = [rans_encode(part.codes, part.contexts, tables) for part in parts]
         sizes = [RANGE.pack(len(data), part.spread) for data, part in zip(ranges, parts)]
         others += b"".join(sizes) + tables.to_bytes()
     rest = _compress_zstd(others)
@@ -5283,7 +5140,7 @@ def rans_payload(tensors: Sequence[PackedTensor], cfg: Config, others: bytes) ->
 def fit_steps(
     group: Mapping[str, Tensor], kind: str, cfg: Config, calibration: Calibration, scale: float
 ) -> dict[str, PackedTensor]:
-    """Matrices of one shape by StepInt or TrellisInt, at steps times scale."""
+    """Matrices of one shape by StepInt, at steps times scale."""
     for name in group:
         known = name in calibration.hessians and name in calibration.importance
         check(known, f"{name}: QUANT_STEP needs its Hessian and the importance of its rows")
@@ -5318,7 +5175,7 @@ def fit_all(
         w = w.detach().to("cpu", torch.float32).contiguous()
         check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
         kind = quantizer_of(name, w, cfg)
-        if kind in ("step16", "trellis16"):
+        if kind == "step16":
             groups.setdefault((kind, w.shape), {})[name] = w
             continue
         if kind.startswith("int"):
@@ -5499,9 +5356,10 @@ def config_from(stored: Any) -> Config:
         shown = printable(f"{name.upper()}={value!r}")
         check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
-    problems = check_config(Config(**values))
+    cfg = Config(**values)
+    problems = check_config(dataclasses.replace(cfg, mode="eval"))  # not as those of a training
     check(not problems, f"artifact: {'; '.join(problems)}")
-    return Config(**values)
+    return cfg
 
 
 def tensors_of(cfg: Config) -> dict[str, list[int]]:
@@ -5610,8 +5468,7 @@ def rans_arrays(
             if part.stream == "codes":
                 size, spread = next(ranges)
                 contexts = contexts_of(spread + next(relative), part.shape)
-                period = found.period(part.shape) if number == 0 else 0
-                codes = rans_decode(payload[at : at + size], contexts, tables, period)
+                codes = rans_decode(payload[at : at + size], contexts, tables)
                 arrays[number] = codes.astype(part.dtype).reshape(part.shape)
                 check((arrays[number].ravel() == codes).all(), "a code is out of its range")
                 at += size

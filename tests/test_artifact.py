@@ -140,19 +140,16 @@ def test_pruning_zeroes_the_smallest_of_each_tensor(share, rng, monkeypatch):
 # --- steps without a limit, rANS ------------------------------------------------------------------
 
 STEPS = dict(quant_step=0.01, gptq_n_samples=1)
-TRELLIS = dict(STEPS, quant_trellis=True)
 LQER = dict(lqer_enabled=True, lqer_top_k=2, lqer_rank=3, lqer_asym_group=7)
 WAYS = {
     "rows": dict(quant_policy="mlp:5,embed:6"),
     "rows clipped": dict(matrix_clip_sigmas=8.0),
     "steps": dict(STEPS, quant_row_steps=False),
-    "trellis": TRELLIS,
-    "trellis and rows": dict(TRELLIS, quant_policy="embed:8"),
+    "steps by row": STEPS,
+    "steps and rows": dict(STEPS, quant_policy="embed:8"),
     "fine steps": dict(STEPS, quant_step=1e-5),
-    "a fine trellis": dict(TRELLIS, quant_step=1e-5),
     "rows and LQER": LQER,
-    "steps and LQER": dict(STEPS, **LQER),
-    "trellis and LQER": dict(TRELLIS, **LQER, quant_policy="embed:8"),
+    "steps and LQER": dict(STEPS, **LQER, quant_policy="embed:8"),
     "floats": dict(keep_float_max_numel=100_000),
 }
 # The kinds of whole numbers that each way gives.
@@ -160,13 +157,11 @@ KINDS = {
     "rows": {"int5", "int6", "int8"},
     "rows clipped": {"int8"},
     "steps": {"step8"},
-    "trellis": {"trellis8"},
-    "trellis and rows": {"trellis8", "int8"},
+    "steps by row": {"step8"},
+    "steps and rows": {"step8", "int8"},
     "fine steps": {"step16"},
-    "a fine trellis": {"trellis16"},
     "rows and LQER": {"int8", "int8+lqer"},
-    "steps and LQER": {"step8", "step8+lqer"},
-    "trellis and LQER": {"trellis8", "trellis8+lqer", "int8"},
+    "steps and LQER": {"step8", "step8+lqer", "int8"},
     "floats": set(),
 }
 
@@ -209,14 +204,14 @@ def test_rans_gives_what_zstd_gives(way, sixteen_lanes):
         w = weights[tensor.name]
         assert torch.equal(w, expected[tensor.name]), tensor.name
         assert torch.equal(w, tg.decoded(tensor, cfg)), tensor.name
-        if kinds & {"step16", "trellis16"}:
+        if "step16" in kinds:
             difference = w - state[tensor.name]
             assert difference.abs().max() < 1e-2
 
 
 def test_rans_with_the_lanes_of_a_run():
     """A whole artifact; its report names the bits of a weight."""
-    cfg, state = small_weights(compressor="rans", **WAYS["trellis and LQER"])
+    cfg, state = small_weights(compressor="rans", **WAYS["steps and LQER"])
     blob = packed_with(state, cfg)
     _, weights = tg.unpack(blob)
     for tensor in tg.fit_all(state, cfg, calibration_of(state)):
@@ -243,7 +238,7 @@ def test_a_first_part_and_no_codes_end_where_they_should():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["blocks.0.mlp.fc.weight", "blocks.0.resid_mix"])
 def test_steps_of_what_is_not_finite_are_refused(name, value):
-    cfg, state = small_weights(**TRELLIS)
+    cfg, state = small_weights(**STEPS)
     state[name].flatten()[3] = value
     with pytest.raises(tg.InputError, match=f"{name}: has values that are not finite"):
         packed_with(state, cfg)
@@ -283,7 +278,9 @@ def odd_matrices(rng):
     return state, known
 
 
-@pytest.mark.parametrize("way", ["steps", "trellis", "trellis and LQER", "rows", "rows and LQER"])
+@pytest.mark.parametrize(
+    "way", ["steps", "steps by row", "steps and LQER", "rows", "rows and LQER"]
+)
 def test_odd_matrices_come_back(way, rng):
     """Finite, near what they were where that matters, by rANS as they were fitted."""
     state, known = odd_matrices(rng)
@@ -292,7 +289,7 @@ def test_odd_matrices_come_back(way, rng):
     weights = tg.weights_of(fitted, cfg)  # finite
     for name in ("row", "column", "one", "tall", "alike", "row_of_zeros"):
         wrong = weights[name] - state[name]
-        assert wrong.abs().max() < 2, name
+        assert wrong.square().mean() < 0.5 * state[name].square().mean(), name
     assert not weights["zero"].any()
     if "LQER" not in way:
         assert not weights["dead"][:, [2, 9]].any()
@@ -332,7 +329,6 @@ def test_an_importance_of_zeros_gives_the_coarsest_steps(rng):
 FIT = dict(fit_artifact=True)
 FITTED = {
     "steps": dict(STEPS, compressor="rans"),
-    "trellis": dict(TRELLIS, compressor="rans"),
     "steps by zstd": STEPS,
     "rows": dict(matrix_clip_sigmas=12.0, compressor="rans"),
 }
@@ -379,7 +375,7 @@ def test_where_no_file_fits_the_smallest_is_kept(way, sixteen_lanes):
     tg.unpack(blob)
 
 
-@pytest.mark.parametrize("way", ["steps", "trellis", "steps by zstd"])
+@pytest.mark.parametrize("way", ["steps", "steps by zstd"])
 def test_a_cap_beyond_all_needs_gives_the_finest_steps(way, sixteen_lanes):
     """Also where the next steps would be too fine for the codec."""
     cfg, state = small_weights(**FIT, **FITTED[way])
@@ -423,10 +419,9 @@ def test_a_fit_finds_the_limit(bits, limit):
     assert len(probes) <= tg.FIT_PROBES
 
 
-@pytest.mark.parametrize("way", ["steps", "trellis"])
-def test_steps_too_fine_for_16_bits_are_named(way):
+def test_steps_too_fine_for_16_bits_are_named():
     """Codes are not cut off: by zstd no less than by rANS."""
-    cfg, state = small_weights(**{**WAYS[way], "quant_step": 1e-8})
+    cfg, state = small_weights(**{**STEPS, "quant_step": 1e-8})
     with pytest.raises(tg.InputError, match=r"weight: .*16 bits; QUANT_STEP=1e-08 is too fine"):
         packed_with(state, cfg)
 
@@ -575,7 +570,7 @@ CLAIMS = {
     ),
     "a setting out of its range": config_claim("expected 1 or more", num_heads=0),
 }
-CLAIMS["a trellis of a vector"] = table_claim(BAD_TABLE, "a", [4], "trellis8")
+CLAIMS["steps of a vector"] = table_claim(BAD_TABLE, "a", [4], "step8")
 for kind in ("+lqer", "int8+lqer+lqer", "step32", 8):
     CLAIMS[f"the kind {kind}"] = table_claim(BAD_TABLE, "a", [4, 4], kind)
 CLAIMS["a correction of floats"] = table_claim(BAD_TABLE, "tok_emb.weight", [260, 32], "f16+lqer")

@@ -198,7 +198,7 @@ CORRECTED = dict(lqer_enabled=True, lqer_top_k=2)
 CODED = {
     "rows": CORRECTED,
     "steps": dict(quant_step=0.01, gptq_n_samples=1),
-    "trellis": dict(quant_step=0.01, gptq_n_samples=1, quant_trellis=True, **CORRECTED),
+    "steps and LQER": dict(quant_step=0.01, gptq_n_samples=1, **CORRECTED),
 }
 
 
@@ -344,8 +344,8 @@ def test_codes_beyond_their_type_are_refused(lowest, coded, rt):
     assert "cannot be expanded" in refused(payload.sealed(), rt)
 
 
-KIND_NAMES = ("trellis8", "trellis16", "step8", "step16", "int8", "int2", "f16", "f32", "rans")
-KIND_NAMES += ("trellis8+lqer", "f16+lqer", "int6+lqer", "+lqer", "trellis", "step8 ", "TRELLIS8")
+KIND_NAMES = ("step8", "step16", "int8", "int2", "f16", "f32", "rans")
+KIND_NAMES += ("step8+lqer", "f16+lqer", "int6+lqer", "+lqer", "step", "step8 ", "STEP8")
 
 
 def test_other_kinds_are_refused_or_read(coded, rt):

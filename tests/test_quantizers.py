@@ -1,7 +1,6 @@
 """Quantizers (section 7): rows as whole numbers, GPTQ, fake quantization and its penalty."""
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
@@ -344,17 +343,13 @@ def test_water_filled_steps_and_codes_equal_the_slow_rule(filled):
 
 
 def test_the_loss_of_fine_steps_is_what_c_says(filled, rng):
-    """c^2 / 24 a weight, for a Hessian without damping; a trellis has 0.9 to 1.2 dB less."""
+    """c^2 / 24 a weight, for a Hessian without damping."""
     filled.damp = 1e-6
     filled.w = np.tile(filled.w, (16, 1)) + rng.standard_normal((384, 40)).astype(np.float32)
     filled.importance = np.tile(filled.importance, 16)
-    losses = {}
-    for kind in ("step16", "trellis16"):
-        decoded = tg.QUANTIZERS[kind].decode(*filled.fit(kind, 0.02)).numpy()
-        losses[kind] = filled.loss(decoded.astype(np.float64))
-    assert abs(losses["step16"] / (filled.w.size * 0.02**2 / 24) - 1) < 0.1
-    gain = 10 * np.log10(losses["step16"] / losses["trellis16"])
-    assert 0.9 < gain < 1.25
+    decoded = tg.QUANTIZERS["step16"].decode(*filled.fit("step16", 0.02)).numpy()
+    loss = filled.loss(decoded.astype(np.float64))
+    assert abs(loss / (filled.w.size * 0.02**2 / 24) - 1) < 0.1
 
 
 def test_matrices_fitted_together_equal_each_alone(filled, rng):
@@ -363,11 +358,10 @@ def test_matrices_fitted_together_equal_each_alone(filled, rng):
     w = torch.from_numpy(np.stack([part.w for part in parts]))
     importance = torch.from_numpy(np.stack([part.importance for part in parts]))
     factors = [part.factor() for part in parts]
-    for kind in ("step16", "trellis16"):
-        both = tg.QUANTIZERS[kind].fit_many(w, factors, importance, 0.3)
-        for found, part in zip(both, parts):
-            for together, alone in zip(found, part.fit(kind, 0.3)):
-                assert torch.equal(together, alone)
+    both = tg.QUANTIZERS["step16"].fit_many(w, factors, importance, 0.3)
+    for found, part in zip(both, parts):
+        for together, alone in zip(found, part.fit("step16", 0.3)):
+            assert torch.equal(together, alone)
 
 
 def test_steps_are_exact_powers():
@@ -375,62 +369,6 @@ def test_steps_are_exact_powers():
     steps = tg.step_of(exponents).double()
     np.testing.assert_allclose(steps, 2.0 ** (exponents.double() / 8), rtol=1e-7)
     assert torch.equal(tg.exponent(steps), exponents)
-
-
-# --- the trellis ----------------------------------------------------------------------------------
-
-# Which class of half steps (code mod 4) leads a state to which: frontier of the published design.
-LEADS = ["00 21", "12 33", "24 05", "36 17", "20 01", "32 13", "04 25", "16 37"]
-
-
-def path_of(codes, state=0):
-    """Whether the trellis allows these half steps, one after the other, from a state on."""
-    for code in codes:
-        after = {int(pair[0]): int(pair[1]) for pair in LEADS[state].split()}
-        if code % 4 not in after:
-            return False
-        state = after[code % 4]
-    return True
-
-
-def cost(y, codes, price):
-    """Squared error, and what the codes' bits are charged."""
-    codes = np.array(codes)
-    wrong = y - codes
-    return wrong @ wrong + price * codes @ codes
-
-
-@pytest.mark.parametrize("spread", [9.0, 0.6])
-def test_viterbi_equals_trying_every_path(spread, rng):
-    """Among all paths of five codes near the values; below a spread of 1 codes cost bits too."""
-    price = 0.36 / (2 * math.log(2) * spread**2) if spread < 1 else 0.0
-    for _ in range(5):
-        y = rng.standard_normal(5) * 3
-        centres = y.round().astype(int)
-        near = [range(centre - 4, centre + 5) for centre in centres]
-        allowed = [codes for codes in itertools.product(*near) if path_of(codes)]
-
-        column = torch.from_numpy(y)[None]
-        spreads = torch.full_like(column, spread)
-        found = tg.trellis_round(column, spreads)[0].numpy()
-        assert path_of(found.astype(int))
-        least = min(cost(y, codes, price) for codes in allowed)
-        assert abs(cost(y, found, price) - least) < 1e-9
-
-
-@pytest.mark.parametrize("rows", [1, 5, 128, 300, 521])
-def test_stored_codes_lead_back_to_half_steps(rows, rng):
-    """Rows that a path takes, also where paths are of different lengths."""
-    y = torch.from_numpy(rng.standard_normal((3, rows)) * 5)
-    found = tg.trellis_round(y, torch.ones_like(y))
-    half_steps = found.numpy().astype(np.int64)
-    assert np.abs(half_steps - y.numpy()).max() < 3
-    paths = tg.trellis_paths(rows)
-    for column in half_steps:
-        assert all(path_of(column[first::paths]) for first in range(paths))
-    stored = half_steps.T // 2
-    parity = tg.trellis_parity(stored)
-    np.testing.assert_array_equal(2 * stored + parity, half_steps.T)
 
 
 # --- clipping by deviations, corrections ----------------------------------------------------------

@@ -30,9 +30,6 @@ seeds = strategies.integers(0, 2**32 - 1)
 
 # --- oracles: plain Python integers ---------------------------------------------------------------
 
-# Which state follows one of the trellis, for an even and an odd count of steps stored.
-NEXT = [(0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7)]
-
 
 def slow_frequencies(values):
     """Bytes of a table -> frequencies of a sum of 2^14, or None."""
@@ -58,12 +55,6 @@ def slow_tables(data):
         at += others + 1
     assert at == len(data)
     return tables
-
-
-def slow_lanes(count, period):
-    """The largest divisor of the period (all divide 0) that is not above the share of lanes."""
-    most = max(1, count // (4096 if count >= 2**18 else 8192))
-    return max(n for n in range(1, most + 1) if period % n == 0)
 
 
 def chosen_table(tables, context):
@@ -98,20 +89,13 @@ class SlowLanes:
         return lowest + symbol
 
 
-def slow_decode(data, contexts, tables, period, lanes=None):
+def slow_decode(data, contexts, tables, lanes):
     """What `rans_decode` gives, one code after the other; tables as bytes."""
     tables = slow_tables(tables)
-    lanes = lanes or slow_lanes(len(contexts), period)
     coder = SlowLanes(data, lanes)
-    path = [0] * period
     codes = []
     for i, context in enumerate(contexts):
-        if period:
-            context += 256 * (path[i % period] % 2)
-        code = coder.code(i % lanes, chosen_table(tables, context))
-        if period:
-            path[i % period] = NEXT[path[i % period]][code % 2]
-        codes.append(code)
+        codes.append(coder.code(i % lanes, chosen_table(tables, context)))
     assert not coder.words
     assert set(coder.states) == {2**16}
     return codes
@@ -151,7 +135,7 @@ def two_of_them(rng, count):
 KINDS = (gaussian, all_equal, far_off, one_rare, two_of_them)
 
 
-def even_contexts(rng, count):
+def some_contexts(rng, count):
     """Alike, any, or growing."""
     one = np.full(count, rng.integers(-32, 128))
     every = rng.integers(-32, 128, count)
@@ -159,35 +143,21 @@ def even_contexts(rng, count):
     return (one, every, growing)[rng.integers(3)]
 
 
-def coded(codes, contexts, period=0):
-    """Codes as `coded_parts` has them: with a trellis the contexts of odd half steps are others."""
-    codes = codes.astype(np.int64)
-    if period:
-        side_by_side = np.zeros(-(-len(codes) // period) * period, np.int64)
-        side_by_side[: len(codes)] = codes
-        odd = parities(side_by_side, period)[: len(codes)]
-        return tg.CodedPart(codes, contexts + tg.RANS_ODD * odd, 0, period)
-    return tg.CodedPart(codes, contexts, 0, period)
+def coded(codes, contexts):
+    return tg.CodedPart(codes.astype(np.int64), contexts, 0)
 
 
-def parities(codes, period):
-    path = np.zeros(period, np.int64)
-    odd = []
-    for row in codes.reshape(-1, period):
-        odd.append(path % 2)
-        path = np.array(NEXT)[path, row % 2]
-    return np.concatenate(odd)
-
-
-def there_and_back(part, evens, lanes=None):
+def there_and_back(codes, contexts, lanes=None):
     """Bytes of tables and of a range that give the codes again, quickly and slowly."""
+    part = coded(codes, contexts)
     with with_lanes(lanes) if lanes else contextlib.nullcontext():
         tables = tg.build_tables([part])
-        data = tg.rans_encode(part.codes, part.contexts, tables, part.period)
+        data = tg.rans_encode(part.codes, contexts, tables)
         stored = tables.to_bytes()
-        found = tg.rans_decode(data, evens, tg.CodeTables.from_bytes(stored), part.period)
+        found = tg.rans_decode(data, contexts, tg.CodeTables.from_bytes(stored))
     np.testing.assert_array_equal(found, part.codes)
-    slow = slow_decode(data, evens.tolist(), stored, part.period, lanes)
+    lanes = lanes or max(1, len(codes) // (4096 if len(codes) >= 2**18 else 8192))
+    slow = slow_decode(data, contexts.tolist(), stored, lanes)
     assert slow == part.codes.tolist()
     return data, stored
 
@@ -195,11 +165,10 @@ def there_and_back(part, evens, lanes=None):
 # --- there and back -------------------------------------------------------------------------------
 
 
-def drawn_there_and_back(seed, kind, count, lanes, trellis):
+def drawn_there_and_back(seed, kind, count, lanes):
     rng = np.random.default_rng(seed)
-    evens = even_contexts(rng, count)
-    part = coded(kind(rng, count), evens, trellis * lanes)
-    there_and_back(part, evens, lanes)
+    contexts = some_contexts(rng, count)
+    there_and_back(kind(rng, count), contexts, lanes)
 
 
 @checked
@@ -208,36 +177,21 @@ def drawn_there_and_back(seed, kind, count, lanes, trellis):
     kind=strategies.sampled_from(KINDS),
     count=strategies.integers(1, 400),
     lanes=strategies.integers(1, 9),
-    trellis=strategies.integers(0, 4),
 )
-def test_every_code_comes_back(seed, kind, count, lanes, trellis):
-    """Of any kind, in any contexts, by so many lanes; trellis: paths for each lane, 0 = none."""
-    drawn_there_and_back(seed, kind, count, lanes, trellis)
+def test_every_code_comes_back(seed, kind, count, lanes):
+    """Of any kind, in any contexts, by so many lanes."""
+    drawn_there_and_back(seed, kind, count, lanes)
 
 
-SHAPES = {
-    "one code alone": ((1, 1), 0),
-    "one row": ((1, 7), 7),
-    "one column": ((300, 1), 2),
-    "two lanes": ((130, 127), 0),
-    "two lanes, but a path of one column": ((16_500, 1), 1),
-    "two lanes of a trellis, a last row that is not whole": ((257, 64), 128),
-}
+COUNTS = (1, 7, 300, 8191, 16_500)
+MANY = tuple(pytest.param(n, marks=pytest.mark.slow) for n in (300_000, 1 << 18, 400_003))
 
 
-@pytest.mark.parametrize("shape, period", SHAPES.values(), ids=list(SHAPES))
-def test_shapes_come_back(shape, period, rng):
+@pytest.mark.parametrize("count", [*COUNTS, *MANY])
+def test_counts_come_back(count, rng):
     """With the lanes that a count of codes gets."""
-    codes = np.round(rng.standard_normal(shape) * 3).ravel()
-    evens = even_contexts(rng, codes.size)
-    there_and_back(coded(codes, evens, period), evens)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count, period", [(300_000, 0), (1 << 18, 1024), (400_003, 960)])
-def test_many_lanes_come_back(count, period, rng):
-    evens = even_contexts(rng, count)
-    there_and_back(coded(gaussian(rng, count), evens, period), evens)
+    contexts = some_contexts(rng, count)
+    there_and_back(gaussian(rng, count), contexts)
 
 
 @pytest.mark.slow
@@ -247,26 +201,19 @@ def test_many_lanes_come_back(count, period, rng):
     kind=strategies.sampled_from(KINDS),
     count=strategies.integers(1, 3000),
     lanes=strategies.integers(1, 40),
-    trellis=strategies.integers(0, 9),
 )
-def test_every_code_comes_back_long(seed, kind, count, lanes, trellis):
-    drawn_there_and_back(seed, kind, count, lanes, trellis)
-
-
-@checked
-@hypothesis.given(count=strategies.integers(1, 1 << 21), period=strategies.integers(0, 5000))
-def test_lanes_divide_the_period(count, period):
-    assert tg.lanes_of(count, period) == slow_lanes(count, period)
+def test_every_code_comes_back_long(seed, kind, count, lanes):
+    drawn_there_and_back(seed, kind, count, lanes)
 
 
 def test_codes_too_far_apart_are_refused():
     """By the setting's name; one less is coded."""
     codes = np.array([-20_000, 20_000])
-    far = tg.CodedPart(codes, np.zeros(2, np.int64), 0, 0)
+    far = tg.CodedPart(codes, np.zeros(2, np.int64), 0)
     with pytest.raises(tg.InputError, match=r"COMPRESSOR=rans: 40001 codes apart"):
         tg.build_tables([far])
-    evens = np.zeros(2, np.int64)
-    there_and_back(coded(np.array([-8000, 8383]), evens), evens)
+    contexts = np.zeros(2, np.int64)
+    there_and_back(np.array([-8000, 8383]), contexts)
 
 
 # --- size -----------------------------------------------------------------------------------------
@@ -318,9 +265,9 @@ def test_a_million_codes_cost_what_their_tables_say(rng):
 
 def some_tables(rng, count=300):
     """Of codes of several sizes, which give several tables."""
-    evens = np.repeat(np.arange(0, 64, 8), count)
-    codes = np.round(rng.standard_normal(len(evens)) * 2.0 ** (evens / 8))
-    tables = tg.build_tables([coded(codes, evens)])
+    contexts = np.repeat(np.arange(0, 64, 8), count)
+    codes = np.round(rng.standard_normal(len(contexts)) * 2.0 ** (contexts / 8))
+    tables = tg.build_tables([coded(codes, contexts)])
     assert len(tables.stored) > 2
     return tables
 
@@ -457,8 +404,8 @@ def test_contexts_that_tell_nothing_share_a_table(rng):
     codes = np.round(rng.standard_normal(20_000) * 3)
     alike = coded(codes, rng.integers(-32, 128, 20_000))
     assert len(tg.build_tables([alike]).stored) == 1
-    evens = np.arange(20_000) % 2 * 40
-    told = coded(codes * 2.0 ** (evens / 8) // 1, evens)
+    contexts = np.arange(20_000) % 2 * 40
+    told = coded(codes * 2.0 ** (contexts / 8) // 1, contexts)
     assert len(tg.build_tables([told]).stored) == 2
 
 
@@ -468,20 +415,18 @@ def test_contexts_that_tell_nothing_share_a_table(rng):
 class Range:
     """A range of codes as a file holds it, and what it decodes to."""
 
-    def __init__(self, count, lanes, period, rng):
+    def __init__(self, count, lanes, rng):
         self.lanes = lanes
-        self.period = period
-        self.evens = rng.integers(0, 60, count)
-        codes = np.round(rng.standard_normal(count) * 2.0 ** (self.evens / 8))
-        self.part = coded(codes, self.evens, period)
-        self.data, stored = there_and_back(self.part, self.evens, lanes)
+        self.contexts = rng.integers(0, 60, count)
+        self.codes = np.round(rng.standard_normal(count) * 2.0 ** (self.contexts / 8))
+        self.data, stored = there_and_back(self.codes, self.contexts, lanes)
         self.tables = tg.CodeTables.from_bytes(stored)
 
     def decode(self, data):
         """Codes, or None if the data is refused."""
         with with_lanes(self.lanes):
             try:
-                return tg.rans_decode(data, self.evens, self.tables, self.period)
+                return tg.rans_decode(data, self.contexts, self.tables)
             except tg.InputError:
                 return None
 
@@ -490,14 +435,14 @@ class Range:
         codes = self.decode(data)
         if codes is None:
             return 0
-        assert not np.array_equal(codes, self.part.codes)
+        assert not np.array_equal(codes, self.codes)
         return 1
 
 
-@pytest.mark.parametrize("lanes, period", [(1, 0), (3, 0), (2, 8)])
-def test_a_changed_range_gives_no_such_codes(lanes, period, rng):
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_changed_range_gives_no_such_codes(lanes, rng):
     """Every byte changed in several ways, cut at every length, extended: never the same codes."""
-    whole = Range(48, lanes, period, rng)
+    whole = Range(48, lanes, rng)
     data = whole.data
     began = time.process_time()
     for at, flip in itertools.product(range(len(data)), (1, 2, 16, 128, 255)):
@@ -516,7 +461,7 @@ def test_any_changed_range_gives_no_such_codes(rng):
     """Random bytes in many ranges: some are taken, as other codes."""
     taken = 0
     for number in range(400):
-        whole = Range(4 + number % 9, 1 + number % 3, 0, rng)
+        whole = Range(4 + number % 9, 1 + number % 3, rng)
         for at, value in itertools.product(range(len(whole.data)), range(0, 256, 3)):
             changed = bytearray(whole.data)
             changed[at] ^= value or 1
@@ -526,16 +471,16 @@ def test_any_changed_range_gives_no_such_codes(rng):
 
 def test_codes_have_one_range_only():
     """A lane that begins below 2^16 could end with the same codes after one word more."""
-    evens = np.zeros(3, np.int64)
-    part = coded(np.array([0, 0, 1]), evens)
+    contexts = np.zeros(3, np.int64)
+    part = coded(np.array([0, 0, 1]), contexts)
     tables = tg.build_tables([part])
     data = tg.rans_encode(part.codes[:1], part.contexts[:1], tables)
     first = int(tables.start[0, 0]) + 1
     other = struct.pack("<IH", first, 0)
     assert other != data
-    assert tg.rans_decode(data, evens[:1], tables).tolist() == [0]
+    assert tg.rans_decode(data, contexts[:1], tables).tolist() == [0]
     with pytest.raises(tg.InputError, match="too low"):
-        tg.rans_decode(other, evens[:1], tables)
+        tg.rans_decode(other, contexts[:1], tables)
 
 
 # --- whole numbers only ---------------------------------------------------------------------------
@@ -546,15 +491,9 @@ DECODER = (
     tg.lanes_of,
     tg.contexts_of,
     tg.frequencies_of,
-    tg.trellis_parity,
-    tg.trellis_paths,
     tg.StepInt.spreads,
-    tg.StepInt.period,
-    tg.TrellisInt.period,
     tg.RowInt.spreads,
-    tg.RowInt.period,
     tg.LowRankCorrected.spreads,
-    tg.LowRankCorrected.period,
     tg.CodeTables.of_context,
     tg.CodeTables.from_bytes.__func__,
     tg.CodeTables.frequency.func,
@@ -604,17 +543,17 @@ def types_seen(action):
     return seen, entered
 
 
-def trellis_tensor(rng, shape):
+def step_tensor(rng, shape):
     columns = rng.integers(-20, 20, shape[1]).astype(np.int8)
     rows = rng.integers(-20, 20, shape[0]).astype(np.int8)
     codes = np.round(rng.standard_normal(shape) * 3).astype(np.int8)
-    return tg.PackedTensor("a", list(shape), "trellis8", (codes, columns, rows))
+    return tg.PackedTensor("a", list(shape), "step8", (codes, columns, rows))
 
 
 def payload_of(rng, shape):
-    """A tensor of a trellis, and an action that reads its payload."""
+    """A tensor in steps, and an action that reads its payload."""
     cfg = config(TINY, compressor="rans")
-    tensor = trellis_tensor(rng, shape)
+    tensor = step_tensor(rng, shape)
     payload = tg.rans_payload(
         [tensor], cfg, tensor.arrays[1].tobytes() + tensor.arrays[2].tobytes()
     )

@@ -709,7 +709,7 @@ def test_packing_again_otherwise(base, tmp_path):
     old = (base[0] / "model.ptz").stat().st_size
     code_bytes = base[2]["sizes"]["code"]
     cap = code_bytes + int(0.7 * old)
-    filled = dict(QUANT_STEP="0.01", QUANT_TRELLIS="1", COMPRESSOR="rans", GPTQ_N_SAMPLES="4")
+    filled = dict(QUANT_STEP="0.01", COMPRESSOR="rans", GPTQ_N_SAMPLES="4")
     fitted = dict(FIT_ARTIFACT="1", FIT_MARGIN="100", MAX_ARTIFACT_BYTES=str(cap))
     out = tmp_path / "out"
     code, log, blob = packed_again(base, out, **filled, **fitted, TRAIN_SEQ_LEN="64")

@@ -132,6 +132,7 @@ BAD_VALUES = {
     "GPTQ_RESERVE_SECONDS=600": (
         "GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600.0"
     ),
+    "GPTQ_N_SAMPLES=8": "takes training time: GPTQ_RESERVE_SECONDS must be above 0",
     "CONFIG=/no/such/file": "no such file",
 }
 
@@ -204,6 +205,11 @@ def test_world_sizes_that_do_not_divide_eight():
     assert tg.load_config(sizes).micro_batches == 12
 
 
+def test_calibration_needs_time_only_where_there_is_a_clock():
+    for other in ("SCHEDULE=tokens", "MAX_WALLCLOCK_SECONDS=0", "GPTQ_RESERVE_SECONDS=4"):
+        assert tg.load_config(settings_in(f"GPTQ_N_SAMPLES=8 {other}")).gptq_n_samples == 8
+
+
 # --- published names ------------------------------------------------------------------------------
 
 
@@ -232,14 +238,14 @@ GIVEN = settings_in("""
     NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=1024 WARMDOWN_ITERS=9 CONTEXT_SCHEDULE=64:0.5
     ENABLE_LOOPING_AT=0.5 LOOP_START=2 LOOP_END=4 SKIP_GATES_ENABLED=1 ASYM_LOGIT_RESCALE=1
     SPARSE_ATTN_GATE_SCALE=1 GATE_WINDOW=8 MIN_LR=0.1 RAW_MODEL=x QUANT_STEP=0.1 QUANT_ROW_STEPS=0
-    QUANT_TRELLIS=1 QUANT_BITS=6 QUANT_CLIP_STEPS=1 QUANT_SCALE_FLOOR=1 MATRIX_CLIP_SIGMAS=9
+    QUANT_BITS=6 QUANT_CLIP_STEPS=1 QUANT_SCALE_FLOOR=1 MATRIX_CLIP_SIGMAS=9
     ATTN_CLIP_SIGMAS=9 MLP_CLIP_SIGMAS=9 EMBED_CLIP_SIGMAS=9 LQER_TOP_K=1 LQER_RANK=2
     LQER_FACTOR_BITS=3 LQER_ASYM_GROUP=32 GPTQ_EMBED=1 PRUNE_PCT=0.1 FIT_ARTIFACT=1 FIT_MARGIN=9
     LATE_QAT_THRESHOLD=0.1 CROWN_Q_LAMBDA=0.1
 """)
 # What makes them act, beside the first alternative that they name, and what keeps them idle.
 ALSO = {"QTTT": "TTT_EPOCHS=1", "NGRAM_MIN_ORDER": "NGRAM_ORDER=7"}
-ALSO |= dict.fromkeys(["QUANT_ROW_STEPS", "QUANT_TRELLIS", "FIT_ARTIFACT"], "GPTQ_N_SAMPLES=1")
+ALSO |= dict.fromkeys(["QUANT_ROW_STEPS", "FIT_ARTIFACT"], "GPTQ_N_SAMPLES=1")
 ALSO["FIT_MARGIN"] = "QUANT_STEP=1 GPTQ_N_SAMPLES=1"
 IDLE = {
     "ARTIFACT": "MODE=train",

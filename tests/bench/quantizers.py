@@ -33,7 +33,6 @@ SD_CLIP |= dict(embed_clip_sigmas=14.0)
 ROWS = dict(quant_bits=6, quant_policy="embed:7", gptq_embed=True)
 LQER = dict(lqer_enabled=True, lqer_asym_group=32)
 RANS = dict(compressor="rans")
-TRELLIS = dict(quant_trellis=True)
 
 # Name -> settings, and whether calibration is used.
 BY_ROWS = {
@@ -46,7 +45,6 @@ BY_STEPS = {
     "+ row steps, zstd": {},
     "+ row steps, rans": RANS,
     "+ row steps, LQER, rans": dict(RANS, **LQER),
-    "+ row steps, trellis, rans": dict(RANS, **TRELLIS),
 }
 
 
