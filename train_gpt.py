@@ -564,7 +564,7 @@ class Config:
         32768,
         "targets between two adaptations",
         low=1,
-        needs="TTT_EPOCHS or EVAL_STREAM",
+        needs="TTT_EPOCHS or EVAL_STREAM or TTT_GLOBAL_DOCS",
     )
     ttt_lr: float = _score(
         5e-4,
@@ -582,7 +582,9 @@ class Config:
         needs="TTT_EPOCHS or TTT_LORA_RANK",
     )
     qttt: bool = _score(
-        False, "of those blocks adapt the query matrices only", needs="TTT_FREEZE_BLOCKS"
+        False,
+        "of those blocks adapt the query matrices only",
+        needs="TTT_EPOCHS, and TTT_FREEZE_BLOCKS",
     )
     byte_weighted_ttt: bool = _score(
         False, "weigh its loss by each target's bytes", needs="TTT_EPOCHS"
@@ -601,11 +603,23 @@ class Config:
     ttt_lora_alpha: float = _score(
         144.0, "their product is scaled by this over the rank", low=0, needs="TTT_LORA_RANK"
     )
+    ttt_lora_on: str = _score(
+        "q,k,v,out,up,down",
+        "where, in every executed layer: attention's and the MLP's matrices, attn and mlp (beside "
+        "all of either); and the head",
+        needs="TTT_LORA_RANK",
+    )
+    ttt_lora_wd: float = _score(0.5, "their weight decay", low=0, needs="TTT_LORA_RANK")
     ttt_lora_chunk: int = _score(
         48, "targets between two of their steps", low=1, needs="TTT_LORA_RANK"
     )
+    ttt_lora_early_chunks: str = _score(
+        "",
+        "other chunks in a document's first targets: 8:256,24:2000 (8 up to target 256, then 24)",
+        needs="TTT_LORA_RANK",
+    )
     ttt_lora_keep: bool = _score(
-        True, "a slot's A matrices stay for its next document", needs="TTT_LORA_RANK"
+        False, "a slot's A matrices stay for its next document", needs="TTT_LORA_RANK"
     )
     ttt_docs: int = _score(
         64,
@@ -614,11 +628,20 @@ class Config:
         high=65536,
         needs="TTT_LORA_RANK",
     )
+    ttt_global_docs: int = _score(
+        0,
+        "after so many documents all weights learn these, in one pass of SGD; 0 = never",
+        low=0,
+        needs="TTT_LORA_RANK",
+    )
+    ttt_global_lr: float = _score(
+        0.001, "its learning rate at first; a cosine", low=0, needs="TTT_GLOBAL_DOCS"
+    )
     ttt_temperature: float = _score(
         1.0,
         "temperature of certain predictions (ttt, mixed, ngram); 1 = off",
         low=0,
-        needs="TTT_EPOCHS or TTT_LORA_RANK or TILT or NGRAM",
+        needs="TTT_EPOCHS or TTT_LORA_RANK or TILT or TILT_BOOST or NGRAM",
     )
     eval_stream: int = _score(
         0,
@@ -637,6 +660,19 @@ class Config:
         "and TTT_EPOCHS=0 or TTT_BEFORE_SCORING",
     )
     tilt: bool = _score(False, "raise the token that last followed the longest known context")
+    tilt_boost: float = _score(
+        0.0, "raise a token that mostly followed a context by so many nats of odds", low=0, high=50
+    )
+    tilt_order: int = _score(
+        16, "length of that context and token together", low=2, high=256, needs="TILT_BOOST"
+    )
+    tilt_share: float = _score(
+        0.8,
+        "share of the context's sightings that it must have followed",
+        low=0.5,
+        high=1,
+        needs="TILT_BOOST",
+    )
     ngram: str = _score(
         "",
         "mix: exact n-gram mixture; others: hashed caches (no score)",
@@ -699,6 +735,17 @@ class Config:
         return [(int(length), float(until)) for length, until in found]
 
     @property
+    def early_chunks(self) -> list[tuple[int, int]]:
+        """Targets of a chunk of adapters, and the target of a document up to which that holds."""
+        found = re.findall(r"(\d+):(\d+)", self.ttt_lora_early_chunks)
+        return [(int(size), int(until)) for size, until in found]
+
+    @property
+    def adapted_places(self) -> list[str]:
+        """Where adapters stand."""
+        return self.ttt_lora_on.split(",")
+
+    @property
     def score_len(self) -> int:
         """Tokens of a scoring window."""
         return self.eval_seq_len or self.train_seq_len
@@ -756,12 +803,21 @@ SAMPLE_TOKENS=60
 # Modes whose settings must make a training.
 TRAINING_MODES = ("train", "plan")
 
+ADAPTED_PLACES = ("q", "k", "v", "out", "up", "down", "attn", "mlp", "head")
+
 # Names of published logs that are settings here, of the same values, under another name.
 ALIASES = {
     "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK",
     "TTT_LORA_LR": "TTT_LR",
     "TTT_CHUNK_SIZE": "TTT_LORA_CHUNK",
     "TTT_BATCH_SIZE": "TTT_DOCS",
+    "TTT_WEIGHT_DECAY": "TTT_LORA_WD",
+    "PHASED_TTT_PREFIX_DOCS": "TTT_GLOBAL_DOCS",
+    "GLOBAL_TTT_LR": "TTT_GLOBAL_LR",
+    "GLOBAL_TTT_CHUNK_TOKENS": "TTT_CHUNK_TOKENS",
+    "TOKEN_BOOST": "TILT_BOOST",
+    "TOKEN_ORDER": "TILT_ORDER",
+    "TOKEN_THRESHOLD": "TILT_SHARE",
 }
 
 # Other spellings that people's scripts use, and what the setting is called here.
@@ -1148,6 +1204,20 @@ def _check_scoring(c: Config, relations: Relations) -> None:
     if c.ttt_lora_rank:
         relations.at_most("ttt_lora_chunk", "score_len")
         relations.at_most("ttt_lora_rank", "model_dim")
+        places = c.adapted_places
+        known = set(places) <= set(ADAPTED_PLACES) and len(set(places)) == len(places)
+        require(
+            known,
+            f"{shown('ttt_lora_on')}: expected some of {','.join(ADAPTED_PLACES)}, each once",
+        )
+        ends = [until for _, until in c.early_chunks]
+        require(
+            re.fullmatch(r"(\d+:\d+(,\d+:\d+)*)?", c.ttt_lora_early_chunks)
+            and all(0 < size <= c.score_len for size, _ in c.early_chunks)
+            and ends == sorted(set(ends)),
+            f"{shown('ttt_lora_early_chunks')}: expected size:until pairs, sizes from 1 to "
+            f"{shown('score_len')}, until rising",
+        )
     relations.at_most("ngram_min_order", "ngram_order")
     relations.at_most("ttt_freeze_blocks", "num_layers")
     power_of_two = c.ngram_buckets & (c.ngram_buckets - 1) == 0
@@ -1166,6 +1236,7 @@ def _check_scoring(c: Config, relations: Relations) -> None:
         not c.ttt_lora_rank or (not c.ttt_epochs and c.ngram in ("", "mix")),
         "TTT_LORA_RANK goes neither with TTT_EPOCHS nor with a hashed NGRAM",
     )
+    require(not c.tilt or not c.tilt_boost, "TILT and TILT_BOOST exclude each other")
     require(
         c.ngram != "mix" or not c.mixer_head or c.ngram_order <= 7,
         "NGRAM=mix with MIXER_HEAD needs NGRAM_ORDER <= 7",
@@ -2804,9 +2875,21 @@ class KVCache:
         return sdpa_attention(queries, rotate(keys, cos, sin), values, self.mask).reshape(q.shape)
 
 
+# Two thin matrices for each row of a batch: A [B, R, I] and B [B, O, R], its scale included.
+Adapter = tuple[Tensor, Tensor]
+
+
+def plus_adapter(out: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
+    """out [B, T, O], and what an adapter makes of x [B, T, I] (LoRA, 2106.09685)."""
+    if adapter is None:
+        return out
+    low, high = (part.to(x.dtype).mT for part in adapter)
+    return out + x @ low @ high
+
+
 @dataclasses.dataclass(frozen=True)
-class AttentionContext:
-    """What attention needs beyond queries, keys and values; made outside the compiled graph."""
+class PassContext:
+    """What a forward pass needs beyond its inputs; made outside the compiled graph."""
 
     backend: AttentionBackend  # causal attention over rows that stand alone
     cos: Tensor  # [L, 1, dims / 2], of the keys' positions
@@ -2814,6 +2897,13 @@ class AttentionContext:
     cache: KVCache | None = None  # rows continue what it has seen; its window is the mask
     segments: Segments | None = None  # the one row is packed of these
     packed: PackedBackend = padded_attention
+    adapters: dict[str, Adapter] | None = None  # by "number of the executed layer.place"; "head"
+
+    def adapted(self, out: Tensor, x: Tensor, step: int, place: str) -> Tensor:
+        """What an executed layer makes of x at some place, with its adapter if there is one."""
+        if self.adapters is None:
+            return out
+        return plus_adapter(out, x, self.adapters.get(f"{step}.{place}"))
 
 
 def previous(x: Tensor, cache: KVCache | None, key: str) -> Tensor:
@@ -2837,8 +2927,7 @@ class Linear(nn.Module):
     """A matrix, kept in float32 and cast to the input's type at use.
 
     fake_qmax, if not 0: fake quantization to whole numbers up to it, through which the gradient
-    passes straight; switching it makes a second compiled graph. adapter, if any: two thin matrices
-    for each row of the batch, [B, R, I] and [B, O, R], whose product is added.
+    passes straight; switching it makes a second compiled graph.
     """
 
     def __init__(self, inputs: int, outputs: int, init: Init = uniform_fan_in):
@@ -2846,18 +2935,13 @@ class Linear(nn.Module):
         self.weight = param(outputs, inputs, init=init)
         self.fake_qmax = 0
         self.fake_floor = False
-        self.adapter: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
         if self.fake_qmax:
             scale = row_scales(w, self.fake_qmax, self.fake_floor)
             w = w + ((w / scale).round() * scale - w).detach()
-        out = F.linear(x, w.to(x.dtype))
-        if self.adapter is not None:
-            low, high = (part.to(x.dtype).mT for part in self.adapter)
-            out = out + x @ low @ high
-        return out
+        return F.linear(x, w.to(x.dtype))
 
 
 class BigramHash(nn.Module):
@@ -2970,15 +3054,18 @@ class Attention(nn.Module):
             self.gate_scale = cfg.sparse_attn_gate_scale
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, step: int, context: AttentionContext
+        self, x: Tensor, value_embedding: Tensor | None, step: int, context: PassContext
     ) -> Tensor:
         """x [B, T, D], value_embedding [B, T, K * D]; step: number of the executed layer."""
         B, T, D = x.shape
-        v = self.c_v(x)
+        adapted = functools.partial(context.adapted, x=x, step=step)
+        v = adapted(self.c_v(x), place="v")
         if value_embedding is not None:
             v = v + value_embedding
-        q = norm(self.c_q(x).view(B, T, self.heads, -1))  # [B, T, H, D]
-        k = norm(self.c_k(x).view(B, T, self.kv_heads, -1))  # [B, T, K, D]
+        q = adapted(self.c_q(x), place="q")
+        k = adapted(self.c_k(x), place="k")
+        q = norm(q.view(B, T, self.heads, -1))  # [B, T, H, D]
+        k = norm(k.view(B, T, self.kv_heads, -1))  # [B, T, K, D]
         v = v.view(B, T, self.kv_heads, -1)
         gain = self.q_gain.to(x.dtype).unsqueeze(-1)
         cos, sin = context.cos, context.sin
@@ -2996,7 +3083,8 @@ class Attention(nn.Module):
         if self.attn_gate_w is not None:
             gate = input_gate(x, self.attn_gate_w, self.gate_scale)  # [B, T, H]
             out = out.reshape(B, T, self.heads, -1) * gate.unsqueeze(-1)
-        return self.proj(out.reshape(B, T, D))
+        out = out.reshape(B, T, D)
+        return context.adapted(self.proj(out), out, step, "out")
 
 
 class MLP(nn.Module):
@@ -3009,8 +3097,11 @@ class MLP(nn.Module):
         self.proj = Linear(hidden, cfg.model_dim, zeros)
         self.slope = cfg.leaky_slope
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+    def forward(self, x: Tensor, step: int, context: PassContext) -> Tensor:
+        """x [B, T, D]; step: number of the executed layer."""
+        hidden = context.adapted(self.fc(x), x, step, "up")
+        hidden = F.leaky_relu(hidden, self.slope).square()
+        return context.adapted(self.proj(hidden), hidden, step, "down")
 
 
 class Block(nn.Module):
@@ -3036,7 +3127,7 @@ class Block(nn.Module):
         x0: Tensor,
         value_embedding: Tensor | None,
         step: int,
-        context: AttentionContext,
+        context: PassContext,
         lane: Tensor | None = None,
         lambdas: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -3048,12 +3139,17 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             keep, blend = self.resid_mix.to(x.dtype).unbind()
             mixed = keep * x + blend * x0
-        attended = self.attn(norm(mixed, self.ln_scale), value_embedding, step, context)
+        normed = norm(mixed, self.ln_scale)
+        attended = self.attn(normed, value_embedding, step, context)
+        attended = context.adapted(attended, normed, step, "attn")  # beside all of attention
         attended = self.attn_scale.to(x.dtype) * attended
         if lane is None:
             x = mixed + attended
-            return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale)), None
-        transformed = self.mlp_scale.to(x.dtype) * self.mlp(norm(lane, self.ln_scale))
+        normed = norm(x if lane is None else lane, self.ln_scale)
+        transformed = context.adapted(self.mlp(normed, step, context), normed, step, "mlp")
+        transformed = self.mlp_scale.to(x.dtype) * transformed
+        if lane is None:
+            return x + transformed, None
         post, keep = lambdas
         from_attention, from_mlp = (row.to(x.dtype).unbind() for row in post.unbind())
         keep = keep.to(x.dtype).unbind()
@@ -3260,7 +3356,7 @@ class GPT(nn.Module):
         ids: Tensor,
         cache: KVCache | None = None,
         documents: Tensor | Segments | None = None,
-    ) -> AttentionContext:
+    ) -> PassContext:
         """What attention needs for these inputs [B, T].
 
         cache: they continue what it has seen; documents: they are one row, packed of these pieces,
@@ -3282,7 +3378,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(length, self.rotary_dims, base, ids.device)
         if documents is not None:  # angles begin anew with every piece
             cos, sin = (table.index_select(0, documents.position) for table in (cos, sin))
-        return AttentionContext(self.backend, cos, sin, cache, documents, self.packed)
+        return PassContext(self.backend, cos, sin, cache, documents, self.packed)
 
     @staticmethod
     def _segments(starts: Tensor, length: int) -> Segments:
@@ -3297,7 +3393,7 @@ class GPT(nn.Module):
         ids: Tensor,
         documents: Tensor | None = None,
         looped: bool | None = None,
-        context: AttentionContext | None = None,
+        context: PassContext | None = None,
     ) -> Tensor:
         """ids [B, T] -> the stream after the final norm [B, T, D].
 
@@ -3352,10 +3448,11 @@ class GPT(nn.Module):
                 kept.append(x)
         return norm(x if lane is None else (x + lane) / 2)
 
-    def head(self, hidden: Tensor, scoring: bool = True) -> Tensor:
+    def head(self, hidden: Tensor, scoring: bool = True, adapter: Adapter | None = None) -> Tensor:
         """[..., D] -> logits [..., V], float32, with the caps of scoring, or training's cap."""
         weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        logits = F.linear(hidden, weight.to(hidden.dtype))
+        logits = plus_adapter(logits, hidden, adapter).float()
         cap = self.cfg.logit_softcap
         if scoring and self.softcap_pos is not None:
             cap = torch.where(logits < 0, self.softcap_neg, self.softcap_pos)
@@ -3367,7 +3464,7 @@ class GPT(nn.Module):
         ids: Tensor,
         documents: Tensor | None = None,
         looped: bool | None = None,
-        context: AttentionContext | None = None,
+        context: PassContext | None = None,
     ) -> Tensor:
         """ids [B, T] -> [B, T, V], float32, with the caps of scoring; the rest as `hidden`."""
         return self.head(self.hidden(ids, documents, looped, context))
@@ -3377,7 +3474,7 @@ class GPT(nn.Module):
         ids: Tensor,
         targets: Tensor,
         ratios: Tensor | None = None,
-        context: AttentionContext | None = None,
+        context: PassContext | None = None,
         documents: Tensor | None = None,
         looped: bool | None = None,
     ) -> Tensor:
@@ -4405,7 +4502,7 @@ class Trainer:
             optimizer.step()
         return total
 
-    def packed_context(self, ids: np.ndarray) -> AttentionContext:
+    def packed_context(self, ids: np.ndarray) -> PassContext:
         """What keeps attention inside the documents of a row [1, T]."""
         cfg = self.cfg
         starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
@@ -5654,7 +5751,8 @@ class Batch:
     index: np.ndarray  # [B, S] number of each target in the stream
     real: np.ndarray  # [B, S] bool; false where padding
     left_context: np.ndarray  # tokens before the first input, for a network that carries on
-    slots: np.ndarray | None = None  # [B] whose adapters the rows have
+    slots: np.ndarray | None = None  # [B] whose adapters the rows have; None = row 0 the first, ...
+    goes_on: np.ndarray | None = None  # [B] bool, whether more of the row's document follows
 
 
 def make_batch(
@@ -5665,6 +5763,7 @@ def make_batch(
     real: np.ndarray,
     left_context: int = 0,
     slots: np.ndarray | None = None,
+    goes_on: np.ndarray | None = None,
 ) -> Batch:
     """Rows of `length` inputs from `starts` [R] on; the first B predict the targets `index`."""
     last = len(tokens) - 2  # number of the last target, and of the last input; then zeros
@@ -5672,7 +5771,7 @@ def make_batch(
     ids = np.where(at <= last, tokens[np.minimum(at, last)], 0).astype(np.int64)
     first = int(starts[0])
     before = tokens[max(0, first - left_context) : first]
-    return Batch(ids, np.minimum(index, last), real, before, slots)
+    return Batch(ids, np.minimum(index, last), real, before, slots, goes_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5784,16 +5883,20 @@ class DocumentRows:
     number: int
     first: np.ndarray  # [B] first target
     end: np.ndarray  # [B] the one after the document's last
-    slots: np.ndarray  # [B] of adapters
+    slots: np.ndarray | None  # [B] of adapters; None = of the first ones, in the rows' order
 
 
 class Documents:
     """A plan of documents side by side, in groups of `slots`: chunk 0 of each, then chunk 1 ...
 
     A chunk is scored with what stands before it in its own document, seq_len inputs at most. A
-    document's targets end with the start of the next one. Processes share the slots. Of `window`
-    groups at a time documents of like length stand together, so that they end together; where a
-    slot hands something on, a window is one group.
+    document's targets end with the start of the next one. Chunks are of as many targets for all:
+    chunk_targets, or, in a document's first targets, what `early` says. Processes share the slots.
+
+    What a document may know of others is fixed by the stream: of `window` groups at a time, which
+    share nothing, documents of like length stand together, so that they end together; a window
+    never reaches beyond the first `prefix` documents, after which the weights may change. keeps:
+    what a slot has learned goes on to its next document, a group later, so a window is one group.
     """
 
     def __init__(
@@ -5804,34 +5907,54 @@ class Documents:
         chunk_targets: int,
         slots: int,
         window: int = 1,
-        fixed_rows: int = 0,
+        rows: int = 0,
+        fixed_rows: bool = False,
+        early: Sequence[tuple[int, int]] = (),
+        prefix: int = 0,
+        keeps: bool = False,
     ):
         self.bos = bos
         self.seq_len = seq_len
-        self.chunk_targets = chunk_targets
         self.slots = slots
-        self.window = window
-        self.fixed_rows = fixed_rows  # of inputs in all batches; 0 = as many as documents
+        self.together = slots * (1 if keeps else window)
+        self.rows = rows or slots  # documents of a batch at most, where processes share the slots
+        self.fixed_rows = self.rows if fixed_rows else 0  # of inputs in all batches
+        self.prefix = prefix
+        self.keeps = keeps
         self.starts = self._starts(tokens[:-1])
         self.ends = np.append(self.starts[1:], len(tokens) - 1)
         self.lengths = self.ends - self.starts
-        self.counts = -(-self.lengths // chunk_targets)  # chunks of each
+        edges = [np.zeros(1, np.int64)]  # where chunks begin in a document
+        for size, until in early:
+            edges.append(np.arange(edges[-1][-1] + size, until + size, size).clip(max=until))
+        edges.append(np.arange(edges[-1][-1], len(tokens), chunk_targets) + chunk_targets)
+        self.edges = np.concatenate(edges)
+        self.counts = np.searchsorted(self.edges, self.lengths)  # chunks of each
 
     def _starts(self, inputs: np.ndarray) -> np.ndarray:
         """First input of every document."""
         return np.union1d(np.flatnonzero(inputs == self.bos), [0])
 
+    def _window(self, document: int) -> tuple[int, int]:
+        """First document, and the one after the last, of the window that a document is in."""
+        base = self.prefix if document >= self.prefix else 0
+        first = base + (document - base) // self.together * self.together
+        end = first + self.together
+        return first, min(end, self.prefix) if document < self.prefix else end
+
     def chunks(self, rank: int = 0, world: int = 1) -> list[Chunk]:
         """All chunks; of each, the documents in this process's slots."""
         chunks = []
-        together = self.slots * self.window
-        for first in range(0, len(self.starts), together):
-            documents = np.arange(first, min(first + together, len(self.starts)))
-            lo, hi = int(self.starts[documents[0]]), int(self.ends[documents[-1]])
+        end = 0
+        while end < len(self.starts):
+            first, end = self._window(end)
+            end = min(end, len(self.starts))
+            documents = np.arange(first, end)
+            lo, hi = int(self.starts[first]), int(self.ends[end - 1])
             documents = documents[np.argsort(-self.lengths[documents], kind="stable")]
             for at in range(0, len(documents), self.slots):
                 group = documents[at : at + self.slots]
-                slots = group % self.slots if self.window == 1 else np.arange(len(group))
+                slots = group - first if self.keeps else np.arange(len(group))
                 mine = slots % world == rank
                 works = self._group(group, group[mine], slots[mine])
                 for number, work in enumerate(works, 1):
@@ -5844,41 +5967,47 @@ class Documents:
         self, group: np.ndarray, mine: np.ndarray, slots: np.ndarray
     ) -> list[DocumentRows | None]:
         """Chunk by chunk the rows of those documents of a group that are this process's."""
-        size = self.chunk_targets
         works: list[DocumentRows | None] = []
         for number in range(int(self.counts[group].max())):
             rows = self.counts[mine] > number
-            first = self.starts[mine[rows]] + number * size
-            work = DocumentRows(number, first, self.ends[mine[rows]], slots[rows])
+            first = self.starts[mine[rows]] + self.edges[number]
+            own = slots[rows] if self.keeps else None
+            work = DocumentRows(number, first, self.ends[mine[rows]], own)
             works.append(work if rows.any() else None)
         return works
 
     def inputs(self, rows: DocumentRows) -> int:
         """Tokens that the rows' batch reads."""
-        return (self.fixed_rows or len(rows.first)) * min(
-            self.seq_len, (rows.number + 1) * self.chunk_targets
-        )
+        length = min(self.seq_len, int(self.edges[rows.number + 1]))
+        return (self.fixed_rows or len(rows.first)) * length
 
     def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
         """The rows' chunk; all documents of a chunk have as many inputs."""
-        size = self.chunk_targets
-        length = min(self.seq_len, (rows.number + 1) * size)
-        index = rows.first[:, None] + np.arange(size)
+        lo, hi = self.edges[rows.number : rows.number + 2]
+        length = int(min(self.seq_len, hi))
+        index = rows.first[:, None] + np.arange(hi - lo)
         real = index < rows.end[:, None]
-        starts = rows.first + size - length
+        starts = rows.first + (hi - lo) - length
+        goes_on = rows.first + (hi - lo) < rows.end
         if self.fixed_rows:
             starts = np.resize(starts, self.fixed_rows)
-        return make_batch(tokens, starts, length, index, real, slots=rows.slots)
+        return make_batch(tokens, starts, length, index, real, slots=rows.slots, goes_on=goes_on)
+
+    def _slot(self, document: int) -> np.ndarray | None:
+        """Of a document that is scored alone."""
+        first, _ = self._window(document)
+        return np.array([document - first]) if self.keeps else None
 
     def position(self, tokens: np.ndarray, target: int) -> Batch:
         """A batch of one position, which predicts this target from the tokens before it."""
         starts = self._starts(tokens[: target + 1])
-        chunk_end = target - (target - starts[-1]) % self.chunk_targets + self.chunk_targets
-        length = target + 1 - max(starts[-1], chunk_end - self.seq_len)
+        begun = int(starts[-1])
+        number = np.searchsorted(self.edges, target - begun, side="right")
+        length = target + 1 - max(begun, begun + int(self.edges[number]) - self.seq_len)
         index = np.array([[target]])
-        slots = np.array([(len(starts) - 1) % self.slots])
         real = np.ones((1, 1), bool)
-        return make_batch(tokens, index[0] + 1 - length, length, index, real, slots=slots)
+        slot = self._slot(len(starts) - 1)
+        return make_batch(tokens, index[0] + 1 - length, length, index, real, slots=slot)
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
@@ -5886,17 +6015,17 @@ class Documents:
         starts = self._starts(tokens[:targets])
         scored = targets - starts[-1]  # of the newest document
         over = known == len(tokens)
-        ended = over or tokens[targets] == self.bos
-        if not ended and scored % self.chunk_targets:
+        ended = bool(over or tokens[targets] == self.bos)
+        number = int(np.searchsorted(self.edges, scored)) - 1
+        if not ended and scored != self.edges[number + 1]:
             return []
         document = len(starts) - 1
-        number = int(scored - 1) // self.chunk_targets
-        first = starts[-1:] + number * self.chunk_targets
-        rows = DocumentRows(number, first, np.array([targets]), np.array([document % self.slots]))
-        together = self.slots * self.window
-        lo = int(starts[document // together * together])
-        ends = bool(ended and (over or (document + 1) % self.slots == 0))
-        closes = bool(ended and (over or (document + 1) % together == 0))
+        end = np.array([targets if ended else targets + 1])
+        rows = DocumentRows(number, starts[-1:] + self.edges[number], end, self._slot(document))
+        first, behind = self._window(document)
+        closes = ended and (over or document + 1 == behind)
+        ends = closes if self.keeps else ended
+        lo = int(starts[first])
         return [Chunk(lo, targets, [rows], closes=closes, ends_documents=ends)]
 
     def samples(self, tokens: np.ndarray, positions: int) -> tuple[Batch, Batch]:
@@ -5906,9 +6035,9 @@ class Documents:
         return self.batch(tokens, few[0]), self.batch(tokens, few[1])
 
     def _some(self, rows: DocumentRows) -> DocumentRows:
-        """No more rows than a batch of fixed rows has."""
-        most = self.fixed_rows or len(rows.first)
-        return DocumentRows(rows.number, rows.first[:most], rows.end[:most], rows.slots[:most])
+        """No more rows than a batch of this process has."""
+        slots = None if rows.slots is None else rows.slots[: self.rows]
+        return DocumentRows(rows.number, rows.first[: self.rows], rows.end[: self.rows], slots)
 
 
 Plan = Windows | Documents
@@ -5927,17 +6056,19 @@ class OrderCounts:
     distinct: np.ndarray
     hint: np.ndarray | None = None
     agree: np.ndarray | None = None
+    hints: str = ""  # which token that is, if there is one
 
 
 def causal_counts(
-    tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: bool = False
+    tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: str = ""
 ) -> Iterator[tuple[Any, ...]]:
     """Exact n-gram counts at every position, from earlier tokens only: (order, n, N, T), rising.
 
     Order k has a context of k - 1 tokens. int32 [len(tokens)]: n, how often context and token came
     before; N, how often the context did; T, how many different tokens followed it. Zeros where the
     context is incomplete (it begins before the stream or, given bos, in an earlier document).
-    hints: two arrays more, the token that followed the context last, and its n.
+    hints: two arrays more, the token that followed the context "last" or "most", and its n; of
+    tokens that did equally often, the one that did first.
 
     One sort an order. Positions stand in groups of equal context, in order of position inside a
     group. Sorted by (group, token, position), equal n-grams lie side by side, so that n is the
@@ -5959,7 +6090,7 @@ def causal_counts(
             counts = None
             if order in orders:
                 arrays = [np.zeros(size, np.int32) for _ in range(5 if hints else 3)]
-                counts = OrderCounts(*arrays)
+                counts = OrderCounts(*arrays, hints=hints)
             heads = np.flatnonzero(first)  # groups are counted in pieces
             ends = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
             cuts = np.unique(heads[np.searchsorted(heads, ends)])
@@ -6000,8 +6131,11 @@ def _count_piece(
         counts.distinct[at] = runs - runs[group]
         if counts.hint is not None:
             later = np.flatnonzero(~first)
-            counts.hint[at[later]] = tokens[at[later - 1]]
-            counts.agree[at[later]] = n[later - 1] + 1
+            hinted = later - 1
+            if counts.hints == "most":
+                hinted = _leaders(group, n, place)[hinted]
+            counts.hint[at[later]] = tokens[at[hinted]]
+            counts.agree[at[later]] = n[hinted] + 1
         del n, new, runs
     del place, group
     alone = run_starts & np.append(run_starts[1:], True)
@@ -6012,6 +6146,13 @@ def _count_piece(
     starts = np.ones(len(number), bool)
     np.not_equal(number[1:], number[:-1], out=starts[1:])
     return following, starts
+
+
+def _leaders(group: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """For every place the one, up to it in its group, of highest n; the first of equal ones."""
+    height = group.astype(np.int64) * (len(group) + 1) + n
+    risen = np.diff(np.maximum.accumulate(height), prepend=-1) > 0
+    return np.maximum.accumulate(np.where(risen, place, 0))
 
 
 def _sort_group_token(
@@ -6114,7 +6255,7 @@ class NgramCounts:
         self.tokens = tokens
         self.sorted = None
         if whole:
-            count = functools.partial(causal_counts, tokens, NGRAM_ORDERS, self.bos, hints=True)
+            count = functools.partial(causal_counts, tokens, NGRAM_ORDERS, self.bos, hints="last")
             arrays = self.rt.once_a_machine(
                 lambda: itertools.chain(*discounted(count(), self.vocab))
             )
@@ -6167,6 +6308,48 @@ class NgramCounts:
         known = self.tokens[:end]
         counts = counts_after(known, NGRAM_ORDERS, self.vocab, self.bos, self.unigram)
         return discounted(counts, self.vocab)
+
+
+class FrequentHints:
+    """As a service, for targets by number: the token that followed the TILT_ORDER - 1 tokens before
+    the target in at least TILT_SHARE of their earlier sightings, where there is one.
+    """
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.rt = rt
+        self.cfg = cfg
+        self.bos = cfg.bos_id if cfg.ngram_docs else None
+
+    def prepare(self, tokens: np.ndarray, plan: Any = None, whole: bool = True) -> None:
+        """Takes a stream; whole = False: it is still being written."""
+        self.tokens = tokens
+        self.found = self.rt.once_a_machine(self._all) if whole else None
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hint, and whether there is one, before every token."""
+        orders = [self.cfg.tilt_order]
+        ((_, _, total, _, hint, agree),) = causal_counts(self.tokens, orders, self.bos, "most")
+        return hint, self._sure(agree, total)
+
+    def _sure(self, agree: Any, total: Any) -> Any:
+        return (agree > 0) & (agree >= self.cfg.tilt_share * total)
+
+    def hints(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Before each target [...]: hint int64, and whether there is one."""
+        if self.found:
+            hint, sure = (array[index + 1] for array in self.found)
+        else:
+            found = [self._after(self.tokens[: target + 1]) for target in index.flat]
+            hint, sure = np.array(found).T.reshape(2, *index.shape)
+        return self.rt.put(hint.astype(np.int64)), self.rt.put(sure.astype(bool))
+
+    def _after(self, known: np.ndarray) -> tuple[int, bool]:
+        """By searching the tokens before a target."""
+        cfg = self.cfg
+        for _, n, total, *_ in counts_after(known, [cfg.tilt_order], cfg.vocab_size, self.bos):
+            hint = int(np.argmax(n))
+            return hint, bool(self._sure(n[hint], total))
+        return 0, False
 
 
 def counts_before(
@@ -6353,7 +6536,7 @@ class Tilted(Distribution):
     known: Tensor  # [B, S, 1] bool, there is a hint
     raised: Tensor  # [B, S, 1] p of the hint
     shrink: Tensor  # [B, S, 1] factor of all others
-    bucket: Tensor  # [B, S]
+    bucket: Tensor | None = None  # [B, S], where it is learned by how much
 
     def prob(self, ids: Tensor) -> Tensor:
         return torch.where(ids == self.hint, self.raised, self.base.prob(ids) * self.shrink)
@@ -6589,23 +6772,44 @@ def adapted_names(model: GPT, cfg: Config) -> set[str]:
     return chosen
 
 
+def adapter_shapes(model: GPT, cfg: Config) -> dict[str, tuple[int, int]]:
+    """Name in `PassContext.adapters` -> outputs and inputs, for every layer that is executed."""
+    places = set(cfg.adapted_places)
+    first = cfg.num_layers - cfg.ttt_freeze_blocks if cfg.ttt_freeze_blocks else 0
+    beside = (cfg.model_dim, cfg.model_dim)
+    shapes: dict[str, tuple[int, int]] = {}
+    for number, step in enumerate(model.steps):
+        attn, mlp = model.blocks[step.block].attn, model.blocks[step.block].mlp
+        matrices = {"q": attn.c_q, "k": attn.c_k, "v": attn.c_v, "out": attn.proj}
+        matrices |= {"up": mlp.fc, "down": mlp.proj}
+        here = {place: matrix.weight.shape for place, matrix in matrices.items()}
+        here |= {"attn": beside, "mlp": beside}
+        if step.block >= first:
+            shapes |= {f"{number}.{place}": here[place] for place in here if place in places}
+    if "head" in places:
+        shapes["head"] = (cfg.vocab_size, cfg.model_dim)
+    return shapes
+
+
 def adapter_step(
     params: Sequence[Tensor],
     squares: Sequence[Tensor],
     gradients: Sequence[Tensor],
     steps: Tensor,
-    rate: float,
+    rates: Tensor,
+    decay: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """AdamW of adapters [B, ...], each at its own step [B] -> parameters and squares after it.
+    """AdamW of adapters [B, ...], each at its own step [B] and rate [B] -> parameters and squares.
 
-    Betas (0, 0.99), epsilon 1e-10, weight decay 0.5 (PR 2135).
+    Betas (0, 0.99), epsilon 1e-10 (PR 2135).
     """
-    bias = 1 - 0.99 ** steps.view(-1, 1, 1)
+    bias = 1 - 0.99 ** steps.clamp_min(1).view(-1, 1, 1)
+    rates = rates.view(-1, 1, 1)
     params_after, squares_after = [], []
     for p, square, gradient in zip(params, squares, gradients):
         mean = 0.99 * square + 0.01 * gradient.square()
         step = gradient / ((mean / bias).sqrt() + 1e-10)
-        params_after.append(p * (1 - 0.5 * rate) - rate * step)
+        params_after.append(p * (1 - decay * rates) - rates * step)
         squares_after.append(mean)
     return params_after, squares_after
 
@@ -6618,7 +6822,9 @@ class PerDocumentLoRA(WindowNetwork):
 
     Documents stand side by side, TTT_DOCS of them, in a slot of adapters each; what one learns no
     other sees. For the next ones B is zero again, and A as it was at first, the same for all, or,
-    with TTT_LORA_KEEP, as its slot left it. A process has the adapters of its own slots.
+    with TTT_LORA_KEEP, as its slot left it. A process has the adapters of its own slots. Every
+    executed layer has its own. The pass that is charged is also the one that teaches: its graph is
+    kept until the chunk's end.
     """
 
     learns = True
@@ -6627,19 +6833,18 @@ class PerDocumentLoRA(WindowNetwork):
     def __init__(self, model: GPT, rt: Runtime, cfg: Config, in_order: bool = False):
         super().__init__(model, rt, cfg, cfg.score_len, cfg.ttt_lora_chunk, cfg.ttt_temperature)
         self.cfg = cfg
-        self.groups = 1 if in_order or cfg.ttt_lora_keep else DOCUMENT_GROUPS
-        self._hidden, self.hidden = self.hidden, self._any_length
+        self.window = 1 if in_order else DOCUMENT_GROUPS
         self.update = rt.compile(adapter_step)
         self.isolates_documents = not cfg.ttt_lora_keep
-        self.pending: list[tuple[Batch, Tensor]] = []
+        self.believed: tuple[Batch, Tensor, list[Tensor]] | None = None  # the last prediction
+        self.pending: list[tuple[Batch, Tensor, list[Tensor], Tensor]] = []
         model.requires_grad_(False)
-        chosen = adapted_names(model, cfg)
-        modules = [(f"blocks.{name}.weight", m) for name, m in model.blocks.named_modules()]
-        self.matrices = [m for name, m in modules if isinstance(m, Linear) and name in chosen]
+        shapes = adapter_shapes(model, cfg)
+        self.names = list(shapes)
         generator = torch.Generator().manual_seed(cfg.seed)
         self.start = []  # A at first
-        self.params = []  # A and B of every matrix
-        for rows, columns in (m.weight.shape for m in self.matrices):
+        self.params = []  # A and B of every place
+        for rows, columns in shapes.values():
             low = torch.rand(cfg.ttt_docs, cfg.ttt_lora_rank, columns, generator=generator)
             if not cfg.ttt_lora_keep:  # no document's slot may matter
                 low = low[:1].expand_as(low)
@@ -6659,49 +6864,71 @@ class PerDocumentLoRA(WindowNetwork):
             self.seq_len,
             self.stride,
             cfg.ttt_docs,
-            window=self.groups,
-            fixed_rows=len(self.steps) if self.rt.profile.fixed_rows else 0,
+            window=self.window,
+            rows=len(self.steps),
+            fixed_rows=self.rt.profile.fixed_rows,
+            early=cfg.early_chunks,
+            prefix=cfg.ttt_global_docs,
+            keeps=cfg.ttt_lora_keep,
         )
 
-    def _any_length(self, model: GPT, ids: Tensor, context: AttentionContext) -> Tensor:
-        """GPT.hidden, in one graph for all lengths: each chunk of a document has another."""
+    def _context(self, ids: Tensor) -> PassContext:
+        """In one graph for all lengths: each chunk of a document has another."""
+        context = self.model.context(ids)
         cos, sin = context.cos.view_as(context.cos), context.sin.view_as(context.sin)
         for tensor, axis in ((ids, 1), (cos, 0), (sin, 0)):
             self.rt.mark_varying(tensor, axis)
         backend = sdpa_attention if context.backend is blocked_attention else context.backend
-        return self._hidden(model, ids, context=AttentionContext(backend, cos, sin))
+        return PassContext(backend, cos, sin)
+
+    def _own(self, tensors: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        """The rows' own of all slots' [S, ...]: a view of the first, or with slots a copy.
+
+        Slots are numbers on the device: an index on the host would wait for it. A slot of other
+        processes, which checks ask for too, is the last one.
+        """
+        if batch.slots is None:
+            return [tensor.narrow(0, 0, len(batch.ids)) for tensor in tensors]
+        slots = self._slots(batch)
+        return [tensor[slots] for tensor in tensors]
 
     def _slots(self, batch: Batch) -> Tensor:
-        """Own number of the adapters of every row of inputs.
-
-        On the device: an index on the host would wait for it. A slot of other processes, which
-        checks ask for too, is the last one.
-        """
         own = np.minimum(batch.slots // self.rt.world, len(self.steps) - 1)
         return self.rt.put(np.resize(own, len(batch.ids)))
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def predict(self, batch: Batch) -> Softmax:
-        slots = self._slots(batch)
-        return self._predict_with(batch, [p[slots] for p in self.params])
-
-    def _predict_with(self, batch: Batch, own: Sequence[Tensor]) -> Softmax:
-        """As the base; the rows' own A and B of every matrix act only here."""
+        """As the base, with the rows' own adapters, and a graph to learn from."""
+        leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
-        for matrix, low, high in zip(self.matrices, own[::2], own[1::2]):
-            matrix.adapter = low, high * scale
-        try:
-            return super().predict(batch)
-        finally:
-            for matrix in self.matrices:
-                matrix.adapter = None
+        adapters = {
+            name: (low, high * scale)
+            for name, low, high in zip(self.names, leaves[::2], leaves[1::2])
+        }
+        ids = self.rt.put(batch.ids)
+        head = adapters.pop("head", None)
+        context = dataclasses.replace(self._context(ids), adapters=adapters)
+        hidden = self.hidden(self.model, ids, context=context)
+        scored = batch.index.shape[1]
+        logits = self.model.head(hidden[:, -scored:], adapter=head)  # [R, S, V]
+        if self.temperature != 1:
+            logits = temper(logits, self.temperature)
+        rows = len(batch.index)
+        log_p = F.log_softmax(logits[:rows], -1)
+        self.believed = batch, log_p, leaves
+        return Softmax(log_p.detach(), hidden[:rows, -scored:].detach())
 
     def collect(self, batch: Batch, targets: Tensor) -> None:
-        if batch.real.all(1).any():
-            self.pending.append((batch, targets))
+        if self.believed and batch.goes_on.any():
+            believed_of, log_p, leaves = self.believed
+            check(believed_of is batch, "adapters learn from the batch that was charged last")
+            self.pending.append((batch, log_p, leaves, targets))
+        self.believed = None
 
     def commit(self, chunk: Chunk) -> None:
-        for batch, targets in self.pending:
-            self._step(batch, targets)
+        for pending in self.pending:
+            self._step(*pending)
         self.pending = []
         if chunk.ends_documents:
             with torch.no_grad():
@@ -6709,26 +6936,28 @@ class PerDocumentLoRA(WindowNetwork):
                     torch._foreach_copy_(self.params[::2], self.start)
                 torch._foreach_zero_([*self.params[1::2], *self.squares, self.steps])
 
-    def _step(self, batch: Batch, targets: Tensor) -> None:
+    def _step(self, batch: Batch, log_p: Tensor, leaves: list[Tensor], targets: Tensor) -> None:
         """One step on the sum over documents of their chunk's mean loss.
 
-        A short chunk ends its document, and nothing comes after it: it teaches nothing.
+        A document's last chunk teaches nothing, since nothing comes after it.
         """
-        whole = batch.real.all(1)
-        slots = self._slots(batch)
-        leaves = [p[slots].requires_grad_() for p in self.params]
-        log_p = self._predict_with(batch, leaves).log_p  # [B, S, V]
-        nats = -log_p.gather(-1, targets.unsqueeze(-1)).sum((1, 2)) / self.stride
-        gradients = torch.autograd.grad(nats @ self.rt.put(whole.astype(np.float32)), leaves)
-        rows = self.rt.put(np.flatnonzero(whole))
+        goes_on = np.zeros(len(batch.ids), np.float32)
+        goes_on[: len(batch.index)] = batch.goes_on
+        goes_on = self.rt.put(goes_on)
+        nats = -log_p.gather(-1, targets.unsqueeze(-1)).mean((1, 2))
+        gradients = torch.autograd.grad(nats @ goes_on[: len(nats)], leaves)
         with torch.no_grad():
-            steps = self.steps[slots] + 1
-            squares = [square[slots] for square in self.squares]
-            new = self.update(leaves, squares, gradients, steps, self.cfg.ttt_lr)
-            learned = slots[rows]
-            self.steps[learned] = steps[rows]
-            for old, values in zip([*self.params, *self.squares], itertools.chain(*new)):
-                old[learned] = values[rows]
+            squares = self._own(self.squares, batch)
+            steps = self._own([self.steps], batch)[0] + goes_on
+            rates = self.cfg.ttt_lr * goes_on
+            new = self.update(leaves, squares, gradients, steps, rates, self.cfg.ttt_lora_wd)
+            values = [*itertools.chain(*new), steps]
+            if batch.slots is None:
+                torch._foreach_copy_(self._own(self._state(), batch), values)
+                return
+            learned = self._slots(batch)[: len(batch.index)]
+            for old, new in zip(self._state(), values):
+                old[learned] = new[: len(learned)]
 
     def _state(self) -> list[Tensor]:
         return [*self.params, *self.squares, self.steps]
@@ -6740,6 +6969,76 @@ class PerDocumentLoRA(WindowNetwork):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch._foreach_copy_(self._state(), state["adapters"])
         self.pending = []
+        self.believed = None
+
+
+class GlobalStep:
+    """All weights learn the first TTT_GLOBAL_DOCS documents once, after all these were charged.
+
+    One pass of SGD (PR 1610): a step for every TTT_CHUNK_TOKENS targets, in the stream's order,
+    momentum 0.9, the rate falls along a cosine to zero at the last, gradients clipped to norm 1.
+    Attention stays inside documents, and inside windows of the scoring length.
+    """
+
+    def __init__(self, network: WindowNetwork, cfg: Config):
+        self.cfg = cfg
+        self.rt = network.rt
+        self.model = network.model
+        self.row = network.train_row
+        self.loss = self.rt.compile(GPT.forward)
+
+    def after(self, chunk: Chunk, tokens: np.ndarray) -> None:
+        """Acts if with this chunk the last of its documents is charged; tokens are known so far."""
+        first_targets = tokens[: chunk.hi]
+        begun = np.count_nonzero(first_targets == self.cfg.bos_id)
+        begun += int(first_targets[0] != self.cfg.bos_id)
+        if chunk.closes and begun == self.cfg.ttt_global_docs:
+            self.learn(tokens[: chunk.hi + 1])
+
+    def learn(self, tokens: np.ndarray, most: int | None = None) -> int:
+        """The pass over a stream -> how many steps it has; most: no more are made."""
+        cfg, rt = self.cfg, self.rt
+        params = [p.requires_grad_() for p in self.model.parameters()]
+        optimizer = torch.optim.SGD(params, lr=cfg.ttt_global_lr, momentum=0.9)
+        gradients = bind_flat_gradients(params)
+        size, targets = cfg.ttt_chunk_tokens, len(tokens) - 1
+        piece = -(-size // BUSY_PROCESSES)  # of a step, on one process
+        steps = -(-targets // size)
+        for number in range(max(1, steps - 1))[:most]:  # at the last the rate is zero
+            share = number / max(1, steps - 1)
+            optimizer.param_groups[0]["lr"] = (
+                cfg.ttt_global_lr * 0.5 * (1 + math.cos(math.pi * share))
+            )
+            gradients.zero_()
+            lo, hi = number * size, min((number + 1) * size, targets)
+            for at in range(lo + rt.rank * piece, hi, rt.world * piece):
+                end = min(at + piece, hi)
+                (self._mean_loss(tokens[at : end + 1]) * ((end - at) / (hi - lo))).backward()
+            rt.sum_(gradients)
+            clip_gradients(gradients, 1.0)
+            optimizer.step()
+        for p in params:
+            p.grad = None
+        self.model.requires_grad_(False)
+        return steps
+
+    def _mean_loss(self, tokens: np.ndarray) -> Tensor:
+        """Of one packed row."""
+        ids = tokens[:-1].astype(np.int64)
+        starts = segment_starts(ids, self.cfg.bos_id, self.row)
+        segments = self.rt.put_segments(segments_of(starts, len(ids), self.row))
+        on_device = self.rt.put(ids[None])
+        context = self.model.context(on_device, documents=segments)
+        targets = self.rt.put(tokens[1:].astype(np.int64)[None])
+        return self.loss(self.model, on_device, targets, context=context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, as copies."""
+        return {"model": copy.deepcopy(self.model.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.model.load_state_dict(state["model"])
 
 
 class TestTimeTraining:
@@ -6889,7 +7188,7 @@ class Mixer:
     """What makes another distribution of a network's or another mixer's, with n-gram counts."""
 
     validity = "valid"  # or unnormalised: its "probabilities" need not sum to one
-    counts: NgramCounts | HashedCounts | None = None
+    counts: NgramCounts | FrequentHints | HashedCounts | None = None
     statistics: BucketStatistics | None = None  # what it learns, if anything
 
     def over(self, base: Distribution, batch: Batch, network: Softmax) -> Distribution:
@@ -6929,6 +7228,24 @@ class Tilt(Mixer):
         hit = targets == distribution.hint
         outcome = torch.cat((hit, torch.ones_like(hit)), -1) * distribution.known.double()
         self.statistics.collect(distribution.bucket, outcome, real)
+
+
+class FixedTilt(Mixer):
+    """Raises the token that mostly followed the context, always by as much (PR 1145, PR 2135).
+
+    p'(a) = p(a) e^(b [a = hint]) / (1 + p(hint) (e^b - 1)), with b = TILT_BOOST.
+    """
+
+    def __init__(self, rt: Runtime, cfg: Config):
+        self.counts = FrequentHints(cfg, rt)
+        self.boost = cfg.tilt_boost
+
+    def over(self, base: Distribution, batch: Batch, network: Softmax) -> Tilted:
+        hint, known = (x.unsqueeze(-1) for x in self.counts.hints(batch.index))
+        p = base.prob(hint)  # [B, S, 1]
+        shrink = torch.where(known, 1 / (1 + p * math.expm1(self.boost)), 1.0)
+        raised = torch.where(known, p * math.exp(self.boost) * shrink, p)
+        return Tilted(base, hint, known, raised, shrink)
 
 
 class NgramMixer(Mixer):
@@ -7015,11 +7332,13 @@ class Scorer:
         mixers: Sequence[Mixer] = (),
         training: TestTimeTraining | None = None,
         mix_chunk: int = 0,
+        global_step: GlobalStep | None = None,
     ):
         self.name = name
         self.network = network
         self.mixers = list(mixers)
         self.training = training
+        self.global_step = global_step
         self.counts = list(dict.fromkeys(m.counts for m in self.mixers if m.counts))
         self.statistics = [m.statistics for m in self.mixers if m.statistics]
         self.trains = training is not None and not training.first  # on what was charged
@@ -7029,7 +7348,8 @@ class Scorer:
         elif self.statistics and not self.chunk_targets:
             self.chunk_targets = mix_chunk
         self.learns = network.learns or self.trains or bool(self.statistics)
-        self.isolates_documents = network.isolates_documents and not (self.mixers or training)
+        others = self.mixers or training or global_step
+        self.isolates_documents = network.isolates_documents and not others
         # What carries on from batch to batch and learns is one sequence of work: rank 0 does it.
         self.alone = network.carries_on and self.chunk_targets > 0
         self.validity = "valid"
@@ -7061,13 +7381,16 @@ class Scorer:
             self.network.commit(chunk)
         if self.trains:
             self.training.learn(tokens[chunk.lo : chunk.hi + 1], chunk.progress)
+        if self.global_step:
+            self.global_step.after(chunk, tokens)
         if chunk.closes:
             for statistics in self.statistics:
                 statistics.commit()
 
     def parts(self) -> list[Any]:
         """What has a state."""
-        return [p for p in (self.network, self.training, *self.statistics) if p is not None]
+        parts = (self.network, self.training, self.global_step, *self.statistics)
+        return [part for part in parts if part is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """All that it has learned, as copies."""
@@ -7378,17 +7701,19 @@ def build_scorer(
 ) -> Scorer:
     """A later stage: over the stream or over windows, adapting if that is on."""
     if cfg.ttt_lora_rank:
-        network = PerDocumentLoRA(model, rt, cfg, in_order=bool(mixers))  # which learn by group
+        in_order = any(mixer.statistics for mixer in mixers)  # which learn by group
+        network = PerDocumentLoRA(model, rt, cfg, in_order)
     elif cfg.eval_stream:
         network = StreamNetwork(model, rt, cfg, cfg.ttt_temperature)
     else:
         network = WindowNetwork(model, rt, cfg, cfg.score_len, stride, cfg.ttt_temperature)
     training = TestTimeTraining(network, cfg, table) if cfg.ttt_epochs else None
-    return Scorer(name, network, mixers, training, cfg.mix_chunk_tokens)
+    global_step = GlobalStep(network, cfg) if cfg.ttt_global_docs else None
+    return Scorer(name, network, mixers, training, cfg.mix_chunk_tokens, global_step)
 
 
 def _mixed_enabled(cfg: Config) -> bool:
-    return cfg.tilt or cfg.ngram == "mix"
+    return cfg.tilt or cfg.tilt_boost or cfg.ngram == "mix"
 
 
 def _ttt_enabled(cfg: Config) -> bool:
@@ -7402,6 +7727,8 @@ def _build_ttt(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer
 def _build_mixed(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
     counts = NgramCounts(cfg, rt)
     mixers: list[Mixer] = [Tilt(rt, counts)] if cfg.tilt else []
+    if cfg.tilt_boost:
+        mixers.append(FixedTilt(rt, cfg))
     if cfg.ngram == "mix" and cfg.mixer_head:
         mixers.append(GatedNgramMixer(cfg, counts, model))
     elif cfg.ngram == "mix":

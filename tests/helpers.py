@@ -206,6 +206,10 @@ STREAM = dict(eval_stream=16)
 TTT = dict(ttt_epochs=1, ttt_batch_seqs=1)
 LORA = dict(ttt_lora_rank=2)
 EXACT = dict(tilt=True, ngram="mix")
+FIXED = dict(tilt_boost=2.0, tilt_order=3, tilt_share=0.6)
+GLOBAL = dict(ttt_global_docs=4, ttt_global_lr=0.05)
+EVERYWHERE = dict(LORA, ttt_lora_on="q,v,attn,mlp,head", ttt_lora_early_chunks="3:7,8:20")
+EVERYWHERE |= dict(num_loops=1, loop_start=1, loop_end=1)
 NESTINGS = {
     "sliding": {},
     "streaming": STREAM,
@@ -213,7 +217,10 @@ NESTINGS = {
     "sliding ttt": TTT,
     "streaming ttt": dict(STREAM, **TTT),
     "lora": LORA,
-    "lora reset": dict(LORA, ttt_lora_keep=False),
+    "lora kept": dict(LORA, ttt_lora_keep=True),
+    "lora everywhere": EVERYWHERE,
+    "lora, global step, fixed tilt": dict(EVERYWHERE, **GLOBAL, **FIXED),
+    "fixed tilt": FIXED,
     "tilt": dict(tilt=True),
     "mix": dict(ngram="mix"),
     "streaming mix": dict(STREAM, ngram="mix", ngram_docs=False),

@@ -165,7 +165,7 @@ class Hidden(torch.nn.Module):
 class Adapters:
     """Two low-rank factors for every matrix: W + (alpha / rank) B A in place of W.
 
-    With torch's AdamW, one step after each whole chunk.
+    With torch's AdamW, one step after each chunk but a document's last.
     """
 
     def __init__(self, model, names, lows, cfg):
@@ -177,7 +177,11 @@ class Adapters:
         self.lows = [low.clone().requires_grad_() for low in lows]
         self.highs = [self.new_high(name) for name in names]
         self.optimizer = torch.optim.AdamW(
-            [*self.lows, *self.highs], lr=cfg.ttt_lr, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5
+            [*self.lows, *self.highs],
+            lr=cfg.ttt_lr,
+            betas=(0.0, 0.99),
+            eps=1e-10,
+            weight_decay=cfg.ttt_lora_wd,
         )
 
     def new_high(self, name):
@@ -204,7 +208,7 @@ class Adapters:
             logits = self.head(self.hidden(ids[None]))[0, begin - first :]
             losses = F.cross_entropy(logits, targets, reduction="none")
             nats += losses.tolist()
-            if len(losses) == size:
+            if end < len(tokens) - 1:
                 self.optimizer.zero_grad()
                 losses.mean().backward()
                 self.optimizer.step()

@@ -40,7 +40,7 @@ def test_counts_equal_a_dictionary(vocab, size, bos, rng, monkeypatch):
     piece = int(rng.integers(1, 50))  # of one group, or of many
     monkeypatch.setattr(tg, "COUNT_PIECE", piece)
     expected = oracles.counts_by_dictionary(tokens, ORDERS, bos)
-    found = counted(tokens, ORDERS, bos, hints=True)
+    found = counted(tokens, ORDERS, bos, hints="last")
     assert list(found) == list(ORDERS)
     for order, arrays in found.items():
         np.testing.assert_array_equal(arrays, expected[order])
@@ -88,8 +88,8 @@ def test_counts_know_nothing_of_later_tokens(rng):
     tokens = repetitive(rng, 4, 300)
     other = repetitive(rng, 4, 300)
     other[:200] = tokens[:200]
-    first = counted(tokens, ORDERS, hints=True)
-    second = counted(other, ORDERS, hints=True)
+    first = counted(tokens, ORDERS, hints="last")
+    second = counted(other, ORDERS, hints="last")
     for order in ORDERS:
         np.testing.assert_array_equal(first[order][:, :200], second[order][:, :200])
 
@@ -113,7 +113,7 @@ def test_absolute_discounting_from_its_definition(rng):
     """
     tokens = repetitive(rng, 5, 200)
     counts = oracles.counts_by_dictionary(tokens, ORDERS)
-    by_order, facts = tg.discounted(tg.causal_counts(tokens, ORDERS, hints=True), 5)
+    by_order, facts = tg.discounted(tg.causal_counts(tokens, ORDERS, hints="last"), 5)
     told = np.array(facts)  # rank, count, hint, agree
     for t in range(200):
         q = 1 / 5

@@ -381,6 +381,8 @@ def costs_of_text(log, factor, **settings):
     documents = 1 + 2 * factor
     larger = {field: getattr(cfg, field) * factor for field in SIZES}
     larger.update(ttt_docs=documents, ttt_batch_seqs=2 * factor)
+    if cfg.ttt_global_docs:
+        larger.update(ttt_global_docs=factor)
     tokens = in_documents(documents)
     with far() as (rt, device):
         cfg, scorer = build(rt, **{**settings, **larger})
@@ -406,7 +408,8 @@ def test_a_loop_over_targets_is_caught(run_log, monkeypatch):
     def one_by_one(network, batch, targets):
         flat = targets.flatten()
         kept = [flat[np.array([place])] for place in range(len(flat))]
-        network.pending.append((batch, torch.cat(kept).view_as(targets)))
+        _, *graph = network.believed
+        network.pending.append((batch, *graph, torch.cat(kept).view_as(targets)))
 
     monkeypatch.setattr(tg.PerDocumentLoRA, "collect", one_by_one)
     few, _, cost_of_few = costs_of_text(run_log, 1, **SCORERS["lora"])

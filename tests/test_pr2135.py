@@ -447,3 +447,89 @@ def test_gptq_and_corrections_of_pr2135():
         restored = tg.decoded(tensor, cfg).numpy()
         np.testing.assert_allclose(restored, found[f"{tensor.name}/restored"], atol=1e-6)
         assert ("lqer" in tensor.kind) == (tensor.name != "tok_emb.weight")
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+ADAPTERS = settings_in("""
+    TTT_LORA_RANK=8 TTT_LORA_CHUNK=48 TTT_LR=0.002 TTT_LORA_WD=2 TTT_LORA_ON=q,v,attn,mlp,head
+""")
+THEIR_NAMES = dict(q="q_loras", v="v_loras", attn="o_loras", mlp="mlp_loras")
+ONES = np.ones(1024, np.int16)
+ONE_BYTE = tg.ByteTable(ONES, ONES < 1, ONES < 1, "one byte a token")
+
+
+def adapted_charges(tokens, slots, run_log):
+    """Nats of a stream with the original's weights, and its A of these slots, and the plan.
+
+    slots: of the documents by falling length, which is the order of our rows.
+    """
+    cfg = case(**ADAPTERS, TTT_DOCS=str(len(slots)))
+    model = tg.build_model(cfg, cpu_runtime(), arrays("pr2135_weights"))
+    network = tg.PerDocumentLoRA(model, cpu_runtime(), cfg)
+    known = arrays("pr2135_lora_start")
+    for name, a, params in zip(network.names, network.start, network.params[::2]):
+        step, _, place = name.partition(".")
+        theirs = "lm_head_lora" if name == "head" else f"{THEIR_NAMES[place]}.{step}"
+        a.copy_(known[f"{theirs}.A"][slots])
+        params.copy_(a)
+    score = tg.evaluate(tg.Scorer("s", network), tokens, ONE_BYTE, cfg, cpu_runtime(), run_log)
+    return score.nats, network.plan(tokens, 0)
+
+
+def largest_by_document(wrong, plan):
+    """Of each document's first 2,000 charges, and of all others."""
+    pieces = [wrong[lo:hi] for lo, hi in zip(plan.starts, plan.ends)]
+    later = max(piece[2000:].max(initial=0) for piece in pieces)
+    return max(piece[:2000].max(initial=0) for piece in pieces), later
+
+
+@needs_reference
+def test_adapters_of_the_original(run_log):
+    """Every charge, but those of a document's last chunk, if its window is full: see below."""
+    known = arrays("pr2135_reference")
+    tokens = known["ttt_tokens"].numpy()
+    lengths = np.array(told()["ttt_documents"])
+    by_length = np.argsort(-lengths, kind="stable")
+    nats, plan = adapted_charges(tokens, known["ttt_slot_of_document"][by_length], run_log)
+    wrong = np.abs(nats - known["ttt_lora_nats"].numpy())
+    for lo, hi in zip(plan.starts, plan.ends):
+        if hi - lo > 256:
+            wrong[hi - (hi - lo) % 48 : hi] = 0
+    first, later = largest_by_document(wrong, plan)
+    assert first < 1e-4
+    assert later < 3e-3
+
+
+class WindowsToTheEnd(tg.Documents):
+    """The original's last window ends with its document, and so reaches further to the left.
+
+    Where a document ends is not known inside its last chunk: our windows end where the whole chunk
+    would.
+    """
+
+    def batch(self, tokens, rows):
+        batch = super().batch(tokens, rows)
+        end = min(rows.first[0] + 48, rows.end[0])
+        start = max(end - self.seq_len, 0)
+        length = int(rows.first[0]) + 48 - start
+        starts = np.array([start])
+        return tg.make_batch(tokens, starts, length, batch.index, batch.real, goes_on=batch.goes_on)
+
+
+@needs_reference
+def test_adapters_and_last_windows_of_the_original(run_log, monkeypatch):
+    """Every charge, a document after the other: they share nothing."""
+    known = arrays("pr2135_reference")
+    tokens = known["ttt_tokens"].numpy()
+    theirs = known["ttt_lora_nats"].numpy()
+    documents = tg.Documents(tokens, 1, 256, 48, 5)
+
+    monkeypatch.setattr(tg, "Documents", WindowsToTheEnd)
+    slots = known["ttt_slot_of_document"]
+    for lo, hi, slot in zip(documents.starts, documents.ends, slots):
+        nats, plan = adapted_charges(tokens[lo : hi + 1], slot[None], run_log)
+        first, later = largest_by_document(np.abs(nats - theirs[lo:hi]), plan)
+        assert first < 1e-4
+        assert later < 3e-3
+        assert abs(nats.mean(dtype=np.float64) - theirs[lo:hi].mean()) < 2e-5

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import FULL
 from helpers import (
+    FIXED,
+    GLOBAL,
     LORA,
     NESTINGS,
     STREAM,
@@ -324,8 +326,21 @@ OTHER_SETTINGS.add("higher rank", ttt_lora_rank=4)
 OTHER_SETTINGS.add("weaker adapters", **LORA, ttt_lora_alpha=4.0)
 OTHER_SETTINGS.add("faster adapters", **LORA, ttt_lr=0.02)
 OTHER_SETTINGS.add("fewer documents at once", **LORA, ttt_docs=2)
-OTHER_SETTINGS.add("adapters of queries", **LORA, qttt=True, ttt_freeze_blocks=2)
+OTHER_SETTINGS.add("adapters of queries", **LORA, ttt_lora_on="q")
 OTHER_SETTINGS.add("adapters of one block", **LORA, ttt_freeze_blocks=1)
+OTHER_SETTINGS.add("decaying adapters", **LORA, ttt_lora_wd=5.0)
+OTHER_SETTINGS.add("adapters of the head", **LORA, ttt_lora_on="head")
+OTHER_SETTINGS.add("adapters beside attention", **LORA, ttt_lora_on="attn")
+OTHER_SETTINGS.add("adapters beside the MLP", **LORA, ttt_lora_on="mlp")
+OTHER_SETTINGS.add("small chunks first", **LORA, ttt_lora_early_chunks="8:16")
+OTHER_SETTINGS.add("a global step", **LORA, **GLOBAL)
+OTHER_SETTINGS.add("a slow global step", **LORA, ttt_global_docs=4)
+OTHER_SETTINGS.add("an early global step", **LORA, ttt_global_docs=2, ttt_global_lr=0.05)
+OTHER_SETTINGS.add("a global step in more steps", **LORA, **GLOBAL, ttt_chunk_tokens=32)
+OTHER_SETTINGS.add("a smaller boost", tilt_boost=1.0, tilt_order=3, tilt_share=0.6)
+OTHER_SETTINGS.add("a longer context", tilt_boost=2.0, tilt_order=4, tilt_share=0.6)
+OTHER_SETTINGS.add("surer tokens", tilt_boost=2.0, tilt_order=3, tilt_share=0.95)
+OTHER_SETTINGS.add("hints across documents", **FIXED, ngram_docs=False)
 
 
 def test_every_switch_acts(scores, tokens, rt, run_log):
@@ -390,8 +405,10 @@ ISOLATION = {
     "a stream of documents": DOCUMENTS,
     "that learns": dict(DOCUMENTS, **TTT),
     "that is tilted": dict(DOCUMENTS, tilt=True),
-    "adapters that are kept": TWO_AT_ONCE,
-    "adapters that are reset": dict(TWO_AT_ONCE, ttt_lora_keep=False),
+    "adapters that are kept": dict(TWO_AT_ONCE, ttt_lora_keep=True),
+    "adapters that are reset": TWO_AT_ONCE,
+    "a global step": dict(TWO_AT_ONCE, **GLOBAL),
+    "a fixed tilt": dict(TWO_AT_ONCE, **FIXED),
 }
 
 

@@ -75,7 +75,7 @@ def test_a_batch_holds_inputs_and_no_targets(kind):
     plans = {"windows": tg.Windows(41, 20, 8, 3), "documents": tg.Documents(tokens, 0, 20, 8, 2)}
     for batch in batches_of(plans[kind], tokens):
         names = {field.name for field in dataclasses.fields(batch)}
-        assert names == {"ids", "index", "real", "left_context", "slots"}
+        assert names == {"ids", "index", "real", "left_context", "slots", "goes_on"}
         inputs = batch.ids[:, -batch.index.shape[1] :]
         assert (inputs[batch.real] == tokens[batch.index[batch.real]]).all()
         assert batch.ids.max() < 141  # the stream's last token is only a target
