@@ -337,8 +337,8 @@ def quantization_penalty(matrices, tops, strength):
 # --- exact counts and what is made of them --------------------------------------------------------
 
 
-def counts_by_dictionary(tokens, orders, bos=None):
-    """Order -> n, N, T, the token that followed last and its n [5, len].
+def counts_by_dictionary(tokens, orders, bos=None, hints="last"):
+    """Order -> n, N, T, the token that followed last (most; the first that did) and its n [5, len].
 
     By a dictionary, token after token.
     """
@@ -356,7 +356,8 @@ def counts_by_dictionary(tokens, orders, bos=None):
         agree = seen[hint] if context in last else 0
         found[k][:, t] = seen[tokens[t]], sum(seen.values()), distinct, hint, agree
         seen[tokens[t]] += 1
-        last[context] = tokens[t]
+        if hints == "last" or agree == 0 or seen[tokens[t]] > agree:
+            last[context] = tokens[t]
     return found
 
 

@@ -198,9 +198,13 @@ class Adapters:
 
     def read(self, tokens):
         """Nats of every token of a document after its first."""
-        size = self.cfg.ttt_lora_chunk
         nats = []
-        for begin in range(0, len(tokens) - 1, size):
+        while len(nats) < len(tokens) - 1:
+            begin = len(nats)
+            size = self.cfg.ttt_lora_chunk
+            for early, until in reversed(self.cfg.early_chunks):
+                if begin < until:
+                    size = min(early, until - begin)
             end = min(begin + size, len(tokens) - 1)
             first = max(0, begin + size - self.cfg.train_seq_len)  # inputs up to the chunk's end
             ids = torch.from_numpy(tokens[first:end].astype(np.int64))
@@ -215,6 +219,35 @@ class Adapters:
         return nats
 
 
+def global_step(model, tokens, cfg):
+    """One pass of SGD over a stream in packed rows, an eighth of a step each."""
+    targets, size = len(tokens) - 1, cfg.ttt_chunk_tokens
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    count = -(-targets // size)
+    for number in range(max(1, count - 1)):
+        lo, hi = number * size, min(targets, (number + 1) * size)
+        optimizer.zero_grad()
+        piece = -(-size // 8)
+        for begin in range(lo, hi, piece):
+            row = tokens[begin : min(begin + piece, hi) + 1].astype(np.int64)
+            starts, since = [], 0
+            for place, token in enumerate(row[:-1]):
+                since = 0 if token == cfg.bos_id else since
+                if since % cfg.train_seq_len == 0:
+                    starts.append(place)
+                since += 1
+            row = torch.from_numpy(row)
+            loss = model(row[None, :-1], row[None, 1:], documents=torch.tensor(starts))
+            (loss * (len(row) - 1) / (hi - lo)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = number / max(1, count - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.ttt_global_lr * (1 + np.cos(np.pi * share)) / 2
+        optimizer.step()
+    model.requires_grad_(False)
+
+
 def adapter_charges(model, names, start, tokens, cfg):
     """Nats of a stream, document by document; ttt_docs slots keep the lower factors in turn.
 
@@ -224,7 +257,9 @@ def adapter_charges(model, names, start, tokens, cfg):
     edges = [*np.flatnonzero(tokens[:-1] == cfg.bos_id), len(tokens) - 1]
     nats = []
     for document, (begin, end) in enumerate(itertools.pairwise(edges)):
-        slot = document % cfg.ttt_docs
+        if document and document == cfg.ttt_global_docs:
+            global_step(model, tokens[: begin + 1], cfg)
+        slot = (document - cfg.ttt_global_docs * (document >= cfg.ttt_global_docs)) % cfg.ttt_docs
         adapters = Adapters(model, names, kept[slot], cfg)
         nats += adapters.read(tokens[begin : end + 1])
         if cfg.ttt_lora_keep:

@@ -310,11 +310,21 @@ def test_adapting_first_is_called_what_it_is(case, rt, run_log, rng):
 # --- adapters -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_adapters_from_their_definition(keep, rng, rt, run_log):
+ADAPTERS = {
+    "kept": dict(ttt_lora_keep=True),
+    "reset": dict(ttt_lora_wd=0.7),
+    "early chunks": dict(ttt_lora_early_chunks="3:7,8:20"),
+    "global step": dict(ttt_global_docs=4, ttt_global_lr=0.05),
+    "global step, kept": dict(ttt_global_docs=4, ttt_global_lr=0.05, ttt_lora_keep=True),
+    "global step of many": dict(ttt_global_docs=5, ttt_global_lr=0.3, ttt_chunk_tokens=48),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_from_their_definition(name, rng, rt, run_log):
     """Each document alone: W + (alpha / rank) B A in place of W, trained after each chunk."""
     tokens = short_text(rng)
-    cfg, scorer = build(rt, ttt_lora_rank=2, ttt_lora_keep=keep, ttt_lora_wd=0.7)
+    cfg, scorer = build(rt, ttt_lora_rank=2, **ADAPTERS[name])
     model = mild(cfg)
     modules = [name for name, m in model.named_modules() if isinstance(m, tg.Linear)]
     names = [f"{name}.weight" for name in modules if name.startswith("blocks.")]

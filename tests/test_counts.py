@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from helpers import TABLE, build, network_p, short_text
+from helpers import FIXED, TABLE, build, everything, network_p, short_text
 
 import train_gpt as tg
 
@@ -33,14 +33,16 @@ def counted(tokens, orders, bos=None, **options):
 
 @pytest.mark.parametrize("bos", [None, 0])
 @pytest.mark.parametrize("size", [0, 1, 2, 40, 400])
-@pytest.mark.parametrize("vocab", [1, 2, 3, 7, 300])
-def test_counts_equal_a_dictionary(vocab, size, bos, rng, monkeypatch):
+@pytest.mark.parametrize(
+    "vocab, hints", [(1, "last"), (2, "most"), (3, "last"), (7, "most"), (300, "last")]
+)
+def test_counts_equal_a_dictionary(vocab, hints, size, bos, rng, monkeypatch):
     """All orders, and some of them, which come in the same way."""
     tokens = repetitive(rng, vocab, size)
     piece = int(rng.integers(1, 50))  # of one group, or of many
     monkeypatch.setattr(tg, "COUNT_PIECE", piece)
-    expected = oracles.counts_by_dictionary(tokens, ORDERS, bos)
-    found = counted(tokens, ORDERS, bos, hints="last")
+    expected = oracles.counts_by_dictionary(tokens, ORDERS, bos, hints)
+    found = counted(tokens, ORDERS, bos, hints=hints)
     assert list(found) == list(ORDERS)
     for order, arrays in found.items():
         np.testing.assert_array_equal(arrays, expected[order])
@@ -101,6 +103,35 @@ def test_keys_that_do_not_fit_are_refused():
     np.testing.assert_array_equal(counted(tokens, (1,))[1], expected[:3])
     with pytest.raises(tg.InputError, match="too many to count"):
         list(tg.causal_counts(2 * tokens, (1,)))
+
+
+# --- a tilt by a fixed boost ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_fixed_tilt_is_its_formula(within, rng, rt, run_log):
+    """Every possible token at every target: e^b times the odds for the hint, if there is one."""
+    tokens = short_text(rng)
+    p = network_p(tokens, rt)
+    cfg, scorer = build(rt, **FIXED, ngram_docs=within)
+    order = cfg.tilt_order
+    counts = oracles.counts_by_dictionary(tokens, [order], 1 if within else None, "most")[order]
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    plan = scorer.network.plan(tokens, scorer.chunk_targets)
+    raised = 0
+    for target in range(len(tokens) - 1):
+        _, total, _, hint, agree = counts[:, target + 1]
+        expected = p[target].copy()
+        if agree and agree / total >= 0.6:
+            expected[hint] *= np.exp(2.0)
+            expected /= expected.sum()
+            raised += 1
+        assert abs(score.nats[target] + np.log(expected[tokens[target + 1]])) < 1e-4
+        if target % 7 == 0:
+            np.testing.assert_allclose(
+                everything(scorer, plan.position(tokens, target)), expected, atol=1e-6
+            )
+    assert 20 < raised < 250
 
 
 # --- distributions --------------------------------------------------------------------------------
