@@ -2875,16 +2875,20 @@ class KVCache:
         return sdpa_attention(queries, rotate(keys, cos, sin), values, self.mask).reshape(q.shape)
 
 
-# Two thin matrices for each row of a batch: A [B, R, I] and B [B, O, R], its scale included.
-Adapter = tuple[Tensor, Tensor]
+class Adapter(NamedTuple):
+    """Two thin matrices for each row of a batch, A [B, R, I] and B [B, O, R]."""
+
+    low: Tensor
+    high: Tensor
+    scale: float  # of their product
 
 
 def plus_adapter(out: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
     """out [B, T, O], and what an adapter makes of x [B, T, I] (LoRA, 2106.09685)."""
     if adapter is None:
         return out
-    low, high = (part.to(x.dtype).mT for part in adapter)
-    return out + x @ low @ high
+    thin = x @ adapter.low.to(x.dtype).mT * adapter.scale
+    return out + thin @ adapter.high.to(x.dtype).mT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6903,7 +6907,7 @@ class PerDocumentLoRA(WindowNetwork):
         leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         adapters = {
-            name: (low, high * scale)
+            name: Adapter(low, high, scale)
             for name, low, high in zip(self.names, leaves[::2], leaves[1::2])
         }
         ids = self.rt.put(batch.ids)
@@ -6995,8 +6999,8 @@ class GlobalStep:
         if chunk.closes and begun == self.cfg.ttt_global_docs:
             self.learn(tokens[: chunk.hi + 1])
 
-    def learn(self, tokens: np.ndarray, most: int | None = None) -> int:
-        """The pass over a stream -> how many steps it has; most: no more are made."""
+    def learn(self, tokens: np.ndarray) -> None:
+        """The pass over a stream."""
         cfg, rt = self.cfg, self.rt
         params = [p.requires_grad_() for p in self.model.parameters()]
         optimizer = torch.optim.SGD(params, lr=cfg.ttt_global_lr, momentum=0.9)
@@ -7004,7 +7008,7 @@ class GlobalStep:
         size, targets = cfg.ttt_chunk_tokens, len(tokens) - 1
         piece = -(-size // BUSY_PROCESSES)  # of a step, on one process
         steps = -(-targets // size)
-        for number in range(max(1, steps - 1))[:most]:  # at the last the rate is zero
+        for number in range(max(1, steps - 1)):  # at the last the rate is zero
             share = number / max(1, steps - 1)
             optimizer.param_groups[0]["lr"] = (
                 cfg.ttt_global_lr * 0.5 * (1 + math.cos(math.pi * share))
@@ -7020,7 +7024,6 @@ class GlobalStep:
         for p in params:
             p.grad = None
         self.model.requires_grad_(False)
-        return steps
 
     def _mean_loss(self, tokens: np.ndarray) -> Tensor:
         """Of one packed row."""
@@ -7989,6 +7992,9 @@ class Cost:
         share = tokens / self.tokens
         return Cost(self.flops * share, self.bytes * share, self.operations * batches, tokens)
 
+    def __mul__(self, times: float) -> Cost:
+        return Cost(*(value * times for value in dataclasses.astuple(self)))
+
     def __add__(self, other: Cost) -> Cost:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
         return Cost(*(a + b for a, b in pairs))
@@ -8080,8 +8086,11 @@ class PlanRuntime(Runtime):
 
     def attention_in_segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """As if all were as long as the longest."""
-        rows = (x.view(-1, segments.longest, *x.shape[2:]) for x in (q, k, v))
-        return self.attention(*rows).view(q.shape)
+        length = q.size(1)
+        missing = -length % segments.longest
+        padded = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+        rows = (x.view(-1, segments.longest, *x.shape[2:]) for x in padded)
+        return self.attention(*rows).view(1, -1, *q.shape[2:])[:, :length]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -8129,7 +8138,8 @@ def memory_of(trainer: Trainer, cost: Cost) -> float:
 def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cost]:
     """What a scoring stage costs one GPU, and a batch of it; without work on the host.
 
-    All of its batches are taken to cost as much a token as the second one.
+    All batches are taken to cost as much a token as the second one. Chunks of documents, whose
+    inputs grow, cost something however short they are: the longest that teaches tells how much.
     """
     rt = PlanRuntime(cfg)
     scorer = stage.build(rt.model().requires_grad_(False), rt, cfg, ByteTable.bytes260())
@@ -8137,21 +8147,34 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
     plan = network.plan(tokens, scorer.chunk_targets)
     chunks = plan.chunks(0, 1 if scorer.alone else PLANNED_GPUS)
     work = [work for chunk in chunks for work in chunk.work if work is not None]
-    batches = [plan.batch(tokens, part) for part in work[:2]]
-    network.predict(batches[0])  # which a network that carries on continues
+    inputs = np.array([plan.inputs(part) for part in work])
+    network.predict(plan.batch(tokens, work[0]))  # which a network that carries on continues
 
-    def score() -> None:
+    def score(batch: Batch) -> None:
         with torch.no_grad():
-            network.predict(batches[-1])
+            network.predict(batch)
         if network.learns:
-            network.collect(batches[-1], torch.zeros(batches[-1].index.shape, device=rt.device))
+            targets = torch.zeros(batch.index.shape, dtype=torch.int64, device=rt.device)
+            network.collect(batch, targets)
             network.commit(Chunk(0, 1, []))
 
-    batch = cost_of(rt, score)
-    batch.tokens = batches[-1].ids.size
-    total = batch.of(sum(plan.inputs(part) for part in work), len(work))
+    def cost_of_batch(part: Any) -> Cost:
+        batch = plan.batch(tokens, part)
+        cost = cost_of(rt, functools.partial(score, batch))
+        cost.tokens = batch.ids.size
+        return cost
+
+    batch = cost_of_batch(work[:2][-1])
+    total = batch.of(inputs.sum(), len(work))
+    teaching = [part for chunk in chunks if not chunk.ends_documents for part in chunk.work if part]
+    if teaching:
+        longest = cost_of_batch(max(teaching, key=plan.inputs))
+        share = (inputs.sum() / len(work) - batch.tokens) / (longest.tokens - batch.tokens)
+        total = (batch * (1 - share) + longest * share) * len(work)
     if scorer.training:
         total += plan_adaptation(scorer.training, cfg, len(tokens) - 1)
+    if scorer.global_step:
+        total += plan_global_step(scorer.global_step, cfg, tokens)
     return total, batch
 
 
@@ -8165,6 +8188,15 @@ def plan_adaptation(training: TestTimeTraining, cfg: Config, targets: int) -> Co
     )
     step.tokens = step_targets
     return step.of(targets * epochs, targets * epochs / step_targets)
+
+
+def plan_global_step(global_step: GlobalStep, cfg: Config, tokens: np.ndarray) -> Cost:
+    """What the pass over the first documents costs one GPU: one step, for all of them."""
+    size = cfg.ttt_chunk_tokens
+    targets = [*np.flatnonzero(tokens == cfg.bos_id), len(tokens)][: cfg.ttt_global_docs + 1][-1]
+    step = cost_of(global_step.rt, lambda: global_step.learn(np.zeros(size + 1, np.uint16)))
+    step.tokens = size
+    return step.of(targets, targets / size)
 
 
 def planned_tokens(cfg: Config) -> tuple[np.ndarray, str]:
