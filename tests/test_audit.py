@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL
-from helpers import failed, mild, run
+from helpers import EVERYWHERE, FIXED, GLOBAL, failed, mild, run
 
 import train_gpt as tg
 
@@ -55,7 +55,9 @@ LEGAL = {
     "fixed model": dict(),
     "streaming": dict(eval_stream=16, stream_docs=True),
     "score-first ttt": dict(ttt_epochs=1),
-    "adapters": dict(ttt_lora_rank=2, ttt_lora_keep=False),
+    "adapters": dict(ttt_lora_rank=2),
+    "adapters that are kept": dict(ttt_lora_rank=2, ttt_lora_keep=True),
+    "adapters, global step, fixed tilt": dict(EVERYWHERE, **GLOBAL, **FIXED),
     "tilt with Z": dict(eval_stream=16, tilt=True),
     "everything": dict(eval_stream=16, ttt_epochs=1, tilt=True, ngram="mix"),
 }

@@ -553,7 +553,14 @@ def test_the_last_true_stage_is_chosen(settings, name, env):
 MIXED = dict(EVAL_STREAM="16", TILT="1", NGRAM="mix", MIX_CHUNK_TOKENS="64", TTT_CHUNK_TOKENS="64")
 
 
-@pytest.mark.parametrize("settings, name", [(dict(), "sliding"), (MIXED, "mixed")])
+ADAPTED = dict(TTT_LORA_RANK="2", TTT_LORA_CHUNK="8", TTT_LORA_EARLY_CHUNKS="3:6", TTT_DOCS="2")
+ADAPTED |= dict(TTT_LORA_ON="q,v,attn,mlp,head", TTT_GLOBAL_DOCS="3", TTT_GLOBAL_LR="0.05")
+ADAPTED |= dict(TILT_BOOST="2", TILT_ORDER="3")
+
+
+@pytest.mark.parametrize(
+    "settings, name", [(dict(), "sliding"), (MIXED, "mixed"), (ADAPTED, "mixed")]
+)
 def test_verify(settings, name, env, capsys):
     """Over all document starts, the ends of chunks, and a last document that is cut.
 

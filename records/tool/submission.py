@@ -142,7 +142,7 @@ def compliance(runs: Sequence[Run], cap: int) -> dict[str, bool]:
         "artifact_under_16mb": largest <= min(cap, 16_000_000),
         "no_slot": causal and not _is_used(runs, "SLOT"),
         "no_etlb": not _is_used(runs, "ETLB"),
-        "no_ngram_cache": not (_is_used(runs, "NGRAM") or _is_used(runs, "TILT")),
+        "no_ngram_cache": not any(_is_used(runs, name) for name in ("NGRAM", "TILT", "TILT_BOOST")),
         "no_pre_quant_ttt": causal and in_order,
         "score_first_ttt": in_order,
         "three_seeds": len({run.seed for run in runs}) >= 3,
