@@ -6840,7 +6840,7 @@ class PerDocumentLoRA(WindowNetwork):
         self.window = 1 if in_order else DOCUMENT_GROUPS
         self.update = rt.compile(adapter_step)
         self.isolates_documents = not cfg.ttt_lora_keep
-        self.believed: tuple[Batch, Tensor, list[Tensor]] | None = None  # the last prediction
+        self.believed: tuple[Tensor, list[Tensor]] | None = None  # log p of the last prediction
         self.pending: list[tuple[Batch, Tensor, list[Tensor], Tensor]] = []
         model.requires_grad_(False)
         shapes = adapter_shapes(model, cfg)
@@ -6849,9 +6849,9 @@ class PerDocumentLoRA(WindowNetwork):
         self.start = []  # A at first
         self.params = []  # A and B of every place
         for rows, columns in shapes.values():
-            low = torch.rand(cfg.ttt_docs, cfg.ttt_lora_rank, columns, generator=generator)
-            if not cfg.ttt_lora_keep:  # no document's slot may matter
-                low = low[:1].expand_as(low)
+            kinds = cfg.ttt_docs if cfg.ttt_lora_keep else 1  # else no document's slot may matter
+            low = torch.rand(kinds, cfg.ttt_lora_rank, columns, generator=generator)
+            low = low.expand(cfg.ttt_docs, -1, -1)
             low = low[rt.rank % cfg.ttt_docs :: rt.world].to(rt.device)  # one at least
             low = (2 * low - 1) / math.sqrt(columns)
             high = torch.zeros(len(low), rows, cfg.ttt_lora_rank, device=rt.device)
@@ -6920,14 +6920,12 @@ class PerDocumentLoRA(WindowNetwork):
             logits = temper(logits, self.temperature)
         rows = len(batch.index)
         log_p = F.log_softmax(logits[:rows], -1)
-        self.believed = batch, log_p, leaves
+        self.believed = log_p, leaves
         return Softmax(log_p.detach(), hidden[:rows, -scored:].detach())
 
     def collect(self, batch: Batch, targets: Tensor) -> None:
-        if self.believed and batch.goes_on.any():
-            believed_of, log_p, leaves = self.believed
-            check(believed_of is batch, "adapters learn from the batch that was charged last")
-            self.pending.append((batch, log_p, leaves, targets))
+        if batch.goes_on.any():
+            self.pending.append((batch, *self.believed, targets))
         self.believed = None
 
     def commit(self, chunk: Chunk) -> None:

@@ -386,6 +386,15 @@ def test_who_keeps_adapters_keeps_the_order_of_the_stream(rt):
         assert scorer.network.plan(tokens, 0).together == groups * cfg.ttt_docs
 
 
+def test_how_many_documents_stand_together_changes_no_score(rng, rt, run_log):
+    tokens = shuffled_documents(rng)
+    nats = []
+    for docs in (1, 3, 64):
+        cfg, scorer = build(rt, **LORA, ttt_docs=docs)
+        nats.append(tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats)
+    np.testing.assert_allclose(nats[1:], [nats[0]] * 2, atol=1e-4)
+
+
 def test_a_process_holds_the_adapters_of_its_own_slots(rt):
     """Together they hold what one process holds."""
     whole, parts = adapters_of(rt, 0, 1), [adapters_of(rt, rank, 2) for rank in (0, 1)]
@@ -400,7 +409,7 @@ def adapters_of(rt, rank, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rt, "rank", rank)
         patch.setattr(rt, "world", world)
-        _, scorer = build(rt, **LORA, ttt_docs=5)
+        _, scorer = build(rt, **LORA, ttt_lora_keep=True, ttt_docs=5)
         return scorer.network.params
 
 

@@ -408,8 +408,7 @@ def test_a_loop_over_targets_is_caught(run_log, monkeypatch):
     def one_by_one(network, batch, targets):
         flat = targets.flatten()
         kept = [flat[np.array([place])] for place in range(len(flat))]
-        _, *graph = network.believed
-        network.pending.append((batch, *graph, torch.cat(kept).view_as(targets)))
+        network.pending.append((batch, *network.believed, torch.cat(kept).view_as(targets)))
 
     monkeypatch.setattr(tg.PerDocumentLoRA, "collect", one_by_one)
     few, _, cost_of_few = costs_of_text(run_log, 1, **SCORERS["lora"])
