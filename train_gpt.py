@@ -2883,10 +2883,11 @@ class Adapter(NamedTuple):
     scale: float  # of their product
 
 
-def plus_adapter(out: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
+NO_ADAPTERS: dict[str, Adapter] = {}
+
+
+def plus_adapter(out: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """out [B, T, O], and what an adapter makes of x [B, T, I] (LoRA, 2106.09685)."""
-    if adapter is None:
-        return out
     thin = x @ adapter.low.to(x.dtype).mT * adapter.scale
     return out + thin @ adapter.high.to(x.dtype).mT
 
@@ -2901,13 +2902,7 @@ class PassContext:
     cache: KVCache | None = None  # rows continue what it has seen; its window is the mask
     segments: Segments | None = None  # the one row is packed of these
     packed: PackedBackend = padded_attention
-    adapters: dict[str, Adapter] | None = None  # by "number of the executed layer.place"; "head"
-
-    def adapted(self, out: Tensor, x: Tensor, step: int, place: str) -> Tensor:
-        """What an executed layer makes of x at some place, with its adapter if there is one."""
-        if self.adapters is None:
-            return out
-        return plus_adapter(out, x, self.adapters.get(f"{step}.{place}"))
+    adapters: Sequence[dict[str, Adapter]] | None = None  # of every executed layer, by place
 
 
 def previous(x: Tensor, cache: KVCache | None, key: str) -> Tensor:
@@ -2940,12 +2935,13 @@ class Linear(nn.Module):
         self.fake_qmax = 0
         self.fake_floor = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
         w = self.weight
         if self.fake_qmax:
             scale = row_scales(w, self.fake_qmax, self.fake_floor)
             w = w + ((w / scale).round() * scale - w).detach()
-        return F.linear(x, w.to(x.dtype))
+        out = F.linear(x, w.to(x.dtype))
+        return out if adapter is None else plus_adapter(out, x, adapter)
 
 
 class BigramHash(nn.Module):
@@ -3058,18 +3054,20 @@ class Attention(nn.Module):
             self.gate_scale = cfg.sparse_attn_gate_scale
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, step: int, context: PassContext
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None,
+        step: int,
+        context: PassContext,
+        adapters: dict[str, Adapter] = NO_ADAPTERS,
     ) -> Tensor:
         """x [B, T, D], value_embedding [B, T, K * D]; step: number of the executed layer."""
         B, T, D = x.shape
-        adapted = functools.partial(context.adapted, x=x, step=step)
-        v = adapted(self.c_v(x), place="v")
+        v = self.c_v(x, adapters.get("v"))
         if value_embedding is not None:
             v = v + value_embedding
-        q = adapted(self.c_q(x), place="q")
-        k = adapted(self.c_k(x), place="k")
-        q = norm(q.view(B, T, self.heads, -1))  # [B, T, H, D]
-        k = norm(k.view(B, T, self.kv_heads, -1))  # [B, T, K, D]
+        q = norm(self.c_q(x, adapters.get("q")).view(B, T, self.heads, -1))  # [B, T, H, D]
+        k = norm(self.c_k(x, adapters.get("k")).view(B, T, self.kv_heads, -1))  # [B, T, K, D]
         v = v.view(B, T, self.kv_heads, -1)
         gain = self.q_gain.to(x.dtype).unsqueeze(-1)
         cos, sin = context.cos, context.sin
@@ -3087,8 +3085,7 @@ class Attention(nn.Module):
         if self.attn_gate_w is not None:
             gate = input_gate(x, self.attn_gate_w, self.gate_scale)  # [B, T, H]
             out = out.reshape(B, T, self.heads, -1) * gate.unsqueeze(-1)
-        out = out.reshape(B, T, D)
-        return context.adapted(self.proj(out), out, step, "out")
+        return self.proj(out.reshape(B, T, D), adapters.get("out"))
 
 
 class MLP(nn.Module):
@@ -3101,11 +3098,9 @@ class MLP(nn.Module):
         self.proj = Linear(hidden, cfg.model_dim, zeros)
         self.slope = cfg.leaky_slope
 
-    def forward(self, x: Tensor, step: int, context: PassContext) -> Tensor:
-        """x [B, T, D]; step: number of the executed layer."""
-        hidden = context.adapted(self.fc(x), x, step, "up")
-        hidden = F.leaky_relu(hidden, self.slope).square()
-        return context.adapted(self.proj(hidden), hidden, step, "down")
+    def forward(self, x: Tensor, adapters: dict[str, Adapter] = NO_ADAPTERS) -> Tensor:
+        hidden = F.leaky_relu(self.fc(x, adapters.get("up")), self.slope).square()
+        return self.proj(hidden, adapters.get("down"))
 
 
 class Block(nn.Module):
@@ -3143,14 +3138,18 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             keep, blend = self.resid_mix.to(x.dtype).unbind()
             mixed = keep * x + blend * x0
+        adapters = context.adapters[step] if context.adapters else NO_ADAPTERS
         normed = norm(mixed, self.ln_scale)
-        attended = self.attn(normed, value_embedding, step, context)
-        attended = context.adapted(attended, normed, step, "attn")  # beside all of attention
+        attended = self.attn(normed, value_embedding, step, context, adapters)
+        if "attn" in adapters:  # beside all of attention
+            attended = plus_adapter(attended, normed, adapters["attn"])
         attended = self.attn_scale.to(x.dtype) * attended
         if lane is None:
             x = mixed + attended
         normed = norm(x if lane is None else lane, self.ln_scale)
-        transformed = context.adapted(self.mlp(normed, step, context), normed, step, "mlp")
+        transformed = self.mlp(normed, adapters)
+        if "mlp" in adapters:
+            transformed = plus_adapter(transformed, normed, adapters["mlp"])
         transformed = self.mlp_scale.to(x.dtype) * transformed
         if lane is None:
             return x + transformed, None
@@ -3456,7 +3455,9 @@ class GPT(nn.Module):
         """[..., D] -> logits [..., V], float32, with the caps of scoring, or training's cap."""
         weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         logits = F.linear(hidden, weight.to(hidden.dtype))
-        logits = plus_adapter(logits, hidden, adapter).float()
+        if adapter is not None:
+            logits = plus_adapter(logits, hidden, adapter)
+        logits = logits.float()
         cap = self.cfg.logit_softcap
         if scoring and self.softcap_pos is not None:
             cap = torch.where(logits < 0, self.softcap_neg, self.softcap_pos)
@@ -6776,22 +6777,18 @@ def adapted_names(model: GPT, cfg: Config) -> set[str]:
     return chosen
 
 
-def adapter_shapes(model: GPT, cfg: Config) -> dict[str, tuple[int, int]]:
-    """Name in `PassContext.adapters` -> outputs and inputs, for every layer that is executed."""
-    places = set(cfg.adapted_places)
+def adapter_shapes(model: GPT, cfg: Config) -> list[dict[str, tuple[int, int]]]:
+    """Place -> outputs and inputs of every executed layer's adapters; at last the head's."""
+    places = cfg.adapted_places
     first = cfg.num_layers - cfg.ttt_freeze_blocks if cfg.ttt_freeze_blocks else 0
-    beside = (cfg.model_dim, cfg.model_dim)
-    shapes: dict[str, tuple[int, int]] = {}
-    for number, step in enumerate(model.steps):
+    shapes: list[dict[str, tuple[int, int]]] = []
+    for step in model.steps:
         attn, mlp = model.blocks[step.block].attn, model.blocks[step.block].mlp
         matrices = {"q": attn.c_q, "k": attn.c_k, "v": attn.c_v, "out": attn.proj}
-        matrices |= {"up": mlp.fc, "down": mlp.proj}
-        here = {place: matrix.weight.shape for place, matrix in matrices.items()}
-        here |= {"attn": beside, "mlp": beside}
-        if step.block >= first:
-            shapes |= {f"{number}.{place}": here[place] for place in here if place in places}
-    if "head" in places:
-        shapes["head"] = (cfg.vocab_size, cfg.model_dim)
+        matrices |= {"up": mlp.fc, "down": mlp.proj, "attn": attn.proj, "mlp": attn.proj}
+        here = {place: m.weight.shape for place, m in matrices.items() if place in places}
+        shapes.append(here if step.block >= first else {})
+    shapes.append({"head": (cfg.vocab_size, cfg.model_dim)} if "head" in places else {})
     return shapes
 
 
@@ -6844,11 +6841,11 @@ class PerDocumentLoRA(WindowNetwork):
         self.pending: list[tuple[Batch, Tensor, list[Tensor], Tensor]] = []
         model.requires_grad_(False)
         shapes = adapter_shapes(model, cfg)
-        self.names = list(shapes)
+        self.places = [list(places) for places in shapes]
         generator = torch.Generator().manual_seed(cfg.seed)
         self.start = []  # A at first
         self.params = []  # A and B of every place
-        for rows, columns in shapes.values():
+        for rows, columns in itertools.chain(*(places.values() for places in shapes)):
             kinds = cfg.ttt_docs if cfg.ttt_lora_keep else 1  # else no document's slot may matter
             low = torch.rand(kinds, cfg.ttt_lora_rank, columns, generator=generator)
             low = low.expand(cfg.ttt_docs, -1, -1)
@@ -6906,16 +6903,15 @@ class PerDocumentLoRA(WindowNetwork):
         """As the base, with the rows' own adapters, and a graph to learn from."""
         leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
-        adapters = {
-            name: Adapter(low, high, scale)
-            for name, low, high in zip(self.names, leaves[::2], leaves[1::2])
-        }
+        pairs = iter(zip(leaves[::2], leaves[1::2]))
+        *adapters, head = (
+            {place: Adapter(*next(pairs), scale) for place in places} for places in self.places
+        )
         ids = self.rt.put(batch.ids)
-        head = adapters.pop("head", None)
         context = dataclasses.replace(self._context(ids), adapters=adapters)
         hidden = self.hidden(self.model, ids, context=context)
         scored = batch.index.shape[1]
-        logits = self.model.head(hidden[:, -scored:], adapter=head)  # [R, S, V]
+        logits = self.model.head(hidden[:, -scored:], adapter=head.get("head"))  # [R, S, V]
         if self.temperature != 1:
             logits = temper(logits, self.temperature)
         rows = len(batch.index)
@@ -8192,7 +8188,8 @@ def plan_global_step(global_step: GlobalStep, cfg: Config, tokens: np.ndarray) -
     """What the pass over the first documents costs one GPU: one step, for all of them."""
     size = cfg.ttt_chunk_tokens
     targets = [*np.flatnonzero(tokens == cfg.bos_id), len(tokens)][: cfg.ttt_global_docs + 1][-1]
-    step = cost_of(global_step.rt, lambda: global_step.learn(np.zeros(size + 1, np.uint16)))
+    learn = functools.partial(global_step.learn, np.zeros(size + 1, np.uint16))
+    step = cost_of(global_step.rt, learn)
     step.tokens = size
     return step.of(targets, targets / size)
 

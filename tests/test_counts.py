@@ -122,15 +122,18 @@ def test_a_fixed_tilt_is_its_formula(within, rng, rt, run_log):
     for target in range(len(tokens) - 1):
         _, total, _, hint, agree = counts[:, target + 1]
         expected = p[target].copy()
-        if agree and agree / total >= 0.6:
+        sure = agree and agree / total >= 0.6
+        if sure:
             expected[hint] *= np.exp(2.0)
             expected /= expected.sum()
             raised += 1
-        assert abs(score.nats[target] + np.log(expected[tokens[target + 1]])) < 1e-4
+        token = tokens[target + 1]
+        charge = -np.log(expected[token])
+        assert abs(score.nats[target] - charge) < 1e-4
         if target % 7 == 0:
-            np.testing.assert_allclose(
-                everything(scorer, plan.position(tokens, target)), expected, atol=1e-6
-            )
+            batch = plan.position(tokens, target)
+            found = everything(scorer, batch)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
     assert 20 < raised < 250
 
 

@@ -468,9 +468,9 @@ def adapted_charges(tokens, slots, run_log):
     model = tg.build_model(cfg, cpu_runtime(), arrays("pr2135_weights"))
     network = tg.PerDocumentLoRA(model, cpu_runtime(), cfg)
     known = arrays("pr2135_lora_start")
-    for name, a, params in zip(network.names, network.start, network.params[::2]):
-        step, _, place = name.partition(".")
-        theirs = "lm_head_lora" if name == "head" else f"{THEIR_NAMES[place]}.{step}"
+    names = [f"{THEIR_NAMES[place]}.{i}" for i in range(11) for place in network.places[i]]
+    names.append("lm_head_lora")
+    for theirs, a, params in zip(names, network.start, network.params[::2], strict=True):
         a.copy_(known[f"{theirs}.A"][slots])
         params.copy_(a)
     score = tg.evaluate(tg.Scorer("s", network), tokens, ONE_BYTE, cfg, cpu_runtime(), run_log)
