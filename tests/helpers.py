@@ -218,7 +218,6 @@ NESTINGS = {
     "streaming ttt": dict(STREAM, **TTT),
     "lora": LORA,
     "lora kept": dict(LORA, ttt_lora_keep=True),
-    "lora everywhere": EVERYWHERE,
     "lora, global step, fixed tilt": dict(EVERYWHERE, **GLOBAL, **FIXED),
     "fixed tilt": FIXED,
     "tilt": dict(tilt=True),

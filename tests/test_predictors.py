@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FULL
 from helpers import (
+    EVERYWHERE,
     FIXED,
     GLOBAL,
     LORA,
@@ -332,6 +333,7 @@ OTHER_SETTINGS.add("decaying adapters", **LORA, ttt_lora_wd=5.0)
 OTHER_SETTINGS.add("adapters of the head", **LORA, ttt_lora_on="head")
 OTHER_SETTINGS.add("adapters beside attention", **LORA, ttt_lora_on="attn")
 OTHER_SETTINGS.add("adapters beside the MLP", **LORA, ttt_lora_on="mlp")
+OTHER_SETTINGS.add("adapters of executed layers", **EVERYWHERE)
 OTHER_SETTINGS.add("small chunks first", **LORA, ttt_lora_early_chunks="8:16")
 OTHER_SETTINGS.add("a global step", **LORA, **GLOBAL)
 OTHER_SETTINGS.add("a slow global step", **LORA, ttt_global_docs=4)
