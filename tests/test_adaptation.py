@@ -387,7 +387,7 @@ def test_who_keeps_adapters_keeps_the_order_of_the_stream(rt):
 
 
 def test_how_many_documents_stand_together_changes_no_score(rng, rt, run_log):
-    tokens = shuffled_documents(rng)
+    tokens = shuffled_documents(rng, 9)
     nats = []
     for docs in (1, 3, 64):
         cfg, scorer = build(rt, **LORA, ttt_docs=docs)

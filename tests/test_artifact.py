@@ -139,7 +139,7 @@ def test_pruning_zeroes_the_smallest_of_each_tensor(share, rng, monkeypatch):
 
 # --- steps without a limit, rANS ------------------------------------------------------------------
 
-STEPS = dict(quant_step=0.01, gptq_n_samples=1)
+STEPS = dict(quant_step=0.01, gptq_n_samples=1, gptq_reserve_seconds=1.0)
 LQER = dict(lqer_enabled=True, lqer_top_k=2, lqer_rank=3, lqer_asym_group=7)
 WAYS = {
     "rows": dict(quant_policy="mlp:5,embed:6"),

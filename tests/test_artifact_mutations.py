@@ -197,8 +197,10 @@ def sixteen_lanes():
 CORRECTED = dict(lqer_enabled=True, lqer_top_k=2)
 CODED = {
     "rows": CORRECTED,
-    "steps": dict(quant_step=0.01, gptq_n_samples=1),
-    "steps and LQER": dict(quant_step=0.01, gptq_n_samples=1, **CORRECTED),
+    "steps": dict(quant_step=0.01, gptq_n_samples=1, gptq_reserve_seconds=1.0),
+    "steps and LQER": dict(
+        quant_step=0.01, gptq_n_samples=1, gptq_reserve_seconds=1.0, **CORRECTED
+    ),
 }
 
 
