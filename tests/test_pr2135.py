@@ -495,7 +495,8 @@ def test_adapters_of_the_original(count, run_log):
     lengths = np.array(told()["ttt_documents"])[:count]
     tokens = known["ttt_tokens"].numpy()[: lengths.sum() + 1]
     by_length = np.argsort(-lengths, kind="stable")
-    nats, plan = adapted_charges(tokens, known["ttt_slot_of_document"][by_length], run_log)
+    slots = known["ttt_slot_of_document"][by_length]
+    nats, plan = adapted_charges(tokens, slots, run_log)
     wrong = np.abs(nats - known["ttt_lora_nats"].numpy()[: len(nats)])
     for lo, hi in zip(plan.starts, plan.ends):
         if hi - lo > 256:
@@ -538,7 +539,9 @@ def test_adapters_and_last_windows_of_the_original(document, run_log, monkeypatc
     lo, hi = documents.starts[document], documents.ends[document]
     slot = known["ttt_slot_of_document"][document]
     nats, plan = adapted_charges(tokens[lo : hi + 1], slot[None], run_log)
-    first, later = largest_by_document(np.abs(nats - theirs[lo:hi]), plan)
+    wrong = np.abs(nats - theirs[lo:hi])
+    first, later = largest_by_document(wrong, plan)
     assert first < 1e-4
     assert later < 3e-3
-    assert abs(nats.mean(dtype=np.float64) - theirs[lo:hi].mean()) < 2e-5
+    mean = nats.mean(dtype=np.float64)
+    assert abs(mean - theirs[lo:hi].mean()) < 2e-5
