@@ -681,7 +681,7 @@ class Config:
     ngram_docs: bool = _score(
         True,
         "contexts of TILT and NGRAM=mix do not reach into earlier documents",
-        needs="TILT or NGRAM=mix",
+        needs="TILT or TILT_BOOST or NGRAM=mix",
     )
     ngram_order: int = _score(7, "highest order", low=2, high=16, needs=NGRAM_TABLES)
     ngram_min_order: int = _score(2, "lowest order", low=2, high=16, needs=NGRAM_TABLES)
@@ -1213,7 +1213,7 @@ def _check_scoring(c: Config, relations: Relations) -> None:
         ends = [until for _, until in c.early_chunks]
         require(
             re.fullmatch(r"(\d+:\d+(,\d+:\d+)*)?", c.ttt_lora_early_chunks)
-            and all(0 < size <= c.score_len for size, _ in c.early_chunks)
+            and all(0 < size <= c.score_len and until for size, until in c.early_chunks)
             and ends == sorted(set(ends)),
             f"{shown('ttt_lora_early_chunks')}: expected size:until pairs, sizes from 1 to "
             f"{shown('score_len')}, until rising",
@@ -6987,10 +6987,12 @@ class GlobalStep:
 
     def after(self, chunk: Chunk, tokens: np.ndarray) -> None:
         """Acts if with this chunk the last of its documents is charged; tokens are known so far."""
+        if not chunk.closes:
+            return
         first_targets = tokens[: chunk.hi]
         begun = np.count_nonzero(first_targets == self.cfg.bos_id)
         begun += int(first_targets[0] != self.cfg.bos_id)
-        if chunk.closes and begun == self.cfg.ttt_global_docs:
+        if begun == self.cfg.ttt_global_docs:
             self.learn(tokens[: chunk.hi + 1])
 
     def learn(self, tokens: np.ndarray) -> None:
