@@ -2198,9 +2198,14 @@ class Prefetcher:
         return found
 
 
+def document_starts(ids: np.ndarray, bos: int) -> np.ndarray:
+    """Where the documents of a row [T] begin; the first does at 0, whatever token stands there."""
+    return np.union1d([0], np.flatnonzero(ids == bos))
+
+
 def segment_starts(ids: np.ndarray, bos: int, longest: int) -> np.ndarray:
     """Where the segments of a row [T] begin: at documents, and every `longest` tokens of one."""
-    documents = np.union1d([0], np.flatnonzero(ids == bos))
+    documents = document_starts(ids, bos)
     pieces = -(-np.diff(documents, append=len(ids)) // longest)
     first = np.cumsum(pieces) - pieces  # number of each document's first piece
     number = np.arange(pieces.sum()) - np.repeat(first, pieces)
@@ -5240,7 +5245,7 @@ def rans_payload(tensors: Sequence[PackedTensor], cfg: Config, others: bytes) ->
 
 
 def fit_steps(
-    group: Mapping[str, Tensor], kind: str, cfg: Config, calibration: Calibration, scale: float
+    group: Mapping[str, Tensor], cfg: Config, calibration: Calibration, scale: float
 ) -> dict[str, PackedTensor]:
     """Matrices of one shape by StepInt, at steps times scale."""
     for name in group:
@@ -5252,15 +5257,15 @@ def fit_steps(
         importance = importance.mean(1, keepdim=True).expand_as(importance)
     w = torch.stack(list(group.values()))
     try:
-        found = QUANTIZERS[kind].fit_many(w, factors, importance, cfg.quant_step * scale)
+        found = QUANTIZERS["step16"].fit_many(w, factors, importance, cfg.quant_step * scale)
     except TooFine as error:
         raise TooFine(f"{', '.join(group)}: {error}") from None
     fitted = {}
     for (name, w), (q, *steps) in zip(group.items(), found):
         narrow = -128 <= q.min() and q.max() < 128
-        small = kind.replace("16", "8") if narrow else kind
+        kind = "step8" if narrow else "step16"
         q = q.to(torch.int8 if narrow else torch.int16)
-        fitted[name] = packed_tensor(name, w.shape, small, (q, *steps), cfg)
+        fitted[name] = packed_tensor(name, w.shape, kind, (q, *steps), cfg)
     return fitted
 
 
@@ -5278,7 +5283,7 @@ def fit_all(
         check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
         kind = quantizer_of(name, w, cfg)
         if kind == "step16":
-            groups.setdefault((kind, w.shape), {})[name] = w
+            groups.setdefault(w.shape, {})[name] = w
             continue
         if kind.startswith("int"):
             hessian = calibration.hessians.get(name)
@@ -5286,8 +5291,8 @@ def fit_all(
         else:
             arrays = QUANTIZERS[kind].fit(w, cfg)
         fitted[name] = packed_tensor(name, w.shape, kind, arrays, cfg)
-    for (kind, _), group in groups.items():
-        fitted |= fit_steps(group, kind, cfg, calibration, scale)
+    for group in groups.values():
+        fitted |= fit_steps(group, cfg, calibration, scale)
     if cfg.lqer_enabled:
         fitted |= corrected(fitted, state_dict, cfg)
     return [fitted[name] for name in state_dict]
@@ -5926,7 +5931,7 @@ class Documents:
         self.fixed_rows = self.rows if fixed_rows else 0  # of inputs in all batches
         self.prefix = prefix
         self.keeps = keeps
-        self.starts = self._starts(tokens[:-1])
+        self.starts = document_starts(tokens[:-1], bos)
         self.ends = np.append(self.starts[1:], len(tokens) - 1)
         self.lengths = self.ends - self.starts
         edges = [np.zeros(1, np.int64)]  # where chunks begin in a document
@@ -5935,10 +5940,6 @@ class Documents:
         edges.append(np.arange(edges[-1][-1], len(tokens), chunk_targets) + chunk_targets)
         self.edges = np.concatenate(edges)
         self.counts = np.searchsorted(self.edges, self.lengths)  # chunks of each
-
-    def _starts(self, inputs: np.ndarray) -> np.ndarray:
-        """First input of every document."""
-        return np.union1d(np.flatnonzero(inputs == self.bos), [0])
 
     def _window(self, document: int) -> tuple[int, int]:
         """First document, and the one after the last, of the window that a document is in."""
@@ -6005,7 +6006,7 @@ class Documents:
 
     def position(self, tokens: np.ndarray, target: int) -> Batch:
         """A batch of one position, which predicts this target from the tokens before it."""
-        starts = self._starts(tokens[: target + 1])
+        starts = document_starts(tokens[: target + 1], self.bos)
         begun = int(starts[-1])
         number = np.searchsorted(self.edges, target - begun, side="right")
         length = target + 1 - max(begun, begun + int(self.edges[number]) - self.seq_len)
@@ -6017,7 +6018,7 @@ class Documents:
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
         targets = known - 1
-        starts = self._starts(tokens[:targets])
+        starts = document_starts(tokens[:targets], self.bos)
         scored = targets - starts[-1]  # of the newest document
         over = known == len(tokens)
         ended = bool(over or tokens[targets] == self.bos)
@@ -6351,10 +6352,9 @@ class FrequentHints:
     def _after(self, known: np.ndarray) -> tuple[int, bool]:
         """By searching the tokens before a target."""
         cfg = self.cfg
-        for _, n, total, *_ in counts_after(known, [cfg.tilt_order], cfg.vocab_size, self.bos):
-            hint = int(np.argmax(n))
-            return hint, bool(self._sure(n[hint], total))
-        return 0, False
+        ((_, n, total, *_),) = counts_after(known, [cfg.tilt_order], cfg.vocab_size, self.bos)
+        hint = int(np.argmax(n))
+        return hint, bool(self._sure(n[hint], total))
 
 
 def counts_before(
@@ -6672,10 +6672,13 @@ class WindowNetwork:
         """The distribution at the batch's positions."""
         ids = self.rt.put(batch.ids)
         context = self.model.context(ids, self.cache)
-        hidden = self.hidden(self.model, ids, context=context)
+        return self._believed(batch, self.hidden(self.model, ids, context=context))
+
+    def _believed(self, batch: Batch, hidden: Tensor, adapter: Adapter | None = None) -> Softmax:
+        """The distribution from the final norm's output for all of the batch's inputs."""
         rows, scored = batch.index.shape
         hidden = hidden[:rows, -scored:]  # [B, S, D]
-        logits = self.model.head(hidden)
+        logits = self.model.head(hidden, adapter=adapter)
         if self.temperature != 1:
             logits = temper(logits, self.temperature)
         return Softmax(F.log_softmax(logits, -1), hidden)
@@ -6762,6 +6765,11 @@ class StreamNetwork(WindowNetwork):
         self.readings = []  # keys and values are of other weights
 
 
+def falling_cosine(share: float) -> float:
+    """From 1 at the beginning to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 def adapted_names(model: GPT, cfg: Config) -> set[str]:
     """What test-time training may change: all, or scales, head, last blocks (their queries)."""
     names = {name for name, _ in model.named_parameters()}
@@ -6785,8 +6793,10 @@ def adapter_shapes(model: GPT, cfg: Config) -> list[dict[str, tuple[int, int]]]:
     for step in model.steps:
         attn, mlp = model.blocks[step.block].attn, model.blocks[step.block].mlp
         matrices = {"q": attn.c_q, "k": attn.c_k, "v": attn.c_v, "out": attn.proj}
-        matrices |= {"up": mlp.fc, "down": mlp.proj, "attn": attn.proj, "mlp": attn.proj}
-        here = {place: m.weight.shape for place, m in matrices.items() if place in places}
+        matrices |= {"up": mlp.fc, "down": mlp.proj}
+        possible = {place: matrix.weight.shape for place, matrix in matrices.items()}
+        possible |= dict.fromkeys(("attn", "mlp"), (cfg.model_dim, cfg.model_dim))
+        here = {place: shape for place, shape in possible.items() if place in places}
         shapes.append(here if step.block >= first else {})
     shapes.append({"head": (cfg.vocab_size, cfg.model_dim)} if "head" in places else {})
     return shapes
@@ -6904,20 +6914,19 @@ class PerDocumentLoRA(WindowNetwork):
         leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         pairs = iter(zip(leaves[::2], leaves[1::2]))
-        *adapters, head = (
+        adapters = [
             {place: Adapter(*next(pairs), scale) for place in places} for places in self.places
-        )
+        ]
+        head = None
+        if "head" in adapters[-1]:
+            low, high, _ = adapters[-1]["head"]
+            rows = len(batch.index)
+            head = Adapter(low[:rows], high[:rows], scale)
         ids = self.rt.put(batch.ids)
-        context = dataclasses.replace(self._context(ids), adapters=adapters)
-        hidden = self.hidden(self.model, ids, context=context)
-        scored = batch.index.shape[1]
-        logits = self.model.head(hidden[:, -scored:], adapter=head.get("head"))  # [R, S, V]
-        if self.temperature != 1:
-            logits = temper(logits, self.temperature)
-        rows = len(batch.index)
-        log_p = F.log_softmax(logits[:rows], -1)
-        self.believed = log_p, leaves
-        return Softmax(log_p.detach(), hidden[:rows, -scored:].detach())
+        context = dataclasses.replace(self._context(ids), adapters=adapters[:-1])
+        found = self._believed(batch, self.hidden(self.model, ids, context=context), head)
+        self.believed = found.log_p, leaves
+        return Softmax(found.log_p.detach(), found.hidden.detach())
 
     def collect(self, batch: Batch, targets: Tensor) -> None:
         if batch.goes_on.any():
@@ -6954,8 +6963,8 @@ class PerDocumentLoRA(WindowNetwork):
                 torch._foreach_copy_(self._own(self._state(), batch), values)
                 return
             learned = self._slots(batch)[: len(batch.index)]
-            for old, new in zip(self._state(), values):
-                old[learned] = new[: len(learned)]
+            for old, value in zip(self._state(), values):
+                old[learned] = value[: len(learned)]
 
     def _state(self) -> list[Tensor]:
         return [*self.params, *self.squares, self.steps]
@@ -6989,10 +6998,8 @@ class GlobalStep:
         """Acts if with this chunk the last of its documents is charged; tokens are known so far."""
         if not chunk.closes:
             return
-        first_targets = tokens[: chunk.hi]
-        begun = np.count_nonzero(first_targets == self.cfg.bos_id)
-        begun += int(first_targets[0] != self.cfg.bos_id)
-        if begun == self.cfg.ttt_global_docs:
+        charged = document_starts(tokens[: chunk.hi], self.cfg.bos_id)
+        if len(charged) == self.cfg.ttt_global_docs:
             self.learn(tokens[: chunk.hi + 1])
 
     def learn(self, tokens: np.ndarray) -> None:
@@ -7006,9 +7013,7 @@ class GlobalStep:
         steps = -(-targets // size)
         for number in range(max(1, steps - 1)):  # at the last the rate is zero
             share = number / max(1, steps - 1)
-            optimizer.param_groups[0]["lr"] = (
-                cfg.ttt_global_lr * 0.5 * (1 + math.cos(math.pi * share))
-            )
+            optimizer.param_groups[0]["lr"] = cfg.ttt_global_lr * falling_cosine(share)
             gradients.zero_()
             lo, hi = number * size, min((number + 1) * size, targets)
             for at in range(lo + rt.rank * piece, hi, rt.world * piece):
@@ -7076,7 +7081,7 @@ class TestTimeTraining:
         progress: share of the stream that is over; at its end there is nothing left to learn for.
         """
         cfg, rt = self.cfg, self.rt
-        factor = 1.0 if self.first else 0.5 * (1 + math.cos(math.pi * progress))
+        factor = 1.0 if self.first else falling_cosine(progress)
         self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * factor
         gradients = bind_flat_gradients(self.params)
         piece = -(-cfg.ttt_batch_seqs * cfg.ttt_parts // BUSY_PROCESSES)  # rows of a share
