@@ -562,13 +562,13 @@ class Config:
     )
     ttt_chunk_tokens: int = _score(
         32768,
-        "targets between two adaptations",
+        "targets between two adaptations; of a step of TTT_GLOBAL_DOCS",
         low=1,
         needs="TTT_EPOCHS or EVAL_STREAM or TTT_GLOBAL_DOCS",
     )
     ttt_lr: float = _score(
         5e-4,
-        "its learning rate; a cosine over the chunks",
+        "learning rate: of all weights along a cosine over the chunks, of adapters as it is",
         low=0,
         needs="TTT_EPOCHS or TTT_LORA_RANK",
     )
@@ -577,7 +577,7 @@ class Config:
     )
     ttt_freeze_blocks: int = _score(
         0,
-        "adapt the last so many blocks, scales, head; 0 = everything",
+        "adapt the last so many blocks (and scales and head, without adapters); 0 = all",
         low=0,
         needs="TTT_EPOCHS or TTT_LORA_RANK",
     )
@@ -601,7 +601,7 @@ class Config:
         0, "rank of adapters that learn each document while it is scored", low=0
     )
     ttt_lora_alpha: float = _score(
-        144.0, "their product is scaled by this over the rank", low=0, needs="TTT_LORA_RANK"
+        144.0, "their product is scaled by this over the rank", low=1e-6, needs="TTT_LORA_RANK"
     )
     ttt_lora_on: str = _score(
         "q,k,v,out,up,down",
@@ -635,7 +635,7 @@ class Config:
         needs="TTT_LORA_RANK",
     )
     ttt_global_lr: float = _score(
-        0.001, "its learning rate at first; a cosine", low=0, needs="TTT_GLOBAL_DOCS"
+        0.001, "its learning rate at first; a cosine", low=1e-9, needs="TTT_GLOBAL_DOCS"
     )
     ttt_temperature: float = _score(
         1.0,
@@ -669,7 +669,7 @@ class Config:
     tilt_share: float = _score(
         0.8,
         "share of the context's sightings that it must have followed",
-        low=0.5,
+        low=0.51,  # at a half two tokens may have
         high=1,
         needs="TILT_BOOST",
     )
@@ -1176,11 +1176,11 @@ def _check_training(c: Config, relations: Relations) -> None:
         f"TOKENIZER_PATH={c.tokenizer_path!r}: expected a SentencePiece .model file or byte260",
     )
     require(c.beta1 < 1 and c.beta2 < 1, "BETA1 and BETA2 must be below 1")
+    timed = c.mode in TRAINING_MODES and c.schedule == "clock" and c.max_wallclock_seconds > 0
     require(
-        c.max_wallclock_seconds == 0 or c.gptq_reserve_seconds < c.max_wallclock_seconds,
+        not timed or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"{shown('gptq_reserve_seconds')} must be below {shown('max_wallclock_seconds')}",
     )
-    timed = c.mode in TRAINING_MODES and c.schedule == "clock" and c.max_wallclock_seconds > 0
     require(
         not timed or not c.gptq_n_samples or c.gptq_reserve_seconds > 0,
         f"{shown('gptq_n_samples')} takes training time: GPTQ_RESERVE_SECONDS must be above 0",
@@ -1209,6 +1209,10 @@ def _check_scoring(c: Config, relations: Relations) -> None:
         require(
             known,
             f"{shown('ttt_lora_on')}: expected some of {','.join(ADAPTED_PLACES)}, each once",
+        )
+        require(
+            not c.ttt_freeze_blocks or places != ["head"],
+            "TTT_FREEZE_BLOCKS chooses among layers: not with TTT_LORA_ON=head",
         )
         ends = [until for _, until in c.early_chunks]
         require(
@@ -1326,19 +1330,17 @@ class DeviceProfile:
     dtype: torch.dtype  # of the stream of activations; parameters are float32 everywhere
     lag: int  # the host reads a step's report so many steps later, so that the device never waits
     score_tokens: int  # tokens of a scoring batch; larger ones are not faster
-    fixed_rows: bool  # another number of rows costs a compilation, and rounds otherwise
+    fixed_rows: bool  # another number of rows costs a compilation, or rounds otherwise
 
     @property
     def tolerance(self) -> float:
         """Nats by which a score may differ in a batch of another shape."""
         return 0.05 if self.dtype == torch.bfloat16 else 1e-4
 
-    def in_format(self, wanted: str) -> DeviceProfile:
+    def in_format(self, wanted: str, compiles: bool = False) -> DeviceProfile:
         """With DTYPE's number format; auto is the profile's own."""
-        if wanted == "auto":
-            return self
-        dtype = getattr(torch, wanted)
-        fixed_rows = self.fixed_rows or dtype == torch.bfloat16
+        dtype = self.dtype if wanted == "auto" else getattr(torch, wanted)
+        fixed_rows = self.fixed_rows or compiles or dtype == torch.bfloat16
         return dataclasses.replace(self, dtype=dtype, fixed_rows=fixed_rows)
 
 
@@ -1589,8 +1591,9 @@ class Runtime:
                     f"--nproc_per_node may be {found} at most"
                 )
             self.device = torch.device(kind, self.local_rank)
-        self.profile = (GPU_PROFILE if self.cuda else CPU_PROFILE).in_format(cfg.dtype)
         self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
+        profile = GPU_PROFILE if self.cuda else CPU_PROFILE
+        self.profile = profile.in_format(cfg.dtype, self.compiles)
         compute = str(self.profile.dtype).removeprefix("torch.")
         self.notes = [f"device:{self.device_name()} compute:{compute} world_size:{self.world}"]
         self.emulates = kind == "cpu" and compute == "bfloat16" and not cpu_has_bfloat16()
@@ -1601,7 +1604,7 @@ class Runtime:
         self._prepare_device()
         self.attention = self._pick_attention(cfg)
         self.packed_attention: PackedBackend = padded_attention
-        if cfg.train_doc_mask and cfg.mode == "train":
+        if (cfg.train_doc_mask and cfg.mode == "train") or cfg.ttt_global_docs:
             self.packed_attention = self._pick_packed_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
@@ -1671,7 +1674,7 @@ class Runtime:
         if not self.cuda:
             return functools.partial(padded_attention, attend=self.attention)
         if self.profile.dtype != torch.bfloat16:
-            raise ConfigError("TRAIN_DOC_MASK=1 on a GPU needs DTYPE=bfloat16")
+            raise ConfigError("TRAIN_DOC_MASK and TTT_GLOBAL_DOCS on a GPU need DTYPE=bfloat16")
         segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
         expected = functools.partial(padded_attention, segments=segments)
         kinds = {"fa3": fa3_packed_attention, "varlen": torch_packed_attention}
@@ -1688,7 +1691,7 @@ class Runtime:
             except Exception as error:  # any failure of a foreign kernel means: not here
                 reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         raise ConfigError(
-            "TRAIN_DOC_MASK=1: no attention with document bounds works on this GPU "
+            "TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: no attention with document bounds works on this GPU "
             f"({'; '.join(reasons)})"
         )
 
@@ -3364,14 +3367,16 @@ class GPT(nn.Module):
         ids: Tensor,
         cache: KVCache | None = None,
         documents: Tensor | Segments | None = None,
+        span: int = 0,
     ) -> PassContext:
         """What attention needs for these inputs [B, T].
 
         cache: they continue what it has seen; documents: they are one row, packed of these pieces,
-        or of those that begin at these places.
+        or of those that begin at these places; span: they are the first of so many.
         """
         cfg = self.cfg
-        length = span = ids.size(1)
+        length = ids.size(1)
+        span = max(span, length)
         if documents is not None and not isinstance(documents, Segments):
             documents = self._segments(torch.as_tensor(documents, device=ids.device), length)
         if documents is not None:
@@ -5755,7 +5760,10 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Positions to predict from. It holds no targets: nothing that predicts can see them."""
+    """Positions to predict from. It holds no targets: nothing that predicts can see them.
+
+    Where documents end is told to what learns (`real`, `goes_on`); predictions do not look there.
+    """
 
     ids: np.ndarray  # [R, T] int64 inputs; the last S of the first B rows predict
     index: np.ndarray  # [B, S] number of each target in the stream
@@ -5763,6 +5771,7 @@ class Batch:
     left_context: np.ndarray  # tokens before the first input, for a network that carries on
     slots: np.ndarray | None = None  # [B] whose adapters the rows have; None = row 0 the first, ...
     goes_on: np.ndarray | None = None  # [B] bool, whether more of the row's document follows
+    span: int = 0  # inputs that rotary tables are made for, if not T
 
 
 def make_batch(
@@ -5774,6 +5783,7 @@ def make_batch(
     left_context: int = 0,
     slots: np.ndarray | None = None,
     goes_on: np.ndarray | None = None,
+    span: int = 0,
 ) -> Batch:
     """Rows of `length` inputs from `starts` [R] on; the first B predict the targets `index`."""
     last = len(tokens) - 2  # number of the last target, and of the last input; then zeros
@@ -5781,7 +5791,7 @@ def make_batch(
     ids = np.where(at <= last, tokens[np.minimum(at, last)], 0).astype(np.int64)
     first = int(starts[0])
     before = tokens[max(0, first - left_context) : first]
-    return Batch(ids, np.minimum(index, last), real, before, slots, goes_on)
+    return Batch(ids, np.minimum(index, last), real, before, slots, goes_on, span)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5792,6 +5802,7 @@ class Chunk:
     hi: int  # the one after the last
     work: list[Any]  # this process's batches, as the plan's batch() takes them; None = no batch
     progress: float = 1.0  # 0 for the stream's first chunk, 1 for its last
+    weight: int = 1  # inputs of a batch, of all processes, where they differ
     closes: bool = True  # all of lo .. hi is charged after it
     ends_documents: bool = True  # all whose adapters are in use
 
@@ -5865,7 +5876,9 @@ class Windows:
         length = target + 1 - start
         index = np.array([[target]])
         real = np.ones((1, 1), bool)
-        return make_batch(tokens, index[0] + 1 - length, length, index, real, self.left_context)
+        first = index[0] + 1 - length
+        left, span = self.left_context, self.seq_len
+        return make_batch(tokens, first, length, index, real, left, span=span)
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
@@ -5936,6 +5949,7 @@ class Documents:
         self.lengths = self.ends - self.starts
         edges = [np.zeros(1, np.int64)]  # where chunks begin in a document
         for size, until in early:
+            until = min(until, len(tokens))
             edges.append(np.arange(edges[-1][-1] + size, until + size, size).clip(max=until))
         edges.append(np.arange(edges[-1][-1], len(tokens), chunk_targets) + chunk_targets)
         self.edges = np.concatenate(edges)
@@ -5964,9 +5978,10 @@ class Documents:
                 mine = slots % world == rank
                 works = self._group(group, group[mine], slots[mine])
                 for number, work in enumerate(works, 1):
+                    weight = int((self.counts[group] >= number).sum()) * self._length(number)
                     ends = number == len(works)
                     closes = ends and at + self.slots >= len(documents)
-                    chunks.append(Chunk(lo, hi, [work], closes=closes, ends_documents=ends))
+                    chunks.append(Chunk(lo, hi, [work], 1.0, weight, closes, ends))
         return chunks
 
     def _group(
@@ -5982,15 +5997,18 @@ class Documents:
             works.append(work if rows.any() else None)
         return works
 
+    def _length(self, chunks: int) -> int:
+        """Inputs of a row whose chunk is the document's chunks-th."""
+        return min(self.seq_len, int(self.edges[chunks]))
+
     def inputs(self, rows: DocumentRows) -> int:
         """Tokens that the rows' batch reads."""
-        length = min(self.seq_len, int(self.edges[rows.number + 1]))
-        return (self.fixed_rows or len(rows.first)) * length
+        return (self.fixed_rows or len(rows.first)) * self._length(rows.number + 1)
 
     def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
         """The rows' chunk; all documents of a chunk have as many inputs."""
         lo, hi = self.edges[rows.number : rows.number + 2]
-        length = int(min(self.seq_len, hi))
+        length = self._length(rows.number + 1)
         index = rows.first[:, None] + np.arange(hi - lo)
         real = index < rows.end[:, None]
         starts = rows.first + (hi - lo) - length
@@ -6008,12 +6026,14 @@ class Documents:
         """A batch of one position, which predicts this target from the tokens before it."""
         starts = document_starts(tokens[: target + 1], self.bos)
         begun = int(starts[-1])
-        number = np.searchsorted(self.edges, target - begun, side="right")
-        length = target + 1 - max(begun, begun + int(self.edges[number]) - self.seq_len)
+        number = int(np.searchsorted(self.edges, target - begun, side="right"))
+        span = self._length(number)
+        length = target + 1 - (begun + int(self.edges[number]) - span)
         index = np.array([[target]])
         real = np.ones((1, 1), bool)
         slot = self._slot(len(starts) - 1)
-        return make_batch(tokens, index[0] + 1 - length, length, index, real, slots=slot)
+        first = index[0] + 1 - length
+        return make_batch(tokens, first, length, index, real, slots=slot, span=span)
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
@@ -6631,6 +6651,7 @@ class WindowNetwork:
     isolates_documents = False  # what a document is charged does not depend on others
     chunk_targets = 0  # targets between two commits; 0 = it does not care
     cache: KVCache | None = None  # what stands before a batch, for one that carries on
+    head_adapter: Adapter | None = None  # of a batch's rows, for one that adapts
 
     def __init__(
         self,
@@ -6670,18 +6691,14 @@ class WindowNetwork:
 
     def predict(self, batch: Batch) -> Softmax:
         """The distribution at the batch's positions."""
-        ids = self.rt.put(batch.ids)
-        context = self.model.context(ids, self.cache)
-        return self._believed(batch, self.hidden(self.model, ids, context=context))
-
-    def _believed(self, batch: Batch, hidden: Tensor, adapter: Adapter | None = None) -> Softmax:
-        """The distribution from the final norm's output for all of the batch's inputs."""
         rows, scored = batch.index.shape
-        hidden = hidden[:rows, -scored:]  # [B, S, D]
-        logits = self.model.head(hidden, adapter=adapter)
+        ids = self.rt.put(batch.ids)
+        context = self.model.context(ids, self.cache, span=batch.span)
+        hidden = self.hidden(self.model, ids, context=context)[:, -scored:]  # [R, S, D]
+        logits = self.model.head(hidden, adapter=self.head_adapter)
         if self.temperature != 1:
             logits = temper(logits, self.temperature)
-        return Softmax(F.log_softmax(logits, -1), hidden)
+        return Softmax(F.log_softmax(logits[:rows], -1), hidden[:rows])
 
     def collect(self, batch: Batch, targets: Tensor) -> None:
         """Sets aside a charged batch; targets [B, S]."""
@@ -6765,11 +6782,6 @@ class StreamNetwork(WindowNetwork):
         self.readings = []  # keys and values are of other weights
 
 
-def falling_cosine(share: float) -> float:
-    """From 1 at the beginning to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * share))
-
-
 def adapted_names(model: GPT, cfg: Config) -> set[str]:
     """What test-time training may change: all, or scales, head, last blocks (their queries)."""
     names = {name for name, _ in model.named_parameters()}
@@ -6846,6 +6858,8 @@ class PerDocumentLoRA(WindowNetwork):
         self.cfg = cfg
         self.window = 1 if in_order else DOCUMENT_GROUPS
         self.update = rt.compile(adapter_step)
+        self.compiled_hidden, self.hidden = self.hidden, self._hidden
+        self.adapters: list[dict[str, Adapter]] = []  # of the batch at hand
         self.isolates_documents = not cfg.ttt_lora_keep
         self.believed: tuple[Tensor, list[Tensor]] | None = None  # log p of the last prediction
         self.pending: list[tuple[Batch, Tensor, list[Tensor], Tensor]] = []
@@ -6857,10 +6871,9 @@ class PerDocumentLoRA(WindowNetwork):
         self.params = []  # A and B of every place
         for rows, columns in itertools.chain(*(places.values() for places in shapes)):
             kinds = cfg.ttt_docs if cfg.ttt_lora_keep else 1  # else no document's slot may matter
-            low = torch.rand(kinds, cfg.ttt_lora_rank, columns, generator=generator)
-            low = low.expand(cfg.ttt_docs, -1, -1)
-            low = low[rt.rank % cfg.ttt_docs :: rt.world].to(rt.device)  # one at least
-            low = (2 * low - 1) / math.sqrt(columns)
+            low = 2 * torch.rand(kinds, cfg.ttt_lora_rank, columns, generator=generator) - 1
+            low = (low.to(rt.device) / math.sqrt(columns)).expand(cfg.ttt_docs, -1, -1)
+            low = low[rt.rank % cfg.ttt_docs :: rt.world]  # one at least
             high = torch.zeros(len(low), rows, cfg.ttt_lora_rank, device=rt.device)
             self.start.append(low)
             self.params += [low.clone(), high]
@@ -6883,14 +6896,14 @@ class PerDocumentLoRA(WindowNetwork):
             keeps=cfg.ttt_lora_keep,
         )
 
-    def _context(self, ids: Tensor) -> PassContext:
-        """In one graph for all lengths: each chunk of a document has another."""
-        context = self.model.context(ids)
+    def _hidden(self, model: GPT, ids: Tensor, context: PassContext) -> Tensor:
+        """With adapters; one graph for all lengths: each chunk of a document has another."""
         cos, sin = context.cos.view_as(context.cos), context.sin.view_as(context.sin)
         for tensor, axis in ((ids, 1), (cos, 0), (sin, 0)):
             self.rt.mark_varying(tensor, axis)
         backend = sdpa_attention if context.backend is blocked_attention else context.backend
-        return PassContext(backend, cos, sin)
+        context = PassContext(backend, cos, sin, adapters=self.adapters)
+        return self.compiled_hidden(model, ids, context=context)
 
     def _own(self, tensors: Sequence[Tensor], batch: Batch) -> list[Tensor]:
         """The rows' own of all slots' [S, ...]: a view of the first, or with slots a copy.
@@ -6911,20 +6924,15 @@ class PerDocumentLoRA(WindowNetwork):
     @torch.enable_grad()
     def predict(self, batch: Batch) -> Softmax:
         """As the base, with the rows' own adapters, and a graph to learn from."""
+        self.believed = None  # frees an earlier prediction's graph, if nothing came of it
         leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         pairs = iter(zip(leaves[::2], leaves[1::2]))
-        adapters = [
+        *self.adapters, head = (
             {place: Adapter(*next(pairs), scale) for place in places} for places in self.places
-        ]
-        head = None
-        if "head" in adapters[-1]:
-            low, high, _ = adapters[-1]["head"]
-            rows = len(batch.index)
-            head = Adapter(low[:rows], high[:rows], scale)
-        ids = self.rt.put(batch.ids)
-        context = dataclasses.replace(self._context(ids), adapters=adapters[:-1])
-        found = self._believed(batch, self.hidden(self.model, ids, context=context), head)
+        )
+        self.head_adapter = head.get("head")
+        found = super().predict(batch)
         self.believed = found.log_p, leaves
         return Softmax(found.log_p.detach(), found.hidden.detach())
 
@@ -6983,8 +6991,9 @@ class GlobalStep:
     """All weights learn the first TTT_GLOBAL_DOCS documents once, after all these were charged.
 
     One pass of SGD (PR 1610): a step for every TTT_CHUNK_TOKENS targets, in the stream's order,
-    momentum 0.9, the rate falls along a cosine to zero at the last, gradients clipped to norm 1.
-    Attention stays inside documents, and inside windows of the scoring length.
+    momentum 0.9, gradients clipped to norm 1. The rate falls along a cosine, to zero at the last
+    step, which is left out where there are two or more. Attention stays inside documents, and
+    inside windows of the scoring length.
     """
 
     def __init__(self, network: WindowNetwork, cfg: Config):
@@ -6993,6 +7002,15 @@ class GlobalStep:
         self.model = network.model
         self.row = network.train_row
         self.loss = self.rt.compile(GPT.forward)
+
+    def warn(self, tokens: np.ndarray, log: RunLog) -> None:
+        """Says so if nothing of a stream comes after the step."""
+        documents = len(document_starts(tokens[:-1], self.cfg.bos_id))
+        if documents <= self.cfg.ttt_global_docs:
+            log.log(
+                f"WARNING: TTT_GLOBAL_DOCS={self.cfg.ttt_global_docs} changes no score: "
+                f"the stream has {documents} documents"
+            )
 
     def after(self, chunk: Chunk, tokens: np.ndarray) -> None:
         """Acts if with this chunk the last of its documents is charged; tokens are known so far."""
@@ -7010,10 +7028,9 @@ class GlobalStep:
         gradients = bind_flat_gradients(params)
         size, targets = cfg.ttt_chunk_tokens, len(tokens) - 1
         piece = -(-size // BUSY_PROCESSES)  # of a step, on one process
-        steps = -(-targets // size)
-        for number in range(max(1, steps - 1)):  # at the last the rate is zero
-            share = number / max(1, steps - 1)
-            optimizer.param_groups[0]["lr"] = cfg.ttt_global_lr * falling_cosine(share)
+        steps = max(1, -(-targets // size) - 1)  # at one more the rate would be zero
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for number in range(steps):
             gradients.zero_()
             lo, hi = number * size, min((number + 1) * size, targets)
             for at in range(lo + rt.rank * piece, hi, rt.world * piece):
@@ -7022,6 +7039,7 @@ class GlobalStep:
             rt.sum_(gradients)
             clip_gradients(gradients, 1.0)
             optimizer.step()
+            schedule.step()
         for p in params:
             p.grad = None
         self.model.requires_grad_(False)
@@ -7081,7 +7099,7 @@ class TestTimeTraining:
         progress: share of the stream that is over; at its end there is nothing left to learn for.
         """
         cfg, rt = self.cfg, self.rt
-        factor = 1.0 if self.first else falling_cosine(progress)
+        factor = 1.0 if self.first else 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[0]["lr"] = cfg.ttt_lr * factor
         gradients = bind_flat_gradients(self.params)
         piece = -(-cfg.ttt_batch_seqs * cfg.ttt_parts // BUSY_PROCESSES)  # rows of a share
@@ -7459,7 +7477,8 @@ class TimeGuard:
     """Says whether a stage ends within MAX_EVAL_SECONDS, at the pace of its warm rounds.
 
     The first batches, adaptation steps and commit compile and allocate: what they take is spent,
-    and says nothing of the rest. Shares are of the stage's adaptation, then of its batches.
+    and says nothing of the rest. Shares are of the stage's adaptation, then of its inputs; a global
+    step is not foreseen.
     """
 
     name: str
@@ -7533,6 +7552,8 @@ def evaluate(
         plan = scorer.network.plan(tokens, scorer.chunk_targets)
         for counts in scorer.counts:
             counts.prepare(tokens, plan)
+        if scorer.global_step:
+            scorer.global_step.warn(tokens, log)
         if scorer.validity == "adapted_first":
             score.events.append(("commit", 0, targets))
             if not scorer.training.learn(tokens, 0.0, guard.adapted):
@@ -7565,9 +7586,10 @@ def score_chunks(
     """Chunk after chunk: predict, charge, set aside, then learn -> false if there is no time."""
     rank, world = (0, 1) if scorer.alone else (rt.rank, rt.world)
     chunks = plan.chunks(rank, world)
-    total = sum(len(chunk.work) for chunk in chunks)
+    total = sum(chunk.weight * len(chunk.work) for chunk in chunks)
     begun = guard.now()
-    done = charged = count = 0
+    batches = done = charged = count = 0
+    judged = False
     ahead = None
     for number, chunk in enumerate(chunks):
         for work, following in itertools.pairwise([*chunk.work, None]):
@@ -7582,13 +7604,14 @@ def score_chunks(
                 np.add.at(score.coverage, index, 1)  # twice in one batch counts twice
                 charged += float(nats[batch.real].sum(dtype=np.float64))
                 count += len(index)
-            done += 1
-            left = (guard.now() - begun) * (total / done - 1)
+            batches += 1
+            done += chunk.weight / total
+            left = (guard.now() - begun) * (1 / done - 1)
             figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
-            log.show_progress(f"{score.name}: {100 * done / total:.0f}% {figures}")
-            if done == WARM_BATCHES:
-                guard.pace_from(done / total)
-            elif done == JUDGED_BATCH and not guard.fits(done / total):
+            log.show_progress(f"{score.name}: {100 * done:.0f}% {figures}")
+            if batches == WARM_BATCHES:
+                guard.pace_from(done)
+            elif batches == JUDGED_BATCH and not scorer.network.learns and not guard.fits(done):
                 return False
         if chunk.closes:
             score.events.append(("score", chunk.lo, chunk.hi))
@@ -7597,9 +7620,11 @@ def score_chunks(
             if chunk.closes:
                 score.events.append(("commit", chunk.lo, chunk.hi))
             if number == 0:
-                guard.pace_from(done / total)  # the first commit compiles
-            elif number == 1 and not guard.fits(done / total):
+                guard.pace_from(done)  # the first commit compiles
+                continue
+            if chunk.ends_documents and not judged and not guard.fits(done):
                 return False
+            judged |= chunk.ends_documents
     return True
 
 
@@ -8140,7 +8165,7 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
     """What a scoring stage costs one GPU, and a batch of it; without work on the host.
 
     All batches are taken to cost as much a token as the second one. Chunks of documents, whose
-    inputs grow, cost something however short they are: the longest that teaches tells how much.
+    inputs grow, cost something however short they are: the shortest and the longest tell how much.
     """
     rt = PlanRuntime(cfg)
     scorer = stage.build(rt.model().requires_grad_(False), rt, cfg, ByteTable.bytes260())
@@ -8165,11 +8190,13 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
         cost.tokens = batch.ids.size
         return cost
 
-    batch = cost_of_batch(work[:2][-1])
-    total = batch.of(inputs.sum(), len(work))
     teaching = [part for chunk in chunks if not chunk.ends_documents for part in chunk.work if part]
-    if teaching:
-        longest = cost_of_batch(max(teaching, key=plan.inputs))
+    usual = teaching or work[:2][-1:]
+    batch = cost_of_batch(min(usual, key=plan.inputs))
+    total = batch.of(inputs.sum(), len(work))
+    longest = max(usual, key=plan.inputs)
+    if plan.inputs(longest) > batch.tokens:
+        longest = cost_of_batch(longest)
         share = (inputs.sum() / len(work) - batch.tokens) / (longest.tokens - batch.tokens)
         total = (batch * (1 - share) + longest * share) * len(work)
     if scorer.training:
@@ -8194,7 +8221,8 @@ def plan_adaptation(training: TestTimeTraining, cfg: Config, targets: int) -> Co
 def plan_global_step(global_step: GlobalStep, cfg: Config, tokens: np.ndarray) -> Cost:
     """What the pass over the first documents costs one GPU: one step, for all of them."""
     size = cfg.ttt_chunk_tokens
-    targets = [*np.flatnonzero(tokens == cfg.bos_id), len(tokens)][: cfg.ttt_global_docs + 1][-1]
+    starts = document_starts(tokens[:-1], cfg.bos_id)
+    targets = [*starts, len(tokens) - 1][: cfg.ttt_global_docs + 1][-1]
     learn = functools.partial(global_step.learn, np.zeros(size + 1, np.uint16))
     step = cost_of(global_step.rt, learn)
     step.tokens = size

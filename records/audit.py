@@ -62,6 +62,8 @@ class Rescorer:
         self.table = table
         self.rt = rt
         self.size = min(cfg.score_len, 128)
+        chunk = self.size // 2  # of adapters, at most
+        early = [f"{min(size, chunk)}:{until}" for size, until in cfg.early_chunks]
         self.log = tg.RunLog(Path(os.devnull), rt, silent=True)
         self.cfg = dataclasses.replace(
             cfg,
@@ -74,7 +76,8 @@ class Rescorer:
             ngram_stride=0,
             ttt_docs=2,
             ttt_global_docs=min(cfg.ttt_global_docs, 2),
-            ttt_lora_chunk=min(cfg.ttt_lora_chunk, self.size // 2),
+            ttt_lora_chunk=min(cfg.ttt_lora_chunk, chunk),
+            ttt_lora_early_chunks=",".join(early),
             max_eval_seconds=0.0,
         )
 
@@ -148,7 +151,8 @@ class Audit:
             other = self.scores(np.append(self.stream[: last + 2], later))
             moved.append(other[: last + 1] - self.nats[: last + 1])
         # Later documents may change the number of rows of a batch, and so the last bits.
-        bound = self.tolerance if self.scores.cfg.ttt_lora_rank else 0.0
+        adapts = self.scores.cfg.ttt_lora_rank and not self.scores.rt.profile.fixed_rows
+        bound = self.tolerance if adapts else 0.0
         return self.gap("future_again", "later tokens", np.concatenate(moved), bound)
 
     def every_token(self) -> Check:

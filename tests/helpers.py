@@ -212,11 +212,13 @@ EVERYWHERE = dict(LORA, ttt_lora_on="q,v,attn,mlp,head", ttt_lora_early_chunks="
 EVERYWHERE |= dict(num_loops=1, loop_start=1, loop_end=1)
 NESTINGS = {
     "sliding": {},
+    "sliding, stretched": dict(rope_train_seq_len=8),
     "streaming": STREAM,
     "streaming documents": dict(STREAM, stream_docs=True),
     "sliding ttt": TTT,
     "streaming ttt": dict(STREAM, **TTT),
     "lora": LORA,
+    "lora, stretched": dict(LORA, rope_train_seq_len=8),
     "lora kept": dict(LORA, ttt_lora_keep=True),
     "lora, global step, fixed tilt": dict(EVERYWHERE, **GLOBAL, **FIXED),
     "fixed tilt": FIXED,

@@ -17,6 +17,7 @@ from helpers import (
     build,
     config,
     counted_compiler,
+    log_of,
     mild,
     names_of,
     randomized,
@@ -445,6 +446,14 @@ def test_checks_of_adapters_pass_in_every_process(docs, rng, rt, run_log, monkey
         assert (found["future"], found["distribution"]) == ("PASS", "PASS")
 
 
+@pytest.mark.parametrize("documents", [5, 6, 7])
+def test_a_global_step_after_which_nothing_comes_is_warned_of(documents, rng, rt, run_log):
+    cfg, scorer = build(rt, **LORA, ttt_global_docs=documents)
+    tg.evaluate(scorer, short_text(rng), TABLE, cfg, rt, run_log)
+    told = "changes no score: the stream has 6 documents" in log_of(run_log.out_dir)
+    assert told == (documents > 5)
+
+
 def test_mixers_learn_after_every_group_of_documents(rt):
     _, scorer = build(rt, **LORA, ttt_lora_keep=False, tilt=True)
     assert scorer.network.window == 1
@@ -454,7 +463,14 @@ def test_adapters_take_any_length_whatever_the_attention(rt):
     """Attention in blocks unrolls a length of its own."""
     _, scorer = build(rt, **LORA)
     network = scorer.network
-    ids = torch.zeros(1, 8, dtype=torch.int64)
+    found = []
+
+    def note(model, ids, context):
+        found.append(context.backend)
+        return tg.GPT.hidden(model, ids, context=context)
+
+    network.compiled_hidden = note
     for backend in (tg.blocked_attention, tg.sdpa_attention):
         network.model.backend = backend
-        assert network._context(ids).backend is tg.sdpa_attention
+        network.predict(network.plan(np.ones(9, np.uint16), 1).position(np.ones(9, np.uint16), 5))
+    assert found == [tg.sdpa_attention, tg.sdpa_attention]

@@ -58,6 +58,9 @@ LEGAL = {
     "adapters": dict(ttt_lora_rank=2),
     "adapters that are kept": dict(ttt_lora_rank=2, ttt_lora_keep=True),
     "adapters, global step, fixed tilt": dict(EVERYWHERE, **GLOBAL, **FIXED),
+    "chunks longer than the audit's windows": dict(
+        ttt_lora_rank=2, ttt_lora_early_chunks="100:400", eval_seq_len=256
+    ),
     "tilt with Z": dict(eval_stream=16, tilt=True),
     "everything": dict(eval_stream=16, ttt_epochs=1, tilt=True, ngram="mix"),
 }

@@ -384,7 +384,7 @@ def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, mo
     rt.put = torch.from_numpy
     rt.compile = uncompiled
     if "no attention" in chosen:
-        with pytest.raises(tg.ConfigError, match=f"TRAIN_DOC_MASK=1: {chosen}"):
+        with pytest.raises(tg.ConfigError, match=f"TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: {chosen}"):
             rt._pick_packed_attention(cfg)
     else:
         rt._pick_packed_attention(cfg)

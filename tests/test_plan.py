@@ -123,6 +123,16 @@ def test_inputs_of_a_batch_are_those_that_it_reads(name, rng, rt):
             assert plan.inputs(work) == plan.batch(tokens, work).ids.size
 
 
+@pytest.mark.parametrize("lengths", [[60], [60, 60, 60], [30, 60], [9]])
+def test_documents_of_few_chunks_have_a_plan(lengths):
+    """Also where all batches that teach have as many inputs, and where none does."""
+    cfg = config(TINY, ttt_lora_rank=1, ttt_lora_chunk=20, ttt_global_docs=1)
+    tokens = np.full(sum(lengths) + 1, 5, np.uint16)
+    tokens[np.cumsum(lengths) - lengths] = cfg.bos_id
+    total, batch = tg.plan_stage(tg.STAGES["ttt"], cfg, tokens)
+    assert 0 < batch.seconds <= total.seconds < 1
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

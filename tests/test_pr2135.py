@@ -470,8 +470,8 @@ def adapted_charges(tokens, slots, run_log):
     known = arrays("pr2135_lora_start")
     names = [f"{THEIR_NAMES[place]}.{i}" for i in range(11) for place in network.places[i]]
     names.append("lm_head_lora")
-    for theirs, a, params in zip(names, network.start, network.params[::2], strict=True):
-        a.copy_(known[f"{theirs}.A"][slots])
+    network.start = [known[f"{theirs}.A"][slots] for theirs in names]
+    for params, a in zip(network.params[::2], network.start, strict=True):
         params.copy_(a)
     score = tg.evaluate(tg.Scorer("s", network), tokens, ONE_BYTE, cfg, cpu_runtime(), run_log)
     return score.nats, network.plan(tokens, 0)

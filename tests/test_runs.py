@@ -318,7 +318,10 @@ def test_settings_of_scoring_are_checked_with_the_artifacts(tmp_path):
 
 
 def test_a_model_that_predicts_no_numbers_writes_no_sample(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(tg.GPT, "head", lambda self, x: x.new_full((*x.shape[:-1], 260), math.nan))
+    def nothing(self, hidden, adapter=None):
+        return hidden.new_full((*hidden.shape[:-1], 260), math.nan)
+
+    monkeypatch.setattr(tg.GPT, "head", nothing)
     assert tg.main([], of_artifact(base, tmp_path, MODE="sample")) == 64
     assert "error: the model predicts no numbers" in log_of(tmp_path)
 

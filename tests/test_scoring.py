@@ -12,7 +12,17 @@ import oracles
 import pytest
 import torch
 from conftest import FULL, TINY
-from helpers import TABLE, config, cpu_runtime, everything, log_of, randomized, windows
+from helpers import (
+    LORA,
+    TABLE,
+    build,
+    config,
+    cpu_runtime,
+    everything,
+    log_of,
+    randomized,
+    windows,
+)
 
 import train_gpt as tg
 
@@ -75,7 +85,7 @@ def test_a_batch_holds_inputs_and_no_targets(kind):
     plans = {"windows": tg.Windows(41, 20, 8, 3), "documents": tg.Documents(tokens, 0, 20, 8, 2)}
     for batch in batches_of(plans[kind], tokens):
         names = {field.name for field in dataclasses.fields(batch)}
-        assert names == {"ids", "index", "real", "left_context", "slots", "goes_on"}
+        assert names == {"ids", "index", "real", "left_context", "slots", "goes_on", "span"}
         inputs = batch.ids[:, -batch.index.shape[1] :]
         assert (inputs[batch.real] == tokens[batch.index[batch.real]]).all()
         assert batch.ids.max() < 141  # the stream's last token is only a target
@@ -321,6 +331,28 @@ def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
     assert network.asked == pace.charged
     assert finished == (pace.charged == 947)
     assert ("needs about" in log_of(run_log.out_dir)) != finished
+
+
+@pytest.mark.parametrize("seconds, groups", [(1.0, 4), (2.0, 1)])
+def test_documents_are_judged_by_their_inputs(seconds, groups, rt, run_log):
+    """After the first group, at a pace that grows with the context: 4 groups of 16 documents."""
+    cfg, scorer = build(rt, **LORA, ttt_docs=16, ttt_lora_keep=True, eval_seq_len=64)
+    tokens = np.full(64 * 64 + 1, 5, np.uint16)
+    tokens[::64] = cfg.bos_id
+    now = [0.0]
+    predict = scorer.network.predict
+
+    def slow(batch):
+        now[0] += seconds * batch.ids.shape[1]  # 160 inputs a group
+        return predict(batch)
+
+    scorer.network.predict = slow
+    plan = scorer.network.plan(tokens, 0)
+    empty = np.zeros(len(tokens) - 1, np.uint8)
+    score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
+    guard = tg.TimeGuard("slow", 1000.0, rt, run_log, lambda: now[0], 0.0, 0.0)
+    assert tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard) == (groups == 4)
+    assert score.coverage.sum() == groups * 1024
 
 
 def test_adaptation_that_does_not_fit_is_stopped(tokens, rt, run_log):

@@ -134,6 +134,8 @@ BAD_VALUES = {
     ),
     "TTT_LORA_ON=q,x TTT_LORA_RANK=4": "expected some of q,k,v,out,up,down,attn,mlp,head",
     "TTT_LORA_ON=q,q TTT_LORA_RANK=4": "each once",
+    "TTT_LORA_ON=head TTT_LORA_RANK=4 TTT_FREEZE_BLOCKS=1": "chooses among layers",
+    "TILT_BOOST=1 TILT_SHARE=0.5": "expected 0.51 or more",
     "TTT_LORA_EARLY_CHUNKS=8-64 TTT_LORA_RANK=4": "expected size:until pairs",
     "TTT_LORA_EARLY_CHUNKS=8:64,4:32 TTT_LORA_RANK=4": "until rising",
     "TTT_LORA_EARLY_CHUNKS=0:64 TTT_LORA_RANK=4": "sizes from 1",
@@ -209,6 +211,14 @@ def test_settings_that_go_together():
 def test_world_sizes_that_do_not_divide_eight():
     sizes = dict(TRAIN_BATCH_TOKENS="786432", MICRO_BATCH_TOKENS="65536", WORLD_SIZE="6")
     assert tg.load_config(sizes).micro_batches == 12
+
+
+def test_a_reserve_is_below_the_clock_only_where_there_is_one():
+    """An artifact is scored without the clock that its training had."""
+    text = "GPTQ_N_SAMPLES=8 GPTQ_RESERVE_SECONDS=700"
+    trained = tg.load_config(settings_in(f"{text} MAX_WALLCLOCK_SECONDS=900"))
+    scored = dict(vars(trained), mode="eval", max_wallclock_seconds=600.0)
+    assert not tg.check_config(tg.Config(**scored))
 
 
 def test_calibration_needs_time_only_where_there_is_a_clock():
