@@ -25,6 +25,7 @@ R, C rows and columns of a matrix, G blocks of C queries to L keys each.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import ctypes
@@ -1718,10 +1719,11 @@ class Runtime:
         torch._dynamo.config.recompile_limit = GRAPHS_OF_A_FUNCTION
         return torch.compile(function, dynamic=False, fullgraph=True)
 
-    def mark_varying(self, tensor: Tensor, axis: int) -> None:
+    def mark_varying(self, axis: int, *tensors: Tensor) -> None:
         """Compiled functions shall take any length of this axis, in one graph (1 has its own)."""
-        if self.compiles and tensor.size(axis) > 1:
-            torch._dynamo.mark_dynamic(tensor, axis)
+        for tensor in tensors:
+            if self.compiles and tensor.size(axis) > 1:
+                torch._dynamo.mark_dynamic(tensor, axis)
 
     def sync(self) -> None:
         """Waits until the device has done all that it was given."""
@@ -5941,7 +5943,8 @@ class Documents:
         self.slots = slots
         self.together = slots * (1 if keeps else window)
         self.rows = rows or slots  # documents of a batch at most, where processes share the slots
-        self.fixed_rows = self.rows if fixed_rows else 0  # of inputs in all batches
+        few = {max(min(2, self.rows), -(-self.rows // 4**part)) for part in range(4)}
+        self.row_counts = sorted(few) if fixed_rows else range(1, self.rows + 1)  # of inputs
         self.prefix = prefix
         self.keeps = keeps
         self.starts = document_starts(tokens[:-1], bos)
@@ -5997,13 +6000,17 @@ class Documents:
             works.append(work if rows.any() else None)
         return works
 
+    def _rows(self, documents: int) -> int:
+        """Rows of inputs for so many documents."""
+        return self.row_counts[bisect.bisect_left(self.row_counts, documents)]
+
     def _length(self, chunks: int) -> int:
         """Inputs of a row whose chunk is the document's chunks-th."""
         return min(self.seq_len, int(self.edges[chunks]))
 
     def inputs(self, rows: DocumentRows) -> int:
         """Tokens that the rows' batch reads."""
-        return (self.fixed_rows or len(rows.first)) * self._length(rows.number + 1)
+        return self._rows(len(rows.first)) * self._length(rows.number + 1)
 
     def batch(self, tokens: np.ndarray, rows: DocumentRows) -> Batch:
         """The rows' chunk; all documents of a chunk have as many inputs."""
@@ -6013,8 +6020,7 @@ class Documents:
         real = index < rows.end[:, None]
         starts = rows.first + (hi - lo) - length
         goes_on = rows.first + (hi - lo) < rows.end
-        if self.fixed_rows:
-            starts = np.resize(starts, self.fixed_rows)
+        starts = np.resize(starts, self._rows(len(starts)))
         return make_batch(tokens, starts, length, index, real, slots=rows.slots, goes_on=goes_on)
 
     def _slot(self, document: int) -> np.ndarray | None:
@@ -6837,7 +6843,7 @@ def adapter_step(
     return params_after, squares_after
 
 
-DOCUMENT_GROUPS = 16  # that are sorted by length together, where documents know nothing of others
+DOCUMENT_GROUPS = 128  # that are sorted by length together, where documents know nothing of others
 
 
 class PerDocumentLoRA(WindowNetwork):
@@ -6897,10 +6903,10 @@ class PerDocumentLoRA(WindowNetwork):
         )
 
     def _hidden(self, model: GPT, ids: Tensor, context: PassContext) -> Tensor:
-        """With adapters; one graph for all lengths: each chunk of a document has another."""
+        """With adapters; one graph for all lengths and numbers of rows: chunks have many."""
         cos, sin = context.cos.view_as(context.cos), context.sin.view_as(context.sin)
-        for tensor, axis in ((ids, 1), (cos, 0), (sin, 0)):
-            self.rt.mark_varying(tensor, axis)
+        self.rt.mark_varying(0, ids, cos, sin)
+        self.rt.mark_varying(1, ids)
         backend = sdpa_attention if context.backend is blocked_attention else context.backend
         context = PassContext(backend, cos, sin, adapters=self.adapters)
         return self.compiled_hidden(model, ids, context=context)
@@ -6926,6 +6932,7 @@ class PerDocumentLoRA(WindowNetwork):
         """As the base, with the rows' own adapters, and a graph to learn from."""
         self.believed = None  # frees an earlier prediction's graph, if nothing came of it
         leaves = [p.detach().requires_grad_() for p in self._own(self.params, batch)]
+        self.rt.mark_varying(0, *leaves)
         scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         pairs = iter(zip(leaves[::2], leaves[1::2]))
         *self.adapters, head = (
@@ -6965,6 +6972,7 @@ class PerDocumentLoRA(WindowNetwork):
             squares = self._own(self.squares, batch)
             steps = self._own([self.steps], batch)[0] + goes_on
             rates = self.cfg.ttt_lr * goes_on
+            self.rt.mark_varying(0, *squares, *gradients, steps, rates)
             new = self.update(leaves, squares, gradients, steps, rates, self.cfg.ttt_lora_wd)
             values = [*itertools.chain(*new), steps]
             if batch.slots is None:
@@ -7992,9 +8000,11 @@ BYTES_A_SECOND = 1.65e14
 SECONDS_AN_OPERATION = 8.5e-6
 MEMORY_SHARE = 0.72  # of what is kept for the backward pass that is, compiled; from the same logs
 PLANNED_GPUS = 8
-# FineWeb's validation set in 1,024 pieces, where no data is at hand.
-FINEWEB_TARGETS = 62_021_632
+# FineWeb's validation set, where no data is at hand: targets by size of the vocabulary (8,192: with
+# case markers), and how documents' lengths are spread (of their logarithm; from web text).
+FINEWEB_TARGETS = {1024: 62_021_632, 8192: 47_851_520}
 FINEWEB_DOCUMENTS = 50_000
+FINEWEB_SPREAD = 1.1
 
 
 @dataclasses.dataclass
@@ -8230,12 +8240,15 @@ def plan_global_step(global_step: GlobalStep, cfg: Config, tokens: np.ndarray) -
 
 
 def planned_tokens(cfg: Config) -> tuple[np.ndarray, str]:
-    """The validation tokens, or as many as FineWeb has, in documents of its mean length; a note."""
+    """The validation tokens, or as many as FineWeb has, in documents of such lengths; a note."""
     try:
         find_path(cfg.data_path)
     except InputError:
-        tokens = np.zeros((cfg.val_tokens or FINEWEB_TARGETS) + 1, np.uint16)
-        tokens[:: FINEWEB_TARGETS // FINEWEB_DOCUMENTS] = cfg.bos_id
+        whole = FINEWEB_TARGETS.get(cfg.vocab_size, FINEWEB_TARGETS[1024])
+        lengths = np.random.default_rng(0).lognormal(0, FINEWEB_SPREAD, FINEWEB_DOCUMENTS)
+        starts = np.cumsum(lengths) / lengths.sum() * whole
+        tokens = np.full((cfg.val_tokens or whole) + 1, cfg.bos_id + 1, np.uint16)
+        tokens[starts[starts < len(tokens)].astype(np.int64)] = cfg.bos_id
         return tokens, f"no DATA_PATH={cfg.data_path!r} here: {len(tokens) - 1} validation targets"
     tokens = load_validation(cfg)
     return tokens, f"{len(tokens) - 1} validation targets of {cfg.data_path}"

@@ -151,8 +151,7 @@ class Audit:
             other = self.scores(np.append(self.stream[: last + 2], later))
             moved.append(other[: last + 1] - self.nats[: last + 1])
         # Later documents may change the number of rows of a batch, and so the last bits.
-        adapts = self.scores.cfg.ttt_lora_rank and not self.scores.rt.profile.fixed_rows
-        bound = self.tolerance if adapts else 0.0
+        bound = self.tolerance if self.scores.cfg.ttt_lora_rank else 0.0
         return self.gap("future_again", "later tokens", np.concatenate(moved), bound)
 
     def every_token(self) -> Check:

@@ -379,6 +379,18 @@ def test_documents_of_like_length_stand_together(fixed_rows, rng, rt, run_log):
     assert filled[4] > 1.25 * filled[1]
 
 
+@pytest.mark.parametrize("slots, counts", [(64, [2, 4, 16, 64]), (8, [2, 8]), (1, [1])])
+def test_batches_have_few_numbers_of_rows(slots, counts, rng):
+    """Where each costs a compilation: as many as there are documents left, or a few more."""
+    tokens = shuffled_documents(rng, 70)
+    plan = tg.Documents(tokens, 1, 16, 8, slots, fixed_rows=True)
+    assert plan.row_counts == counts
+    for chunk in plan.chunks():
+        documents = len(chunk.work[0].first)
+        rows = len(plan.batch(tokens, chunk.work[0]).ids)
+        assert rows == min(count for count in counts if count >= documents)
+
+
 def test_who_keeps_adapters_keeps_the_order_of_the_stream(rt):
     """What a slot hands on must not depend on lengths that lie ahead."""
     tokens = np.tile(np.array([1, 5, 6], np.uint16), 50)

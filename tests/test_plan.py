@@ -101,7 +101,7 @@ def test_published_step_times_and_memory(runs):
 def test_every_config_has_a_plan(path, capsys, tmp_path, monkeypatch):
     """Without data, and without writing anything."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tg, "FINEWEB_TARGETS", 3_000_000)
+    monkeypatch.setattr(tg, "FINEWEB_TARGETS", {1024: 3_000_000})
     env = {"MODE": "plan", "CONFIG": str(path), "DATA_PATH": "nowhere"}
     assert tg.main([], env) == tg.OK
     printed = capsys.readouterr().out

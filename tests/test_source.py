@@ -118,7 +118,7 @@ def test_statements_are_simple(name):
     assert sum(isinstance(node, ast.Lambda) for node in nodes) <= 10
 
 
-def test_the_script_has_at_most_5150_statements():
+def test_the_script_has_at_most_5200_statements():
     """Docstrings are not counted: text costs nothing.
 
     What the published front still needs (its model, optimizer, packer, adapters) comes on top of
@@ -127,7 +127,7 @@ def test_the_script_has_at_most_5150_statements():
     nodes = list(ast.walk(TREE))
     texts = [node for node in nodes if isinstance(node, ast.Expr)]
     docstrings = sum(isinstance(node.value, ast.Constant) for node in texts)
-    assert statements_of(nodes) - docstrings <= 5150
+    assert statements_of(nodes) - docstrings <= 5200
 
 
 @pytest.mark.parametrize("name", FILES)
