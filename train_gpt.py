@@ -7614,7 +7614,7 @@ def score_chunks(
                 count += len(index)
             batches += 1
             done += chunk.weight / total
-            left = (guard.now() - begun) * (1 / done - 1)
+            left = (guard.now() - begun) * max(0.0, 1 / done - 1)
             figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
             log.show_progress(f"{score.name}: {100 * done:.0f}% {figures}")
             if batches == WARM_BATCHES:

@@ -38,11 +38,27 @@ tilt            mixed stream chunks TILT=1
 mix+tilt        mixed stream chunks NGRAM=mix TILT=1
 ttt+mix+tilt    mixed stream sgd NGRAM=mix TILT=1
 lora+mix+tilt   mixed lora NGRAM=mix TILT=1
+fixed           mixed stream TILT_BOOST=2.625
+short-fixed     mixed stream TILT_BOOST=1.5 TILT_ORDER=5
+adapters        ttt adapters
+early           ttt adapters TTT_LORA_EARLY_CHUNKS=16:96
+step            ttt adapters step
+step+fixed      mixed adapters step TILT_BOOST=2.625
+adapters+tilt   mixed adapters TILT=1
+adapters+both   mixed adapters NGRAM=mix TILT=1
 """
 SHARED = {
     "stream": "EVAL_STREAM=256",
     "chunks": "MIX_CHUNK_TOKENS=1024 TTT_CHUNK_TOKENS=2048",
-    "lora": "TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_CHUNK=64 TTT_DOCS=16 TTT_LR=0.006",
+    "lora": (
+        "TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_CHUNK=64 TTT_DOCS=16 TTT_LR=0.006 "
+        "TTT_LORA_KEEP=1"
+    ),
+    "adapters": (
+        "TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LORA_CHUNK=48 TTT_DOCS=64 TTT_LR=0.004 "
+        "TTT_LORA_ON=q,k,v,out,up,down,head EVAL_SEQ_LEN=256"
+    ),
+    "step": "TTT_GLOBAL_DOCS=64 TTT_GLOBAL_LR=0.01 TTT_CHUNK_TOKENS=2048",
     "sgd": ("TTT_EPOCHS=1 TTT_OPTIMIZER=sgd TTT_LR=0.02 TTT_CHUNK_TOKENS=2048 TTT_BATCH_SEQS=4"),
 }
 
