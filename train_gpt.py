@@ -50,7 +50,16 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +172,12 @@ class Config:
         "what to do; plan: print what a run would cost on 8xH100; pack: raw weights again",
         choices=("train", "eval", "pack", "sample", "plan"),
     )
+    defaults: str = _run(
+        "pr2135",
+        "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
+        choices=("pr2135", "baseline"),
+        needs="MODE=train or MODE=plan",
+    )
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
     seed: int = _run(
@@ -211,10 +226,12 @@ class Config:
     )
 
     data_path: str = _data(
-        "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin shards"
+        "./data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+        "folder of fineweb_{train,val}_*.bin shards",
     )
     tokenizer_path: str = _data(
-        "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model or byte260"
+        "./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+        "SentencePiece model or byte260",
     )
     case_transform: str = _data(
         "",
@@ -240,25 +257,25 @@ class Config:
         needs="WARMDOWN_FRAC=0.0",
     )
     warmdown_frac: float = _train(
-        0.0,
+        0.85,
         "last share of the run, over which they fall (of its clock under SCHEDULE=clock)",
         low=0,
         high=1,
     )
     min_lr: float = _train(
-        0.0,
+        0.1,
         "share of the learning rates that stays at least",
         low=0,
         high=1,
         needs="WARMDOWN_FRAC or WARMDOWN_ITERS",
     )
-    train_batch_tokens: int = _train(524288, "tokens a step, over all processes", low=1)
+    train_batch_tokens: int = _train(786432, "tokens a step, over all processes", low=1)
     micro_batch_tokens: int = _train(
         0, "tokens a forward pass; 0 = an eighth of TRAIN_BATCH_TOKENS", low=0
     )
-    train_seq_len: int = _train(1024, "tokens a training sequence", low=1)
+    train_seq_len: int = _train(2048, "tokens a training sequence", low=1)
     train_doc_mask: bool = _train(
-        False, "attention inside documents only, cut at TRAIN_SEQ_LEN; a micro-batch is one row"
+        True, "attention inside documents only, cut at TRAIN_SEQ_LEN; a micro-batch is one row"
     )
     context_schedule: str = _train(
         "",
@@ -266,10 +283,10 @@ class Config:
         needs="TRAIN_DOC_MASK",
     )
     val_loss_every: int = _train(
-        1000, "validate every so many steps, outside the clock; 0 = never", low=0
+        4000, "validate every so many steps, outside the clock; 0 = never", low=0
     )
     train_log_every: int = _train(
-        200, "log the training loss every so many steps (and the first ten)", low=0
+        500, "log the training loss every so many steps (and the first ten)", low=0
     )
     enable_looping_at: float = _train(
         0.35, "share of the run after which layers are repeated", low=0, high=1, needs="NUM_LOOPS"
@@ -287,51 +304,51 @@ class Config:
         needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
 
-    vocab_size: int = _model(1024, "tokens in the vocabulary", low=2, high=65536)
-    num_layers: int = _model(9, "transformer blocks", low=1, high=1024)
+    vocab_size: int = _model(8192, "tokens in the vocabulary", low=2, high=65536)
+    num_layers: int = _model(11, "transformer blocks", low=1, high=1024)
     model_dim: int = _model(512, "width", low=2, high=65536)
     num_heads: int = _model(8, "attention heads", low=1)
     num_kv_heads: int = _model(4, "key/value heads (grouped-query attention)", low=1)
     mlp_mult: float = _model(
-        2.0, "MLP hidden width over MODEL_DIM; may be fractional", low=0.01, high=64
+        4.0, "MLP hidden width over MODEL_DIM; may be fractional", low=0.01, high=64
     )
-    leaky_slope: float = _model(0.0, "MLP activation leaky_relu(x, slope)^2; 0 = relu(x)^2", low=0)
+    leaky_slope: float = _model(0.5, "MLP activation leaky_relu(x, slope)^2; 0 = relu(x)^2", low=0)
     tie_embeddings: bool = _model(True, "the embedding is also the output matrix")
     tied_embed_init_std: float = _model(
         0.005, "standard deviation of a tied embedding at start", low=0, needs="TIE_EMBEDDINGS"
     )
     ortho_init: str = _model(
-        "", "orthogonal start (scaled: tables less)", choices=("", "plain", "scaled")
+        "plain", "orthogonal start (scaled: tables less)", choices=("", "plain", "scaled")
     )
     logit_softcap: float = _model(30.0, "logits become cap * tanh(logits / cap); 0 = off", low=0)
     rope_base: float = _model(10000.0, "rotary base", low=1)
-    rope_dims: int = _model(0, "rotated dimensions of a head (partial RoPE); 0 = all", low=0)
+    rope_dims: int = _model(16, "rotated dimensions of a head (partial RoPE); 0 = all", low=0)
     rope_train_seq_len: int = _model(
         0, "longer inputs stretch the rotary base (NTK); 0 = never", low=0
     )
-    qk_gain_init: float = _model(1.5, "initial gain of each head's normalised queries", low=0)
-    xsa_last_n: int = _model(0, "last layers with exclusive self-attention (XSA); 0 = none", low=0)
+    qk_gain_init: float = _model(5.0, "initial gain of each head's normalised queries", low=0)
+    xsa_last_n: int = _model(11, "last layers with exclusive self-attention (XSA); 0 = none", low=0)
     asym_logit_rescale: bool = _model(
-        False,
+        True,
         "scoring has a cap above zero and one below, kept in the model",
         needs="LOGIT_SOFTCAP",
     )
     unet_skips: bool = _model(True, "learned skips from the first half of the layers to the second")
     skip_gates_enabled: bool = _model(
-        False, "a skip is blended in by a learned sigmoid gate, not added", needs="UNET_SKIPS"
+        True, "a skip is blended in by a learned sigmoid gate, not added", needs="UNET_SKIPS"
     )
     num_loops: int = _model(
-        0, "depth recurrence: further passes over LOOP_START to LOOP_END; 0 = none", low=0, high=64
+        2, "depth recurrence: further passes over LOOP_START to LOOP_END; 0 = none", low=0, high=64
     )
     loop_start: int = _model(3, "first repeated layer", low=0, needs="NUM_LOOPS")
     loop_end: int = _model(5, "last repeated layer", low=0, needs="NUM_LOOPS")
     parallel_start_layer: int = _model(
-        0,
+        8,
         "attention and MLP have a lane each from this layer of the second half on; 0 = one lane",
         low=0,
     )
     x0_mix: bool = _model(True, "every block mixes in the embedding stream with learned weights")
-    ln_scale: bool = _model(False, "normed sublayer inputs times 1/sqrt(layer + 1)")
+    ln_scale: bool = _model(True, "normed sublayer inputs times 1/sqrt(layer + 1)")
     depth_scale_init: bool = _model(False, "attn_scale and mlp_scale start at 1/sqrt(layer + 1)")
     bigram_vocab_size: int = _model(
         0, "rows of the hashed bigram embedding (BigramHash); 0 = none", low=0
@@ -354,15 +371,15 @@ class Config:
         False, "SmearGate acts before the embedding's norm (PR 740), not after", needs="SMEAR=1"
     )
     smear_gate_enabled: bool = _model(
-        False, "SmearGate by input: a share of the previous token's embedding is added (PR 1667)"
+        True, "SmearGate by input: a share of the previous token's embedding is added (PR 1667)"
     )
     smear_bos_mask: bool = _model(
-        False,
+        True,
         "SmearGate lets nothing across a document start",
         needs="SMEAR=1 or SMEAR_GATE_ENABLED",
     )
     sparse_attn_gate_enabled: bool = _model(
-        False, "each head's output times a sigmoid gate of the layer's input (PR 1787)"
+        True, "each head's output times a sigmoid gate of the layer's input (PR 1787)"
     )
     sparse_attn_gate_scale: float = _model(
         0.5, "factor inside that sigmoid", low=0, needs="SPARSE_ATTN_GATE_ENABLED"
@@ -387,42 +404,42 @@ class Config:
         0.008, "Adam rate of an untied output matrix", low=0, needs="TIE_EMBEDDINGS=0"
     )
     tied_embed_lr: float = _optim(
-        0.05,
+        0.03,
         "Adam rate of a tied embedding and of the other tables",
         low=0,
         needs="TIE_EMBEDDINGS or BIGRAM_VOCAB_SIZE or VE_LAYERS",
     )
-    matrix_lr: float = _optim(0.04, "Muon rate of the matrices", low=0)
-    scalar_lr: float = _optim(0.04, "Adam rate of vectors and scalars", low=0)
+    matrix_lr: float = _optim(0.028, "Muon rate of the matrices", low=0)
+    scalar_lr: float = _optim(0.02, "Adam rate of vectors and scalars", low=0)
     bigram_optim: str = _optim(
         "",
         "group of the bigram's matrices",
         choices=("", "scalars", "matrices"),
         needs="BIGRAM_VOCAB_SIZE",
     )
-    muon_momentum: float = _optim(0.95, "Muon momentum", low=0, high=1)
+    muon_momentum: float = _optim(0.97, "Muon momentum", low=0, high=1)
     muon_momentum_warmup_start: float = _optim(
-        0.85, "Muon momentum at step 0", low=0, high=1, needs="MUON_MOMENTUM_WARMUP_STEPS"
+        0.92, "Muon momentum at step 0", low=0, high=1, needs="MUON_MOMENTUM_WARMUP_STEPS"
     )
-    muon_momentum_warmup_steps: int = _optim(500, "steps until MUON_MOMENTUM is reached", low=0)
+    muon_momentum_warmup_steps: int = _optim(1500, "steps until MUON_MOMENTUM is reached", low=0)
     muon_backend_steps: int = _optim(5, "Newton-Schulz iterations", low=1)
     muon_row_normalize: bool = _optim(
-        False, "rows of a matrix's update have length one before they are orthogonalised"
+        True, "rows of a matrix's update have length one before they are orthogonalised"
     )
     muon_polar_express: bool = _optim(
-        False, "coefficients of each Newton-Schulz iteration (Polar Express), not one set for all"
+        True, "coefficients of each Newton-Schulz iteration (Polar Express), not one set for all"
     )
-    muon_wd: float = _optim(0.0, "decoupled weight decay of the matrices", low=0)
+    muon_wd: float = _optim(0.095, "decoupled weight decay of the matrices", low=0)
     embed_wd: float = _optim(
-        0.0, "decoupled weight decay of embeddings, tables and output matrix", low=0
+        0.085, "decoupled weight decay of embeddings, tables and output matrix", low=0
     )
-    adam_wd: float = _optim(0.0, "decoupled weight decay of vectors and scalars", low=0)
+    adam_wd: float = _optim(0.02, "decoupled weight decay of vectors and scalars", low=0)
     beta1: float = _optim(0.9, "Adam", low=0, high=1)
-    beta2: float = _optim(0.95, "Adam", low=0, high=1)
+    beta2: float = _optim(0.99, "Adam", low=0, high=1)
     adam_eps: float = _optim(1e-8, "Adam", low=0)
-    grad_clip_norm: float = _optim(0.0, "global gradient norm at most; 0 = off", low=0)
+    grad_clip_norm: float = _optim(0.3, "global gradient norm at most; 0 = off", low=0)
     ema_decay: float = _optim(
-        0.0, "average the weights over steps with this decay; 0 = off", low=0, high=1
+        0.9965, "average the weights over steps with this decay; 0 = off", low=0, high=1
     )
     ema_start: float = _optim(
         0.0, "share of the run after which that begins", low=0, high=1, needs="EMA_DECAY"
@@ -445,14 +462,15 @@ class Config:
         True, "a step for each row by its importance, not one a matrix", needs="QUANT_STEP"
     )
     quant_bits: int = _pack(
-        8,
+        6,
         "bits of a quantized weight, row-wise scales",
         low=2,
         high=8,
         needs="QUANT_STEP=0.0",
     )
     quant_policy: str = _pack(
-        "", "other bits by role: embed:8,attn:6 (embed, table, attn, mlp, gate, other; gate:16)"
+        "embed:7,gate:16",
+        "other bits by role: embed:8,attn:6 (embed, table, attn, mlp, gate, other; gate:16)",
     )
     quant_clip_steps: int = _pack(
         16,
@@ -467,35 +485,35 @@ class Config:
         needs="MATRIX_CLIP_SIGMAS=0.0, and QUANT_STEP=0.0 or QUANT_POLICY",
     )
     matrix_clip_sigmas: float = _pack(
-        0.0,
+        12.85,
         "clip each row at so many of its standard deviations; 0 = search",
         low=0,
         high=1e4,
         needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
     attn_clip_sigmas: float = _pack(
-        0.0,
+        13.0,
         "the same for attention; 0 = MATRIX_CLIP_SIGMAS",
         low=0,
         high=1e4,
         needs="MATRIX_CLIP_SIGMAS",
     )
     mlp_clip_sigmas: float = _pack(
-        0.0,
+        11.5,
         "the same for the MLP; 0 = MATRIX_CLIP_SIGMAS",
         low=0,
         high=1e4,
         needs="MATRIX_CLIP_SIGMAS",
     )
     embed_clip_sigmas: float = _pack(
-        0.0,
+        14.0,
         "the same for embeddings; 0 = MATRIX_CLIP_SIGMAS",
         low=0,
         high=1e4,
         needs="MATRIX_CLIP_SIGMAS",
     )
     lqer_enabled: bool = _pack(
-        False, "the worst quantized matrices get a correction of low rank (LQER, 2402.02446)"
+        True, "the worst quantized matrices get a correction of low rank (LQER, 2402.02446)"
     )
     lqer_top_k: int = _pack(3, "how many matrices get one", low=1, needs="LQER_ENABLED")
     lqer_rank: int = _pack(4, "its rank", low=1, high=256, needs="LQER_ENABLED")
@@ -503,16 +521,16 @@ class Config:
         4, "bits of its second factor; the first has 2", low=2, high=8, needs="LQER_ENABLED"
     )
     lqer_asym_group: int = _pack(
-        64,
+        32,
         "neighbours in the second factor that share a scale",
         low=1,
         needs="LQER_ENABLED",
     )
     gptq_n_samples: int = _pack(
-        0, "training sequences that calibrate GPTQ; 0 = plain rounding", low=0
+        1536, "training sequences that calibrate GPTQ; 0 = plain rounding", low=0
     )
     gptq_embed: bool = _pack(
-        False,
+        True,
         "GPTQ for the output embedding too (PR 1394)",
         needs="GPTQ_N_SAMPLES, and QUANT_STEP=0.0",
     )
@@ -520,7 +538,7 @@ class Config:
         0.01, "share of its mean added to the Hessian's diagonal", low=1e-6, needs="GPTQ_N_SAMPLES"
     )
     gptq_reserve_seconds: float = _pack(
-        0.0,
+        4.0,
         "seconds of the training clock kept for calibration",
         low=0,
         needs="SCHEDULE=clock",
@@ -534,7 +552,7 @@ class Config:
     )
     keep_float_max_numel: int = _pack(65536, "tensors up to this size stay float", low=0)
     compressor: str = _pack(
-        "zstd", "codec of the artifact", choices=("zstd", "zlib", "lzma", "rans")
+        "rans", "codec of the artifact", choices=("zstd", "zlib", "lzma", "rans")
     )
     max_artifact_bytes: int = _pack(
         16_000_000, "cap on code + model; over it the exit code is 2", low=0
@@ -546,9 +564,11 @@ class Config:
     )
     fit_margin: int = _pack(0, "bytes of the cap left free then", low=0, needs="FIT_ARTIFACT")
 
-    eval_seq_len: int = _score(0, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20)
+    eval_seq_len: int = _score(
+        2560, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20
+    )
     eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
-    eval_stride: int = _score(64, "sliding windows advance by this; 0 = plain windows only", low=0)
+    eval_stride: int = _score(0, "sliding windows advance by this; 0 = plain windows only", low=0)
     eval_batch_tokens: int = _score(
         0, "tokens a scoring batch; 0 = as the device likes", low=0, high=1 << 24
     )
@@ -568,7 +588,7 @@ class Config:
         needs="TTT_EPOCHS or EVAL_STREAM or TTT_GLOBAL_DOCS",
     )
     ttt_lr: float = _score(
-        5e-4,
+        8e-5,
         "learning rate: of all weights along a cosine over the chunks, of adapters as it is",
         low=0,
         needs="TTT_EPOCHS or TTT_LORA_RANK",
@@ -599,18 +619,18 @@ class Config:
         needs="TTT_EPOCHS",
     )
     ttt_lora_rank: int = _score(
-        0, "rank of adapters that learn each document while it is scored", low=0
+        80, "rank of adapters that learn each document while it is scored", low=0
     )
     ttt_lora_alpha: float = _score(
         144.0, "their product is scaled by this over the rank", low=1e-6, needs="TTT_LORA_RANK"
     )
     ttt_lora_on: str = _score(
-        "q,k,v,out,up,down",
+        "q,v,attn,mlp,head",
         "where, in every executed layer: attention's and the MLP's matrices, attn and mlp (beside "
         "all of either); and the head",
         needs="TTT_LORA_RANK",
     )
-    ttt_lora_wd: float = _score(0.5, "their weight decay", low=0, needs="TTT_LORA_RANK")
+    ttt_lora_wd: float = _score(2.0, "their weight decay", low=0, needs="TTT_LORA_RANK")
     ttt_lora_chunk: int = _score(
         48, "targets between two of their steps", low=1, needs="TTT_LORA_RANK"
     )
@@ -623,14 +643,14 @@ class Config:
         False, "a slot's A matrices stay for its next document", needs="TTT_LORA_RANK"
     )
     ttt_docs: int = _score(
-        64,
+        512,
         "documents in a batch, each with its own adapters",
         low=1,
         high=65536,
         needs="TTT_LORA_RANK",
     )
     ttt_global_docs: int = _score(
-        0,
+        2500,
         "after so many documents all weights learn these, in one pass of SGD; 0 = never",
         low=0,
         needs="TTT_LORA_RANK",
@@ -662,7 +682,10 @@ class Config:
     )
     tilt: bool = _score(False, "raise the token that last followed the longest known context")
     tilt_boost: float = _score(
-        0.0, "raise a token that mostly followed a context by so many nats of odds", low=0, high=50
+        2.625,
+        "raise a token that mostly followed a context by so many nats of odds",
+        low=0,
+        high=50,
     )
     tilt_order: int = _score(
         16, "length of that context and token together", low=2, high=256, needs="TILT_BOOST"
@@ -770,7 +793,74 @@ class Config:
 Hyperparameters = Config  # the name that people's tools look for
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 
+# Values of DEFAULTS=baseline, where others than those above: techniques are off. An artifact that
+# does not know a setting was made without it, and a default that cannot act is off too.
+BASELINE: dict[str, Any] = dict(
+    defaults="baseline",
+    data_path="./data/datasets/fineweb10B_sp1024",
+    tokenizer_path="./data/tokenizers/fineweb_1024_bpe.model",
+    warmdown_frac=0.0,
+    min_lr=0.0,
+    train_batch_tokens=524288,
+    train_seq_len=1024,
+    train_doc_mask=False,
+    val_loss_every=1000,
+    train_log_every=200,
+    vocab_size=1024,
+    num_layers=9,
+    mlp_mult=2.0,
+    leaky_slope=0.0,
+    ortho_init="",
+    rope_dims=0,
+    qk_gain_init=1.5,
+    xsa_last_n=0,
+    asym_logit_rescale=False,
+    skip_gates_enabled=False,
+    num_loops=0,
+    parallel_start_layer=0,
+    ln_scale=False,
+    smear_gate_enabled=False,
+    smear_bos_mask=False,
+    sparse_attn_gate_enabled=False,
+    tied_embed_lr=0.05,
+    matrix_lr=0.04,
+    scalar_lr=0.04,
+    muon_momentum=0.95,
+    muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500,
+    muon_row_normalize=False,
+    muon_polar_express=False,
+    muon_wd=0.0,
+    embed_wd=0.0,
+    adam_wd=0.0,
+    beta2=0.95,
+    grad_clip_norm=0.0,
+    ema_decay=0.0,
+    quant_bits=8,
+    quant_policy="",
+    matrix_clip_sigmas=0.0,
+    attn_clip_sigmas=0.0,
+    mlp_clip_sigmas=0.0,
+    embed_clip_sigmas=0.0,
+    lqer_enabled=False,
+    lqer_asym_group=64,
+    gptq_n_samples=0,
+    gptq_embed=False,
+    gptq_reserve_seconds=0.0,
+    compressor="zstd",
+    eval_seq_len=0,
+    eval_stride=64,
+    ttt_lr=5e-4,
+    ttt_lora_rank=0,
+    ttt_lora_on="q,k,v,out,up,down",
+    ttt_lora_wd=0.5,
+    ttt_docs=64,
+    ttt_global_docs=0,
+    tilt_boost=0.0,
+)
+
 SMOKE_CONFIG = """
+DEFAULTS=baseline
 DATA_PATH=smoke_data
 TOKENIZER_PATH=byte260
 VOCAB_SIZE=260
@@ -1026,7 +1116,8 @@ def read_settings(
                 values[name.lower()] = given[name]
             except (ValueError, KeyError):
                 problems.append(f"{name}={printable(repr(text))}: expected {expected}")
-        for name in idle_names(given, dataclasses.replace(below or Config(), **values)):
+        base = below or default_config(values.get("defaults", ""))
+        for name in idle_names(given, dataclasses.replace(base, **values)):
             needs = FIELDS[name].metadata["needs"]
             idle.append(f"{name}={as_typed(given[name])} needs {needs}: as it is, it cannot act")
     decided = below or values.get("mode", "train") in TRAINING_MODES
@@ -1040,6 +1131,18 @@ def _holds(cfg: Config, term: str) -> bool:
     return as_typed(value) == wanted if wanted else bool(value)
 
 
+def default_config(defaults: str) -> Config:
+    """The settings where nothing is set."""
+    return Config(**BASELINE) if defaults == "baseline" else Config()
+
+
+def _acts(cfg: Config, name: str) -> bool:
+    """Whether what a setting needs is there."""
+    needs = FIELDS[name].metadata["needs"]
+    parts = needs.split(", and ") if needs else []
+    return all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
+
+
 def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
     """Names of what was given beside its default and cannot act, as the rest is set.
 
@@ -1047,14 +1150,19 @@ def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
     """
     idle = []
     for name, value in given.items():
-        field = FIELDS[name]
-        needs = field.metadata["needs"]
-        parts = needs.split(", and ") if needs else []
-        acts = all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
-        chosen = value != field.default and (value or field.default is True)  # 0 is no wish
-        if chosen and not acts:
+        default = getattr(default_config(cfg.defaults), name.lower())
+        chosen = value != default and (value or default is True)  # 0 is no wish
+        if chosen and not _acts(cfg, name):
             idle.append(name)
     return idle
+
+
+def settled(cfg: Config, given: Container[str]) -> Config:
+    """Defaults that cannot act, as the rest is set, become the baseline's: they are off."""
+    for name, off in BASELINE.items():
+        if name not in given and not _acts(cfg, name.upper()):
+            cfg = dataclasses.replace(cfg, **{name: off})
+    return cfg
 
 
 def value_problems(cfg: Config) -> list[str]:
@@ -1284,7 +1392,8 @@ def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Confi
     them are not yet checked against each other.
     """
     values, problems = read_settings(env, artifact)
-    cfg = dataclasses.replace(artifact or Config(), **values)
+    base = artifact or default_config(values.get("defaults", ""))
+    cfg = settled(dataclasses.replace(base, **values), values)
     problems += value_problems(cfg)
     if not problems and (artifact or cfg.mode in TRAINING_MODES):
         problems = relation_problems(cfg, launched(env, "WORLD_SIZE", 1))
@@ -5470,7 +5579,7 @@ def config_from(stored: Any) -> Config:
         shown = printable(f"{name.upper()}={value!r}")
         check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
-    cfg = Config(**values)
+    cfg = Config(**{**BASELINE, **values})
     problems = check_config(dataclasses.replace(cfg, mode="eval"))  # not as those of a training
     check(not problems, f"artifact: {'; '.join(problems)}")
     return cfg
@@ -8338,9 +8447,12 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
         log.log("WARNING: tested with torch 2.11 and 2.13 only")
     log.log("\n".join(rt.notes))
 
+    base = settled(default_config(cfg.defaults), ())
     values = {name: getattr(cfg, field.name) for name, field in FIELDS.items()}
     changed = {
-        name: as_typed(value) for name, value in values.items() if value != FIELDS[name].default
+        name: as_typed(value)
+        for name, value in values.items()
+        if value != getattr(base, name.lower())
     }
     typed = shlex.join(f"{name}={text}" for name, text in changed.items())
     log.log(f"overrides: {typed or 'none'}")

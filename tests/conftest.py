@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 TINY = dict(
+    tg.BASELINE,
     vocab_size=260,
     tokenizer_path="byte260",
     num_layers=3,
