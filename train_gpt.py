@@ -176,7 +176,6 @@ class Config:
         "pr2135",
         "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
         choices=("pr2135", "baseline"),
-        needs="MODE=train or MODE=plan",
     )
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
@@ -5842,7 +5841,7 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
     stored = config_from(header.get("config"))
     given, _ = read_settings(env, stored)
     problems = []
-    for name, value in stored.group("model").items():
+    for name, value in {**stored.group("model"), "defaults": stored.defaults}.items():
         if name in given and given[name] != value:
             reason = f"the artifact was made with {as_typed(value)}"
             problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from conftest import ROOT, TINY, clean_env
-from helpers import settings_in, torchrun_alone
+from helpers import config, settings_in, torchrun_alone
 
 import train_gpt as tg
 
@@ -33,13 +33,13 @@ def test_precedence(tmp_path):
     assert cfg.seed == 8
     assert cfg.ve_layers == (1, 2)
     assert cfg.tie_embeddings is False
-    assert cfg.num_layers == 9
+    assert cfg.num_layers == 11
 
 
 def test_plain_defaults_are_readable_on_the_class():
     """People's tools look for them under the old name."""
     assert tg.Hyperparameters is tg.Config
-    assert tg.Hyperparameters.num_layers == 9
+    assert tg.Hyperparameters.num_layers == 11
 
 
 def test_smoke_is_below_file_and_environment(tmp_path):
@@ -113,21 +113,21 @@ BAD_VALUES = {
     "MODE=fly": "expected one of train, eval, pack, sample",
     "NUM_HEADS=7": "MODEL_DIM=512 must be a multiple of NUM_HEADS=7",
     "NUM_KV_HEADS=3": "NUM_KV_HEADS=3",
-    "TRAIN_BATCH_TOKENS=100000": "must be a multiple of TRAIN_SEQ_LEN=1024",
+    "TRAIN_BATCH_TOKENS=100000": "must be a multiple of TRAIN_SEQ_LEN=2048",
     "MICRO_BATCH_TOKENS=1000": "multiple of MICRO_BATCH_TOKENS=1000",
     "WORLD_SIZE=3": "possible are 1, 2, 4, 8",
-    "EVAL_STRIDE=4096": "at most EVAL_SEQ_LEN=1024",
-    "TTT_LORA_RANK=4 TTT_LORA_CHUNK=2048": "TTT_LORA_CHUNK=2048 must be at most",
+    "EVAL_STRIDE=4096": "at most EVAL_SEQ_LEN=2560",
+    "TTT_LORA_CHUNK=4096": "TTT_LORA_CHUNK=4096 must be at most",
     "MATRIX_LR=nan": "finite",
     "MATRIX_LR=-1": "0 or more",
     "ROPE_DIMS=200": "at most the head size 64",
-    "VE_LAYERS=9": "NUM_LAYERS - 1 = 8",
+    "VE_LAYERS=11": "NUM_LAYERS - 1 = 10",
     "VE_LAYERS=3,3": "names a layer twice",
     "MLP_MULT=0.01 MODEL_DIM=64": "leaves no unit",
     "TOKENIZER_PATH=x.json": "expected a SentencePiece .model file or byte260",
     "QUANT_POLICY=mlp:9": "2 to 8 bits",
     "NUM_HEADS=0": "expected 1 or more",
-    "SMEAR_BOS_MASK=1": "SMEAR_BOS_MASK=1 needs SMEAR=1 or SMEAR_GATE_ENABLED",
+    "DEFAULTS=baseline SMEAR_BOS_MASK=1": "SMEAR_BOS_MASK=1 needs SMEAR=1 or SMEAR_GATE_ENABLED",
     "STREAM_DOCS=1": "STREAM_DOCS=1 needs EVAL_STREAM",
     "GPTQ_RESERVE_SECONDS=600": (
         "GPTQ_RESERVE_SECONDS=600.0 must be below MAX_WALLCLOCK_SECONDS=600.0"
@@ -140,7 +140,7 @@ BAD_VALUES = {
     "TTT_LORA_EARLY_CHUNKS=8:64,4:32 TTT_LORA_RANK=4": "until rising",
     "TTT_LORA_EARLY_CHUNKS=0:64 TTT_LORA_RANK=4": "sizes from 1",
     "TILT=1 TILT_BOOST=2": "TILT and TILT_BOOST exclude each other",
-    "GPTQ_N_SAMPLES=8": "takes training time: GPTQ_RESERVE_SECONDS must be above 0",
+    "GPTQ_RESERVE_SECONDS=0": "takes training time: GPTQ_RESERVE_SECONDS must be above 0",
     "CONFIG=/no/such/file": "no such file",
 }
 
@@ -195,7 +195,7 @@ TOGETHER = {
 
 def problems_of(**settings):
     small = dict(TINY, ttt_chunk_tokens=64, mix_chunk_tokens=64)
-    return tg.check_config(tg.Config(**small, **settings))
+    return tg.check_config(config(small, **settings))
 
 
 @pytest.mark.parametrize("case", TOGETHER)
@@ -302,7 +302,7 @@ def given_and(name, text):
 @pytest.mark.parametrize("name", NEEDY)
 def test_what_cannot_act_is_refused_with_what_it_needs(name):
     with_mode = IDLE.get(name, "")
-    values, problems = tg.read_settings(given_and(name, with_mode), tg.Config())
+    values, problems = tg.read_settings(given_and(name, with_mode), tg.Config(**tg.BASELINE))
     (problem,) = problems
     needs = tg.FIELDS[name].metadata["needs"]
     assert problem.endswith(f" needs {needs}: as it is, it cannot act")
@@ -312,15 +312,15 @@ def test_what_cannot_act_is_refused_with_what_it_needs(name):
 @pytest.mark.parametrize("name", NEEDY)
 def test_what_can_act_is_accepted(name):
     env = {**settings_in(ALSO.get(name, "")), **made_to_act(name), name: GIVEN[name]}
-    assert tg.read_settings(env, tg.Config())[1] == []
+    assert tg.read_settings(env, tg.Config(**tg.BASELINE))[1] == []
 
 
 def test_the_environment_may_turn_off_what_a_file_configures(tmp_path):
-    text = "TTT_EPOCHS=1\nTTT_LR=0.1\nSMEAR=1\nSMEAR_BOS_MASK=1\n"
+    text = "DEFAULTS=baseline\nTTT_EPOCHS=1\nTTT_LR=0.1\nSMEAR=1\nSMEAR_BOS_MASK=1\n"
     cfg = load(tmp_path, text, TTT_EPOCHS="0", SMEAR="0")
     assert (cfg.ttt_epochs, cfg.ttt_lr, cfg.smear) == (0, 0.1, False)
     assert "TTT_LR=0.2 needs" in complaint(tmp_path, text, TTT_EPOCHS="0", TTT_LR="0.2")
-    assert "TTT_LR=0.1 needs" in complaint(tmp_path, "TTT_LR=0.1\n", TTT_EPOCHS="1")
+    assert "TTT_LR=0.1 needs" in complaint(tmp_path, "DEFAULTS=baseline\nTTT_LR=0.1\n", TTT_EPOCHS="1")
 
 
 def test_every_setting_at_its_default_is_no_complaint():
