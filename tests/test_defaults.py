@@ -1,4 +1,4 @@
-"""What holds where nothing is set: the defaults, DEFAULTS=baseline, and artifacts older than both."""
+"""What holds where nothing is set: the defaults, DEFAULTS=baseline, and old artifacts."""
 
 import dataclasses
 import json

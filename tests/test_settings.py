@@ -320,7 +320,8 @@ def test_the_environment_may_turn_off_what_a_file_configures(tmp_path):
     cfg = load(tmp_path, text, TTT_EPOCHS="0", SMEAR="0")
     assert (cfg.ttt_epochs, cfg.ttt_lr, cfg.smear) == (0, 0.1, False)
     assert "TTT_LR=0.2 needs" in complaint(tmp_path, text, TTT_EPOCHS="0", TTT_LR="0.2")
-    assert "TTT_LR=0.1 needs" in complaint(tmp_path, "DEFAULTS=baseline\nTTT_LR=0.1\n", TTT_EPOCHS="1")
+    text = "DEFAULTS=baseline\nTTT_LR=0.1\n"
+    assert "TTT_LR=0.1 needs" in complaint(tmp_path, text, TTT_EPOCHS="1")
 
 
 def test_every_setting_at_its_default_is_no_complaint():
