@@ -172,11 +172,6 @@ class Config:
         "what to do; plan: print what a run would cost on 8xH100; pack: raw weights again",
         choices=("train", "eval", "pack", "sample", "plan"),
     )
-    defaults: str = _run(
-        "pr2135",
-        "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
-        choices=("pr2135", "baseline"),
-    )
     run_id: str = _run("", "name of the run; empty = time and process number")
     out_dir: str = _run("", "folder for everything written; empty = logs/<RUN_ID>")
     seed: int = _run(
@@ -241,6 +236,11 @@ class Config:
         0, "validation targets to score (development: no val_bpb); 0 = all", low=0
     )
 
+    defaults: str = _train(
+        "pr2135",
+        "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
+        choices=("pr2135", "baseline"),
+    )
     schedule: str = _train("clock", "what drives warm-down and stop", choices=("clock", "tokens"))
     max_wallclock_seconds: float = _train(
         600.0, "training seconds under SCHEDULE=clock; 0 = none", low=0, needs="SCHEDULE=clock"
@@ -793,7 +793,7 @@ Hyperparameters = Config  # the name that people's tools look for
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Config)}
 
 # Values of DEFAULTS=baseline, where others than those above: techniques are off. An artifact that
-# does not know a setting was made without it, and a default that cannot act is off too.
+# does not know a setting was made without it.
 BASELINE: dict[str, Any] = dict(
     defaults="baseline",
     data_path="./data/datasets/fineweb10B_sp1024",
@@ -1157,9 +1157,9 @@ def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
 
 
 def settled(cfg: Config, given: Container[str]) -> Config:
-    """Defaults that cannot act, as the rest is set, become the baseline's: they are off."""
+    """Techniques that are on by default and cannot act, as the rest is set, are off."""
     for name, off in BASELINE.items():
-        if name not in given and not _acts(cfg, name.upper()):
+        if not off and name not in given and not _acts(cfg, name.upper()):
             cfg = dataclasses.replace(cfg, **{name: off})
     return cfg
 
@@ -8446,7 +8446,7 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
         log.log("WARNING: tested with torch 2.11 and 2.13 only")
     log.log("\n".join(rt.notes))
 
-    base = settled(default_config(cfg.defaults), ())
+    base = dataclasses.replace(default_config(cfg.defaults), defaults=Config.defaults)
     values = {name: getattr(cfg, field.name) for name, field in FIELDS.items()}
     changed = {
         name: as_typed(value)

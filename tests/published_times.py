@@ -79,7 +79,7 @@ def config_of(text: str) -> tg.Config:
         text = text.replace(short, long)
     for record in re.findall(r"CONFIG=\S+", text):
         text = text.replace(record, f"{record}/config.env")
-    return tg.load_config(settings_in(text))
+    return tg.load_config({"DEFAULTS": "baseline", **settings_in(text)})
 
 
 def published() -> list[Published]:

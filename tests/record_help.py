@@ -20,6 +20,7 @@ from tool.logs import RESULT_MARK
 import train_gpt as tg
 
 CONFIG = """# a tiny byte-level model
+DEFAULTS=baseline
 DATA_PATH=./data/tiny
 TOKENIZER_PATH=byte260
 VOCAB_SIZE=260

@@ -67,14 +67,14 @@ def test_the_official_baselines_own_command_is_read():
 
 
 OFF = {
-    "TTT_LORA_RANK=0": ["ttt_global_docs", "ttt_lora_on"],
+    "TTT_LORA_RANK=0": ["ttt_global_docs"],
     "SCHEDULE=tokens": ["gptq_reserve_seconds"],
     "GPTQ_N_SAMPLES=0": ["gptq_embed"],
     "MATRIX_CLIP_SIGMAS=0": ["attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"],
     "LOGIT_SOFTCAP=0": ["asym_logit_rescale"],
     "UNET_SKIPS=0": ["skip_gates_enabled"],
     "SMEAR_GATE_ENABLED=0": ["smear_bos_mask"],
-    "QUANT_STEP=0.01 QUANT_POLICY=": ["quant_bits", "matrix_clip_sigmas", "attn_clip_sigmas"],
+    "QUANT_STEP=0.01 QUANT_POLICY=": ["matrix_clip_sigmas", "attn_clip_sigmas"],
 }
 
 

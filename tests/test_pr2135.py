@@ -35,6 +35,7 @@ needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no referenc
 
 # Its techniques, with the values of its published log.
 TECHNIQUES = settings_in("""
+    DEFAULTS=baseline
     LEAKY_SLOPE=0.5 LN_SCALE=1 QK_GAIN_INIT=5 ORTHO_INIT=plain ASYM_LOGIT_RESCALE=1
     SKIP_GATES_ENABLED=1 SMEAR_GATE_ENABLED=1 SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12
     TRAIN_DOC_MASK=1 WARMDOWN_FRAC=0.85 MIN_LR=0.1 MATRIX_LR=0.028 MUON_MOMENTUM=0.97
@@ -138,7 +139,9 @@ def test_ten_steps_of_the_original(run_log, tmp_path):
 
 # --- equal to the formulas, in other shapes -------------------------------------------------------
 
-SMALL = settings_in("VOCAB_SIZE=40 MODEL_DIM=16 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=1.5")
+SMALL = settings_in(
+    "DEFAULTS=baseline VOCAB_SIZE=40 MODEL_DIM=16 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=1.5"
+)
 SHAPES = {
     "all": """
         NUM_LAYERS=6 NUM_LOOPS=2 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=4 XSA_LAST_N=6

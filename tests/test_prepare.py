@@ -200,6 +200,7 @@ def test_bytes_train_and_score(corpus, tmp_path):
     settings = {
         **TINY_RUN,
         "SMOKE": "0",
+        "DEFAULTS": "baseline",
         "VAL_TOKENS": "0",
         "EVAL_STRIDE": "0",
         "EVAL_SEQ_LEN": "64",

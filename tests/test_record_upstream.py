@@ -287,7 +287,7 @@ def test_what_a_newer_python_could_check_is_said(tmp_path):
 @pytest.mark.parametrize("script", ["", SCRIPT])
 def test_a_recipe_is_no_failed_record(tmp_path, script, capsys):
     """Settings (and a script) that nobody has run: nothing fails, and nothing passes on nothing."""
-    (tmp_path / "config.env").write_text("NUM_LAYERS=2\n")
+    (tmp_path / "config.env").write_text("DEFAULTS=baseline\nNUM_LAYERS=2\n")
     if script:
         (tmp_path / "train_gpt.py").write_text(script.replace('COMPRESSOR = "zlib"', "raise"))
     assert record.main(["check", str(tmp_path)]) == 0

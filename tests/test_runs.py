@@ -557,7 +557,8 @@ def validation_of(folder, *shards):
     for number, tokens in enumerate(shards):
         tg.write_shard(folder / tg.shard_name("val", number), np.array(tokens))
     settings = {name: text for name, text in TINY_RUN.items() if name != "SMOKE"}
-    model = settings_in("VOCAB_SIZE=260 TOKENIZER_PATH=byte260 SCHEDULE=tokens VE_DIM=16")
+    model = settings_in("DEFAULTS=baseline VOCAB_SIZE=260 TOKENIZER_PATH=byte260 VE_DIM=16")
+    model["SCHEDULE"] = "tokens"
     return {**settings, **model, "DATA_PATH": str(folder), "DEVICE": "cpu", "VAL_TOKENS": "0"}
 
 

@@ -51,6 +51,19 @@ def declared_settings(tree: ast.Module) -> dict[str, str | None]:
     return found
 
 
+def chosen_defaults(tree: ast.Module, config: Mapping[str, str]) -> dict[str, str | None]:
+    """NAME -> value of the table that DEFAULTS names: NAME = dict(...) of the script."""
+    aliases = import_aliases(tree)
+    table = config.get("DEFAULTS", "").upper()
+    for node in tree.body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        named = table in [target.id for target in targets if isinstance(target, ast.Name)]
+        if table and named and isinstance(node.value, ast.Call):
+            pairs = ((word.arg, word.value) for word in node.value.keywords)
+            return {name.upper(): _default_text(value, aliases) for name, value in pairs if name}
+    return {}
+
+
 def _environment_reads(tree: ast.Module, aliases: Mapping[str, str]) -> Iterator[Declaration]:
     """What a script asks the environment for: os.environ["A"], os.getenv("A", 1), own("A", 1)."""
     helpers = set()
@@ -179,7 +192,7 @@ class Script:
         self.siblings = {file_name(sibling) for sibling in siblings}
         self.run_settings = run_settings
         self.declared = declared_settings(self.tree)
-        self.defaults = {**self.declared}
+        self.defaults = {**self.declared, **chosen_defaults(self.tree, config or {})}
         for name, value in (config or {}).items():
             if name in self.declared:
                 self.defaults[name] = value

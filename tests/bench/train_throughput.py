@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt as tg
 
 DEFAULTS = dict(
+    DEFAULTS="baseline",
     NUM_LAYERS="4",
     MODEL_DIM="256",
     MLP_MULT="2",
