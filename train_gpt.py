@@ -236,11 +236,6 @@ class Config:
         0, "validation targets to score (development: no val_bpb); 0 = all", low=0
     )
 
-    defaults: str = _train(
-        "pr2135",
-        "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
-        choices=("pr2135", "baseline"),
-    )
     schedule: str = _train("clock", "what drives warm-down and stop", choices=("clock", "tokens"))
     max_wallclock_seconds: float = _train(
         600.0, "training seconds under SCHEDULE=clock; 0 = none", low=0, needs="SCHEDULE=clock"
@@ -303,6 +298,11 @@ class Config:
         needs="QUANT_STEP=0.0 or QUANT_POLICY",
     )
 
+    defaults: str = _model(
+        "pr2135",
+        "whose values hold where nothing is set: PR 2135's, or the official baseline's (all off)",
+        choices=("pr2135", "baseline"),
+    )
     vocab_size: int = _model(8192, "tokens in the vocabulary", low=2, high=65536)
     num_layers: int = _model(11, "transformer blocks", low=1, high=1024)
     model_dim: int = _model(512, "width", low=2, high=65536)
@@ -5511,6 +5511,9 @@ def fitted_to(
     return max(fitting, key=len) if fitting else min(blobs.values(), key=len)
 
 
+TOLD = ("model", "pack", "score")  # groups of settings that an artifact holds
+
+
 def packed_file(
     fitted: Sequence[PackedTensor], cfg: Config, code_bytes: int, notes: dict[str, Any]
 ) -> bytes:
@@ -5520,7 +5523,7 @@ def packed_file(
         layout = quantizer(tensor.kind, cfg).layout(tensor.shape)
         for part, array in zip(layout, tensor.arrays):
             streams[part.stream] += array.tobytes()
-    settings = cfg.group("model", "pack", "score")
+    settings = cfg.group(*TOLD)
     header = {
         "config": {**settings, "eval_seq_len": cfg.score_len},
         "tensors": [[tensor.name, tensor.shape, tensor.kind] for tensor in fitted],
@@ -5578,7 +5581,9 @@ def config_from(stored: Any) -> Config:
         shown = printable(f"{name.upper()}={value!r}")
         check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
-    cfg = Config(**{**BASELINE, **values})
+    told = {name: None for name in Config().group(*TOLD)}
+    off = {name: value for name, value in BASELINE.items() if name in told}
+    cfg = dataclasses.replace(default_config(values.get("defaults", "baseline")), **off | values)
     problems = check_config(dataclasses.replace(cfg, mode="eval"))  # not as those of a training
     check(not problems, f"artifact: {'; '.join(problems)}")
     return cfg
@@ -5841,7 +5846,7 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
     stored = config_from(header.get("config"))
     given, _ = read_settings(env, stored)
     problems = []
-    for name, value in {**stored.group("model"), "defaults": stored.defaults}.items():
+    for name, value in stored.group("model").items():
         if name in given and given[name] != value:
             reason = f"the artifact was made with {as_typed(value)}"
             problems.append(f"{name.upper()}={as_typed(given[name])}: {reason}")
@@ -6980,7 +6985,7 @@ class PerDocumentLoRA(WindowNetwork):
         model.requires_grad_(False)
         shapes = adapter_shapes(model, cfg)
         self.places = [list(places) for places in shapes]
-        generator = torch.Generator().manual_seed(cfg.seed)
+        generator = torch.Generator().manual_seed(0)  # not SEED, which no artifact holds
         self.start = []  # A at first
         self.params = []  # A and B of every place
         for rows, columns in itertools.chain(*(places.values() for places in shapes)):
@@ -7134,10 +7139,10 @@ class GlobalStep:
             return
         charged = document_starts(tokens[: chunk.hi], self.cfg.bos_id)
         if len(charged) == self.cfg.ttt_global_docs:
-            self.learn(tokens[: chunk.hi + 1])
+            self.pass_over(tokens[: chunk.hi + 1])
 
-    def learn(self, tokens: np.ndarray) -> None:
-        """The pass over a stream."""
+    def pass_over(self, tokens: np.ndarray) -> None:
+        """Learns a stream."""
         cfg, rt = self.cfg, self.rt
         params = [p.requires_grad_() for p in self.model.parameters()]
         optimizer = torch.optim.SGD(params, lr=cfg.ttt_global_lr, momentum=0.9)
@@ -8341,7 +8346,7 @@ def plan_global_step(global_step: GlobalStep, cfg: Config, tokens: np.ndarray) -
     size = cfg.ttt_chunk_tokens
     starts = document_starts(tokens[:-1], cfg.bos_id)
     targets = [*starts, len(tokens) - 1][: cfg.ttt_global_docs + 1][-1]
-    learn = functools.partial(global_step.learn, np.zeros(size + 1, np.uint16))
+    learn = functools.partial(global_step.pass_over, np.zeros(size + 1, np.uint16))
     step = cost_of(global_step.rt, learn)
     step.tokens = size
     return step.of(targets, targets / size)
@@ -8405,7 +8410,7 @@ def plan_lines(cfg: Config) -> list[str]:
         if stage.enabled(cfg):
             total, batch = plan_stage(stage, cfg, tokens)
             whole += total.seconds
-            counts = " and n-gram counts" if _mixed_enabled(cfg) or _ngram_enabled(cfg) else ""
+            counts = " and n-gram counts" if stage.name in ("mixed", "ngram") else ""
             lines.append(
                 f"{stage.name}: {_per_token(total)} {batch.operations:.0f} operations a batch, "
                 f"{total.seconds:.1f} s{counts}"

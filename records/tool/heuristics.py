@@ -524,22 +524,23 @@ class ScoreOrder:
         name = dotted(call, self.script.aliases)
         return called(call) == "backward" or name.endswith("autograd.grad")
 
-    def scored_before(self, node: ast.AST, depth: int = 0) -> bool:
+    def scored_before(self, node: ast.AST, inside: tuple[ast.AST, ...] = ()) -> bool:
         """Whether a loop around the node scores the tokens earlier in its body.
 
-        The loop is here or in all callers.
+        The loop is here or in all callers; inside: the functions that were gone through.
         """
         owner = self.script.owner(node)
-        callers = self._callers(owner)
+        inside = (*inside, owner)
+        callers = [call for call in self._callers(owner) if self.script.owner(call) not in inside]
         scopes = self._loops_around(node)
         if callers and all(map(self._is_made_per_chunk, callers)):
             scopes.append(owner)
         for scope in scopes:
             if self._scores(scope, node):
                 return True
-        if not callers or depth == MAX_CALLERS:
+        if not callers or len(inside) > MAX_CALLERS:
             return False
-        return all(self.scored_before(call, depth + 1) for call in callers)
+        return all(self.scored_before(call, inside) for call in callers)
 
     def _loops_around(self, node: ast.AST) -> list[ast.AST]:
         """The loops around a node in the same function."""
@@ -593,7 +594,13 @@ class ScoreOrder:
             return _is_quiet_block(node) and self.flow.has_any(ast.walk(node))
         if not isinstance(node, ast.Call) or not self.flow.has(node):
             return False
-        return any(map(_is_quiet, self.script.functions.get(called(node), ())))
+        functions = self.script.functions.get(called(node), ())
+        calls = (
+            part for body in functions for part in ast.walk(body) if isinstance(part, ast.Call)
+        )
+        for call in filter(self.flow.has, calls):  # what it does first of all may be quiet
+            functions = [*functions, *self.script.functions.get(called(call), ())]
+        return any(map(_is_quiet, functions))
 
     def _adds_up(self, node: ast.AST) -> bool:
         """Whether a statement or call adds a marked value to what it keeps."""

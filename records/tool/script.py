@@ -117,15 +117,29 @@ def _config_fields(tree: ast.Module, aliases: Mapping[str, str]) -> Iterator[Dec
 
     Whatever `field` makes them; a field that asks the environment is no setting of its own.
     """
+    for name, value in _fields(tree):
+        if not _reads_environment(value, aliases):
+            yield name, _field_default(value)
+
+
+def _fields(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     classes = _config_classes(tree)
     for owner in tree.body:
         if not isinstance(owner, ast.ClassDef) or owner.name not in classes:
             continue
         for node in owner.body:
-            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-                continue
-            if not _reads_environment(node, aliases):
-                yield node.target.id.upper(), _field_default(node.value)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+                yield node.target.id.upper(), node.value
+
+
+def declared_needs(tree: ast.Module) -> dict[str, str]:
+    """NAME -> what a field says that it needs: "A=x or B, and C"."""
+    found = {}
+    for name, value in _fields(tree):
+        needs = keyword_value(value, "needs") if isinstance(value, ast.Call) else None
+        if isinstance(needs, ast.Constant):
+            found[name] = str(needs.value)
+    return found
 
 
 def _config_classes(tree: ast.Module) -> set[str]:

@@ -12,10 +12,10 @@ import math
 import re
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from tool.finding import Problems, skipped
-from tool.script import PLACES_AND_LABELS, Script, file_name, plain_value
+from tool.script import PLACES_AND_LABELS, Script, declared_needs, file_name, plain_value
 from tool.tree import (
     FUNCTIONS,
     called,
@@ -526,9 +526,11 @@ def check_defaults(script: Script) -> Check:
         return skipped("S9", "the logs print no settings to compare the defaults with")
     problems = Problems()
     differing = {}
+    needs = declared_needs(script.tree)
     for name, default in script.defaults.items():
         value = script.run_settings.get(name)
-        if _differ(name, default, value):
+        idle = not _is_on(value) and not _there(needs.get(name, ""), script.run_settings)
+        if _differ(name, default, value) and not idle:
             differing[name] = [default, value]
             given_as = f"default {default or 'empty'}, the run had {value or 'empty'}"
             problems.fail(f"{name}: {given_as}")
@@ -541,6 +543,22 @@ def check_defaults(script: Script) -> Check:
         compared=compared,
         differing=differing,
     )
+
+
+def _is_on(value: str | None) -> bool:
+    return value not in (None, "", "0", "0.0")
+
+
+def _there(needs: str, settings: Mapping[str, str]) -> bool:
+    """Whether the run had what a setting needs; one that needs what it had not was off."""
+    for part in filter(None, needs.split(", and ")):
+        terms = (term.partition("=") for term in part.split(" or "))
+        held = [
+            settings.get(n) == value if value else _is_on(settings.get(n)) for n, _, value in terms
+        ]
+        if not any(held):
+            return False
+    return True
 
 
 def _differ(name: str, default: str | None, value: str | None) -> bool:
