@@ -5,11 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-import record
 from conftest import clean_env
 from data_tool import DOCUMENTS, call, jsonl
 from helpers import forked_ranks, python, result_of, settings_in
-from record_help import Program, new
+from record_help import Program, new, without_waiting
 
 import train_gpt as tg
 
@@ -37,7 +36,7 @@ CONTEXT_SCHEDULE=32:0.5
 SCHEDULE=tokens
 ITERATIONS=13
 WARMUP_STEPS=1
-VAL_LOSS_EVERY=6
+VAL_LOSS_EVERY=12
 EMA_DECAY=0.5
 WARMDOWN_FRAC=0.5
 MUON_MOMENTUM_WARMUP_STEPS=6
@@ -45,8 +44,8 @@ GPTQ_N_SAMPLES=4
 KEEP_FLOAT_MAX_NUMEL=256
 EVAL_SEQ_LEN=80
 TTT_LORA_RANK=4
-TTT_LORA_CHUNK=16
-TTT_LR=0.003
+TTT_LORA_CHUNK=40
+TTT_LR=0.0005
 TTT_DOCS=4
 TTT_GLOBAL_DOCS=5
 TTT_CHUNK_TOKENS=128
@@ -58,13 +57,16 @@ TILT_ORDER=4
 def rehearsed(tmp_path_factory, own_machine):
     """A checkout with data in case markers, and the record that was made in it."""
     place = tmp_path_factory.mktemp("rehearsal")
-    corpus = jsonl(place / "docs.jsonl", DOCUMENTS)
+    texts = [text[:2000] for text in DOCUMENTS]  # of which eight validate
+    corpus = jsonl(place / "docs.jsonl", texts)
     data = dict(root=place / "data", name="mine", vocab_size=500, val_every=10)
     assert call("text", corpus, transform="caseops", workers=2, **data).code == 0
     (place / "config.env").write_text(CONFIG)
     config = ["--config", str(place / "config.env"), "--seeds", "1"]
     told = ["--author", "A. Person", "--technique", "All at once.", "--packed", "--strip"]
-    assert new(place, "all", "--track", "non_record_cpu", *config, *told) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without_waiting(patch)
+        assert new(place, "all", "--track", "non_record_cpu", *config, *told) == 0
     return place / "records" / "track_non_record_cpu" / "2026-01-31_all"
 
 
@@ -96,7 +98,7 @@ def test_the_folder_alone_runs_and_scores_again(rehearsed, tmp_path):
     expected = json.loads((folder / "submission.json").read_text())["val_bpb"]
     for env, out in ((scored, "scored"), (trained, "trained")):
         done = python(["train_gpt.py"], env, cwd=folder)
-        assert done.code == 0, done.out + done.err
+        assert done.returncode == 0, done.out + done.err
         result = result_of(tmp_path / out)["result"]
         assert result["stage"] == "mixed"
         np.testing.assert_allclose(result["val_bpb"], expected, rtol=1e-6)
@@ -111,7 +113,3 @@ def test_two_processes_score_as_one(rehearsed, tmp_path):
     assert codes == [0, 0], said
     expected = json.loads((rehearsed / "submission.json").read_text())["val_bpb"]
     assert abs(result_of(tmp_path)["result"]["val_bpb"] - expected) < 2e-3
-
-
-def test_the_audit_of_the_artifact(rehearsed):
-    assert record.main(["check", str(rehearsed)]) == 0
