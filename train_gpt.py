@@ -557,11 +557,11 @@ class Config:
         16_000_000, "cap on code + model; over it the exit code is 2", low=0
     )
     fit_artifact: bool = _pack(
-        False,
+        True,
         "scale QUANT_STEP to fill the cap; MATRIX_CLIP_SIGMAS and its like only up, to fit it",
         needs="QUANT_STEP or MATRIX_CLIP_SIGMAS",
     )
-    fit_margin: int = _pack(0, "bytes of the cap left free then", low=0, needs="FIT_ARTIFACT")
+    fit_margin: int = _pack(10_000, "bytes of the cap left free then", low=0, needs="FIT_ARTIFACT")
 
     eval_seq_len: int = _score(
         2560, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20
@@ -847,6 +847,8 @@ BASELINE: dict[str, Any] = dict(
     gptq_embed=False,
     gptq_reserve_seconds=0.0,
     compressor="zstd",
+    fit_artifact=False,
+    fit_margin=0,
     eval_seq_len=0,
     eval_stride=64,
     ttt_lr=5e-4,

@@ -273,7 +273,7 @@ PUBLISHED = dict(
 @pytest.mark.parametrize("qttt, blocks, count", [(True, 1, 277_003), (False, 2, 5_784_091)])
 def test_adapted_parameters_at_full_size(qttt, blocks, count, rt):
     """What the logs of PR 834 and PR 859 print."""
-    cfg = tg.Config(**PUBLISHED, qttt=qttt, ttt_freeze_blocks=blocks)
+    cfg = config(tg.BASELINE, **PUBLISHED, qttt=qttt, ttt_freeze_blocks=blocks)
     with torch.device("meta"):
         model = tg.GPT(cfg)
     tg.STAGES["ttt"].build(model, rt, cfg, TABLE)

@@ -434,5 +434,5 @@ def test_bad_tokenizers(tmp_path):
     (tmp_path / "b.model").write_bytes(b"no model")
     with pytest.raises(tg.InputError, match="not a SentencePiece model"):
         tg.ByteTable.from_sentencepiece(tmp_path / "b.model")
-    with pytest.raises(tg.InputError, match="VOCAB_SIZE=1024, but the tokenizer byte260 has 260"):
+    with pytest.raises(tg.InputError, match="VOCAB_SIZE=8192, but the tokenizer byte260 has 260"):
         tg.ByteTable.load(tg.Config(tokenizer_path="byte260"))

@@ -301,6 +301,7 @@ def test_fetch_then_train(world, tmp_path):
     needed = dict(pair.split("=") for pair in done.out.splitlines()[-1].split())
     assert needed == {**place, "TOKENIZER_PATH": "byte260", "VOCAB_SIZE": "260"}
     settings = {**TINY_RUN, **needed, "SMOKE": "0", "EVAL_STRIDE": "0", "DEVICE": "cpu"}
+    settings["DEFAULTS"] = "baseline"
     settings["OUT_DIR"] = str(tmp_path / "out")
     done = python(ROOT / "train_gpt.py", env={**world.env, **settings})
     assert done.code == 0, done.err
@@ -884,7 +885,7 @@ def place(monkeypatch):
 
 def test_default_place(place, tmp_path):
     """DATA_PATH names folder and variant, in the environment before the config file."""
-    assert place() == (ROOT / "data", "sp1024")
+    assert place() == (ROOT / "data", "sp8192_caseops")
     assert place(DATA_PATH="/x/datasets/fineweb10B_byte260") == (Path("/x"), "byte260")
     file = tmp_path / "config.env"
     file.write_text("DATA_PATH=./data/datasets/fineweb10B_sp8192\n")

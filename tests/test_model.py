@@ -67,13 +67,13 @@ def test_logits_without_a_cap(rng):
 
 
 def test_baseline_parameter_count():
-    assert sum(p.numel() for p in tg.GPT(tg.Config()).parameters()) == 17_059_912
+    assert sum(p.numel() for p in tg.GPT(tg.Config(**tg.BASELINE)).parameters()) == 17_059_912
 
 
 def test_training_flops_by_hand():
     """Six a multiply-accumulate parameter; attention looks at half of the sequence on average."""
     shape = dict(num_layers=4, model_dim=256, num_heads=8, num_kv_heads=4, train_seq_len=512)
-    cfg = tg.Config(vocab_size=1024, **shape)
+    cfg = config(tg.BASELINE, **shape)
     queries_and_output = 2 * 256 * 256
     keys_and_values = 2 * 256 * 128
     mlp = 2 * 256 * 512

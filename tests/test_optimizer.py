@@ -156,24 +156,24 @@ def test_groups_rates_and_decay(bigram, tied, rt):
 
 def test_warmdown():
     """Linear over the last steps, whatever is known of how many are left."""
-    cfg = tg.Config(warmdown_iters=6, iterations=10)
+    cfg = config(tg.BASELINE, warmdown_iters=6, iterations=10)
     for step in range(11):
         assert tg.warmdown(cfg, tg.Moment(step, 10 - step, 0.0)) == min(1, (10 - step) / 6)
     assert tg.warmdown(cfg, tg.Moment(0, math.inf, 0.0)) == 1
     assert tg.warmdown(cfg, tg.Moment(0, -1, 0.0)) == 0
-    assert tg.warmdown(tg.Config(warmdown_iters=0), tg.Moment(5, 0, 0.0)) == 1
+    assert tg.warmdown(config(tg.BASELINE, warmdown_iters=0), tg.Moment(5, 0, 0.0)) == 1
 
 
 def test_warmdown_over_a_share_of_the_run_with_a_floor():
     """PR 2135's: 1 up to 15 % of the run, then straight towards 0 at its end, a tenth at least."""
-    cfg = tg.Config(warmdown_frac=0.85, min_lr=0.1)
+    cfg = config(tg.BASELINE, warmdown_frac=0.85, min_lr=0.1)
     for share in np.linspace(0, 1, 41):
         expected = 1.0
         if share > 0.15:
             expected = max((1 - share) / 0.85, 0.1)
         now = tg.Moment(7, 3.0, share)
         assert tg.warmdown(cfg, now) == pytest.approx(expected)
-    floor = tg.Config(warmdown_iters=10, min_lr=0.25)
+    floor = config(tg.BASELINE, warmdown_iters=10, min_lr=0.25)
     for left, factor in ((10, 1), (5, 0.5), (1, 0.25)):
         now = tg.Moment(0, left, 0.0)
         assert tg.warmdown(floor, now) == factor
@@ -218,7 +218,7 @@ def average_of(values, **settings):
     """What the averager leaves of the initial weights values[0] and those after each step."""
     model = torch.nn.Linear(*values.shape[:0:-1], bias=False)
     model.weight.data = torch.from_numpy(values[0]).float()
-    averager = tg.WeightAverager(model, tg.Config(**settings))
+    averager = tg.WeightAverager(model, config(tg.BASELINE, **settings))
     last = len(values) - 1
     for step in range(1, len(values)):
         model.weight.data = torch.from_numpy(values[step]).float()

@@ -101,7 +101,8 @@ def test_published_step_times_and_memory(runs):
 def test_every_config_has_a_plan(path, capsys, tmp_path, monkeypatch):
     """Without data, and without writing anything."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tg, "FINEWEB_TARGETS", {1024: 3_000_000})
+    monkeypatch.setattr(tg, "FINEWEB_TARGETS", dict.fromkeys((1024, 8192), 1_000_000))
+    monkeypatch.setattr(tg, "FINEWEB_DOCUMENTS", 1000)
     env = {"MODE": "plan", "CONFIG": str(path), "DATA_PATH": "nowhere"}
     assert tg.main([], env) == tg.OK
     printed = capsys.readouterr().out
@@ -138,7 +139,7 @@ def test_documents_of_few_chunks_have_a_plan(lengths):
     [
         ("NUM_HEADS=7", "NUM_HEADS"),
         ("TRAIN_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN"),
-        ("TTT_LR=0.1", "cannot act"),
+        ("TTT_LORA_RANK=0 TTT_LR=0.1", "cannot act"),
     ],
 )
 def test_settings_that_do_not_go_together_have_no_plan(text, words, capsys):
@@ -147,7 +148,7 @@ def test_settings_that_do_not_go_together_have_no_plan(text, words, capsys):
 
 
 def test_micro_batches_that_eight_cannot_share_are_pointed_out(capsys):
-    env = {"MODE": "plan", "MICRO_BATCH_TOKENS": "524288", "VAL_TOKENS": "100000"}
+    env = {"MODE": "plan", "MICRO_BATCH_TOKENS": "786432", "VAL_TOKENS": "100000"}
     assert tg.main([], env) == tg.OK
     printed = capsys.readouterr().out
     assert "8 processes cannot share the 1 micro-batches" in printed

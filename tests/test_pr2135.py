@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import SHARED
 from helpers import (
     compiled,
+    config,
     counted_compiler,
     cpu_runtime,
     losses_of,
@@ -321,7 +322,7 @@ def test_recurrence_that_never_began_is_said(tmp_path):
 
 def test_the_end_by_steps_is_the_end_of_the_schedules(run_log):
     """Under the clock, too: what is to begin late begins when few steps are left."""
-    cfg = tg.Config(schedule="clock", max_wallclock_seconds=100.0, iterations=10)
+    cfg = config(tg.BASELINE, max_wallclock_seconds=100.0, iterations=10)
     clock = tg.Clock(cfg, 0)
     clock.last = tg.StepReport(step=8, elapsed=5.0)
     assert clock.progress(9) == 0.9

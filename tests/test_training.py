@@ -16,7 +16,7 @@ import train_gpt as tg
 
 SMALL = dict(TINY, num_layers=2)
 # A model whose steps cost nothing, for tests of the loop around them.
-SMALLEST = dict(num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=8)
+SMALLEST = dict(tg.BASELINE, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, vocab_size=8)
 
 
 def trainer_of(cfg, rt, log, stream=None, **options):
@@ -39,7 +39,7 @@ def no_validation(step):
 def clock():
     """Of a run of 96 seconds and 1,000 steps, two of which may be in flight."""
     limits = dict(max_wallclock_seconds=100, gptq_reserve_seconds=4, iterations=1000)
-    return tg.Clock(tg.Config(schedule="clock", **limits), 2, FakeClock(1000.0))
+    return tg.Clock(config(tg.BASELINE, **limits), 2, FakeClock(1000.0))
 
 
 def test_clock_goes_on_where_it_was(clock):

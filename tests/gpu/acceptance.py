@@ -41,7 +41,7 @@ SHARE_MS = {
 }
 SLACK = 1.25
 REDUCTION_MS = 10.0
-PEAK_GIB = 40.0
+PEAK_GIB = 60.0
 ALIKE = 0.01  # relative gap of a first loss in bfloat16
 COMPARED = 5  # first losses
 NOISE = re.compile(r"warn|deprecat|graph break|Traceback|Error", re.IGNORECASE)
@@ -289,6 +289,8 @@ def exact_jobs(pod: Pod, systems: Sequence[str]) -> dict[str, Job]:
         row = int(settings.get("TRAIN_SEQ_LEN", cfg.train_seq_len))
         settings |= {"MICRO_BATCH_TOKENS": max(row, micro // 8), "ITERATIONS": COMPARED}
         settings |= {"WARMDOWN_ITERS": 0, "WARMUP_STEPS": 0, "COMPILE": 0}
+        if cfg.warmdown_frac:  # shares of so short a run are no shares of the other one
+            settings |= {"WARMDOWN_FRAC": 0, "ENABLE_LOOPING_AT": 0.99}
         settings["DTYPE"] = "float32"
         name = f"exact_{system}"
         jobs.setdefault(training_of(cfg), Job(name, inside.training_steps, settings, limit=120))

@@ -90,7 +90,9 @@ DRY = Scale(
 TINY = """NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=64
     TRAIN_BATCH_TOKENS=512 WARMUP_STEPS=1 MUON_BACKEND_STEPS=1 KEEP_FLOAT_MAX_NUMEL=256"""
 TINY_IF_ON = """XSA_LAST_N=2 ROPE_DIMS=8 BIGRAM_VOCAB_SIZE=64 VE_LAYERS=0,1 EVAL_STRIDE=32
-    NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=256 TTT_BATCH_SEQS=4 TTT_EPOCHS=1"""
+    NGRAM_STRIDE=32 NGRAM_CHUNK_TOKENS=256 TTT_BATCH_SEQS=4 TTT_EPOCHS=1 EVAL_SEQ_LEN=64
+    NUM_LOOPS=1 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=1 GPTQ_N_SAMPLES=4 TTT_LORA_RANK=4
+    TTT_LORA_CHUNK=16 TTT_DOCS=8 TTT_GLOBAL_DOCS=2 WARMDOWN_FRAC=0.1 ENABLE_LOOPING_AT=0.8"""
 
 
 def pairs(text: str) -> dict[str, object]:
@@ -441,7 +443,9 @@ class Pod:
         settings = {"CONFIG": SYSTEMS / system / "config.env"} | small
         settings |= {"TRAIN_BATCH_TOKENS": batch // PARTS * parts}
         settings |= {"MICRO_BATCH_TOKENS": batch // PARTS, "MAX_ARTIFACT_BYTES": 60_000_000}
-        settings |= {"ITERATIONS": self.scale.steps, "WARMDOWN_ITERS": self.scale.steps // 3}
+        settings |= {"ITERATIONS": self.scale.steps}
+        if not cfg.warmdown_frac:
+            settings["WARMDOWN_ITERS"] = self.scale.steps // 3
         return settings | {"VAL_LOSS_EVERY": 0, "VAL_TOKENS": self.scale.targets}
 
     def scoring(self, system: str) -> dict[str, object]:
