@@ -50,16 +50,7 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import (
-    Callable,
-    Collection,
-    Container,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1158,10 +1149,10 @@ def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
     return idle
 
 
-def settled(cfg: Config, given: Container[str]) -> Config:
-    """Techniques that are on by default and cannot act, as the rest is set, are off."""
+def settled(cfg: Config) -> Config:
+    """Techniques that are on, by default or by a file, and cannot act as the rest is set: off."""
     for name, off in BASELINE.items():
-        if not off and name not in given and not _acts(cfg, name.upper()):
+        if not off and not _acts(cfg, name.upper()):
             cfg = dataclasses.replace(cfg, **{name: off})
     return cfg
 
@@ -1394,7 +1385,7 @@ def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Confi
     """
     values, problems = read_settings(env, artifact)
     base = artifact or default_config(values.get("defaults", ""))
-    cfg = settled(dataclasses.replace(base, **values), values)
+    cfg = settled(dataclasses.replace(base, **values))
     problems += value_problems(cfg)
     if not problems and (artifact or cfg.mode in TRAINING_MODES):
         problems = relation_problems(cfg, launched(env, "WORLD_SIZE", 1))

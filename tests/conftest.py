@@ -75,6 +75,11 @@ LONGEST = (
 )
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: much of a test's time is waiting for processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: with several processes, none is left alone with one at the end."""
     order = {name: place for place, name in enumerate(LONGEST)}

@@ -86,6 +86,13 @@ def test_a_default_that_cannot_act_is_off(text):
         assert getattr(cfg, name) == tg.BASELINE[name], name
 
 
+def test_the_environment_turns_off_what_rests_on_what_it_turns_off():
+    """In a file, too, whose own values agree with each other."""
+    cfg = tg.load_config({**folder(PR2135), "TTT_LORA_RANK": "0"})
+    assert (cfg.ttt_global_docs, cfg.tilt_boost) == (0, 2.625)
+    assert tg.load_config(folder(PR2135)).ttt_global_docs == 2500
+
+
 def test_what_was_given_and_cannot_act_is_refused():
     with pytest.raises(tg.ConfigError, match="TTT_GLOBAL_DOCS=7 needs TTT_LORA_RANK"):
         tg.load_config(settings_in("TTT_LORA_RANK=0 TTT_GLOBAL_DOCS=7"))
