@@ -64,6 +64,7 @@ TINY_RUN = dict(
 
 LONGEST = (
     "test_record.py",
+    "test_rehearsal.py",
     "test_lost_nothing.py",
     "test_audit.py",
     "test_predictors.py",
