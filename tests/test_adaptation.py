@@ -458,6 +458,18 @@ def test_checks_of_adapters_pass_in_every_process(docs, rng, rt, run_log, monkey
         assert (found["future"], found["distribution"]) == ("PASS", "PASS")
 
 
+def test_a_global_step_is_made_once(rng, rt, run_log, monkeypatch):
+    """However many groups of documents come after it."""
+    monkeypatch.setattr(tg, "DOCUMENT_GROUPS", 1)
+    cfg, scorer = build(rt, **LORA, ttt_docs=1, ttt_global_docs=2)
+    learned = []
+    scorer.global_step.pass_over = learned.append
+    tokens = short_text(rng)
+    tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    (stream,) = learned
+    assert np.array_equal(stream, tokens[:42])  # two documents, and where the third begins
+
+
 @pytest.mark.parametrize("documents", [5, 6, 7])
 def test_a_global_step_after_which_nothing_comes_is_warned_of(documents, rng, rt, run_log):
     cfg, scorer = build(rt, **LORA, ttt_global_docs=documents)
