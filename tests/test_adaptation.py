@@ -470,6 +470,23 @@ def test_a_global_step_is_made_once(rng, rt, run_log, monkeypatch):
     assert np.array_equal(stream, tokens[:42])  # two documents, and where the third begins
 
 
+def test_a_global_step_follows_the_mean_loss(rng, rt, monkeypatch):
+    """Of all its targets, however they are shared out: before the clip, which hides a factor."""
+    cfg, scorer = build(rt, **LORA, ttt_global_docs=1, ttt_chunk_tokens=64)
+    model = scorer.network.model.requires_grad_(True)
+    tokens = rng.integers(4, 60, 31)
+    total = 0.0
+    for at in range(0, 30, 8):  # an eighth of a step
+        piece = torch.from_numpy(tokens[at : at + 9])[None]
+        total = total + model(piece[:, :-1], piece[:, 1:]) * (piece.size(1) - 1) / 30
+    expected = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    found = []
+    monkeypatch.setattr(tg, "clip_gradients", lambda flat, most: found.append(flat.norm().item()))
+    scorer.global_step.pass_over(tokens)
+    norm = torch.stack([g.norm() for g in expected if g is not None]).norm().item()
+    assert found == [pytest.approx(norm, rel=1e-4)]
+
+
 @pytest.mark.parametrize("documents", [5, 6, 7])
 def test_a_global_step_after_which_nothing_comes_is_warned_of(documents, rng, rt, run_log):
     cfg, scorer = build(rt, **LORA, ttt_global_docs=documents)

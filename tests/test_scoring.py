@@ -333,17 +333,27 @@ def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
     assert ("needs about" in log_of(run_log.out_dir)) != finished
 
 
-@pytest.mark.parametrize("seconds, groups", [(1.0, 4), (2.0, 1)])
-def test_documents_are_judged_by_their_inputs(seconds, groups, rt, run_log):
-    """After the first group, at a pace that grows with the context: 4 groups of 16 documents."""
+# Length of the documents of each group, seconds an input (limit 1,000), groups that are charged.
+JUDGED = {
+    "fits": ([64, 64, 64, 64], 1.0, 4),
+    "does not fit": ([64, 64, 64, 64], 2.0, 1),
+    "long ones come last: 48 inputs in two batches, then 320 in eight": ([16, 32, 64, 64], 3.0, 2),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_documents_are_judged_by_their_inputs(case, rt, run_log):
+    """After the first group beyond the first batch, at a pace that grows with the context."""
+    lengths, seconds, groups = JUDGED[case]
     cfg, scorer = build(rt, **LORA, ttt_docs=16, ttt_lora_keep=True, eval_seq_len=64)
-    tokens = np.full(64 * 64 + 1, 5, np.uint16)
-    tokens[::64] = cfg.bos_id
+    sizes = np.repeat(lengths, 16)  # of 16 documents a group
+    tokens = np.full(sizes.sum() + 1, 5, np.uint16)
+    tokens[np.cumsum(sizes) - sizes] = cfg.bos_id
     now = [0.0]
     predict = scorer.network.predict
 
     def slow(batch):
-        now[0] += seconds * batch.ids.shape[1]  # 160 inputs a group
+        now[0] += seconds * batch.ids.shape[1]
         return predict(batch)
 
     scorer.network.predict = slow
@@ -352,7 +362,7 @@ def test_documents_are_judged_by_their_inputs(seconds, groups, rt, run_log):
     score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
     guard = tg.TimeGuard("slow", 1000.0, rt, run_log, lambda: now[0], 0.0, 0.0)
     assert tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard) == (groups == 4)
-    assert score.coverage.sum() == groups * 1024
+    assert score.coverage.sum() == 16 * sum(lengths[:groups])
 
 
 def test_adaptation_that_does_not_fit_is_stopped(tokens, rt, run_log):
