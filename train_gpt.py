@@ -1108,8 +1108,7 @@ def read_settings(
                 values[name.lower()] = given[name]
             except (ValueError, KeyError):
                 problems.append(f"{name}={printable(repr(text))}: expected {expected}")
-        base = below or default_config(values.get("defaults", ""))
-        for name in idle_names(given, dataclasses.replace(base, **values)):
+        for name in idle_names(given, filled(values, below)):
             needs = FIELDS[name].metadata["needs"]
             idle.append(f"{name}={as_typed(given[name])} needs {needs}: as it is, it cannot act")
     decided = below or values.get("mode", "train") in TRAINING_MODES
@@ -1128,11 +1127,19 @@ def default_config(defaults: str) -> Config:
     return Config(**BASELINE) if defaults == "baseline" else Config()
 
 
-def _acts(cfg: Config, name: str) -> bool:
-    """Whether what a setting needs is there."""
-    needs = FIELDS[name].metadata["needs"]
+def filled(values: Mapping[str, Any], below: Config | None = None) -> Config:
+    """What is set, over `below`, or over the defaults that it chooses."""
+    return dataclasses.replace(below or default_config(values.get("defaults", "")), **values)
+
+
+def is_there(needs: str, holds: Callable[[str], Any]) -> bool:
+    """Whether what a setting needs is so: "A=x or B, and C", of which holds(term) knows each."""
     parts = needs.split(", and ") if needs else []
-    return all(any(_holds(cfg, term) for term in part.split(" or ")) for part in parts)
+    return all(any(holds(term) for term in part.split(" or ")) for part in parts)
+
+
+def _acts(cfg: Config, name: str) -> bool:
+    return is_there(FIELDS[name].metadata["needs"], functools.partial(_holds, cfg))
 
 
 def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
@@ -1141,8 +1148,9 @@ def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
     A file is judged by itself, so that the environment may turn off what it configures.
     """
     idle = []
+    defaults = default_config(cfg.defaults)
     for name, value in given.items():
-        default = getattr(default_config(cfg.defaults), name.lower())
+        default = getattr(defaults, name.lower())
         chosen = value != default and (value or default is True)  # 0 is no wish
         if chosen and not _acts(cfg, name):
             idle.append(name)
@@ -1384,8 +1392,7 @@ def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Confi
     them are not yet checked against each other.
     """
     values, problems = read_settings(env, artifact)
-    base = artifact or default_config(values.get("defaults", ""))
-    cfg = settled(dataclasses.replace(base, **values))
+    cfg = settled(filled(values, artifact))
     problems += value_problems(cfg)
     if not problems and (artifact or cfg.mode in TRAINING_MODES):
         problems = relation_problems(cfg, launched(env, "WORLD_SIZE", 1))
@@ -1706,7 +1713,9 @@ class Runtime:
         self._prepare_device()
         self.attention = self._pick_attention(cfg)
         self.packed_attention: PackedBackend = padded_attention
-        if (cfg.train_doc_mask and cfg.mode == "train") or cfg.ttt_global_docs:
+        trains = cfg.mode == "train"
+        scores = cfg.mode in ("train", "eval")
+        if (trains and cfg.train_doc_mask) or (scores and cfg.ttt_global_docs):
             self.packed_attention = self._pick_packed_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
@@ -5574,9 +5583,9 @@ def config_from(stored: Any) -> Config:
         shown = printable(f"{name.upper()}={value!r}")
         check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
-    told = {name: None for name in Config().group(*TOLD)}
+    told = Config().group(*TOLD)
     off = {name: value for name, value in BASELINE.items() if name in told}
-    cfg = dataclasses.replace(default_config(values.get("defaults", "baseline")), **off | values)
+    cfg = filled(off | values)
     problems = check_config(dataclasses.replace(cfg, mode="eval"))  # not as those of a training
     check(not problems, f"artifact: {'; '.join(problems)}")
     return cfg
@@ -5902,6 +5911,12 @@ def make_batch(
     return Batch(ids, np.minimum(index, last), real, before, slots, goes_on, span)
 
 
+def batch_of_one(tokens: np.ndarray, target: int, length: int, **more: Any) -> Batch:
+    """One target, predicted from so many tokens before it; more: as make_batch."""
+    index = np.array([[target]])
+    return make_batch(tokens, index[0] + 1 - length, length, index, np.ones((1, 1), bool), **more)
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """Batches that are predicted with one state; what they teach takes effect at their commit."""
@@ -5981,12 +5996,8 @@ class Windows:
         start = int(self.window_of(target)) * self.stride
         if self.left_context:  # whoever carries on needs one input
             start = target
-        length = target + 1 - start
-        index = np.array([[target]])
-        real = np.ones((1, 1), bool)
-        first = index[0] + 1 - length
-        left, span = self.left_context, self.seq_len
-        return make_batch(tokens, first, length, index, real, left, span=span)
+        more = {"left_context": self.left_context, "span": self.seq_len}
+        return batch_of_one(tokens, target, target + 1 - start, **more)
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
@@ -6141,11 +6152,8 @@ class Documents:
         number = int(np.searchsorted(self.edges, target - begun, side="right"))
         span = self._length(number)
         length = target + 1 - (begun + int(self.edges[number]) - span)
-        index = np.array([[target]])
-        real = np.ones((1, 1), bool)
         slot = self._slot(len(starts) - 1)
-        first = index[0] + 1 - length
-        return make_batch(tokens, first, length, index, real, slots=slot, span=span)
+        return batch_of_one(tokens, target, length, slots=slot, span=span)
 
     def completed(self, tokens: np.ndarray, known: int) -> list[Chunk]:
         """The chunk that ends with the newest of the `known` tokens, if one does."""
@@ -7117,9 +7125,9 @@ class GlobalStep:
         self.row = network.train_row
         self.loss = self.rt.compile(GPT.forward)
 
-    def warn(self, tokens: np.ndarray, log: RunLog) -> None:
+    def warn(self, plan: Documents, log: RunLog) -> None:
         """Says so if nothing of a stream comes after the step."""
-        documents = len(document_starts(tokens[:-1], self.cfg.bos_id))
+        documents = len(plan.starts)
         if documents <= self.cfg.ttt_global_docs:
             log.log(
                 f"WARNING: TTT_GLOBAL_DOCS={self.cfg.ttt_global_docs} changes no score: "
@@ -7667,7 +7675,7 @@ def evaluate(
         for counts in scorer.counts:
             counts.prepare(tokens, plan)
         if scorer.global_step:
-            scorer.global_step.warn(tokens, log)
+            scorer.global_step.warn(plan, log)
         if scorer.validity == "adapted_first":
             score.events.append(("commit", 0, targets))
             if not scorer.training.learn(tokens, 0.0, guard.adapted):
@@ -8445,11 +8453,10 @@ def log_identity(cfg: Config, rt: Runtime, log: RunLog) -> None:
     log.log("\n".join(rt.notes))
 
     base = dataclasses.replace(default_config(cfg.defaults), defaults=Config.defaults)
-    values = {name: getattr(cfg, field.name) for name, field in FIELDS.items()}
     changed = {
-        name: as_typed(value)
-        for name, value in values.items()
-        if value != getattr(base, name.lower())
+        name: as_typed(getattr(cfg, field.name))
+        for name, field in FIELDS.items()
+        if getattr(cfg, field.name) != getattr(base, field.name)
     }
     typed = shlex.join(f"{name}={text}" for name, text in changed.items())
     log.log(f"overrides: {typed or 'none'}")

@@ -314,6 +314,14 @@ PACES = {
 }
 
 
+def scored_in_time(scorer, plan, tokens, now, limit, rt, run_log):
+    """The score as far as it came, and whether to the end; now[0]: the seconds."""
+    empty = np.zeros(len(tokens) - 1, np.uint8)
+    score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
+    guard = tg.TimeGuard("slow", limit, rt, run_log, lambda: now[0], 0.0, 0.0)
+    return score, tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard)
+
+
 @pytest.mark.parametrize("case", PACES)
 def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
     pace = PACES[case]
@@ -324,10 +332,7 @@ def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
     network.chunk_targets = pace.chunk
     scorer = tg.Scorer("slow", network)
     plan = network.plan(tokens, pace.chunk)
-    empty = np.zeros(len(tokens) - 1, np.uint8)
-    score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
-    guard = tg.TimeGuard("slow", 600.0, rt, run_log, lambda: now[0], 0.0, 0.0)
-    finished = tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard)
+    _, finished = scored_in_time(scorer, plan, tokens, now, 600.0, rt, run_log)
     assert network.asked == pace.charged
     assert finished == (pace.charged == 947)
     assert ("needs about" in log_of(run_log.out_dir)) != finished
@@ -358,10 +363,8 @@ def test_documents_are_judged_by_their_inputs(case, rt, run_log):
 
     scorer.network.predict = slow
     plan = scorer.network.plan(tokens, 0)
-    empty = np.zeros(len(tokens) - 1, np.uint8)
-    score = tg.Score("slow", empty.astype(np.float32), empty, empty.copy())
-    guard = tg.TimeGuard("slow", 1000.0, rt, run_log, lambda: now[0], 0.0, 0.0)
-    assert tg.score_chunks(scorer, plan, tokens, score, rt, run_log, guard) == (groups == 4)
+    score, finished = scored_in_time(scorer, plan, tokens, now, 1000.0, rt, run_log)
+    assert finished == (groups == 4)
     assert score.coverage.sum() == 16 * sum(lengths[:groups])
 
 

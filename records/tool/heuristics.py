@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -595,12 +596,10 @@ class ScoreOrder:
         if not isinstance(node, ast.Call) or not self.flow.has(node):
             return False
         functions = self.script.functions.get(called(node), ())
-        calls = (
-            part for body in functions for part in ast.walk(body) if isinstance(part, ast.Call)
-        )
-        for call in filter(self.flow.has, calls):  # what it does first of all may be quiet
-            functions = [*functions, *self.script.functions.get(called(call), ())]
-        return any(map(_is_quiet, functions))
+        inside = [part for body in functions for part in ast.walk(body)]
+        calls = [part for part in inside if isinstance(part, ast.Call) and self.flow.has(part)]
+        deeper = (self.script.functions.get(called(call), ()) for call in calls)
+        return any(map(_is_quiet, itertools.chain(functions, *deeper)))
 
     def _adds_up(self, node: ast.AST) -> bool:
         """Whether a statement or call adds a marked value to what it keeps."""

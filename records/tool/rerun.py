@@ -29,7 +29,7 @@ from tool.source import IMAGE
 from train_gpt import (
     CHARGES,
     Check,
-    default_config,
+    filled,
     idle_names,
     read_settings,
     shard_name,
@@ -320,8 +320,7 @@ def _given(case: Case) -> dict[str, str]:
     settings = of_training(overrides if isinstance(overrides, dict) else case.settings)
     values, _ = read_settings(settings)
     given = {name.upper(): value for name, value in values.items()}
-    base = default_config(values.get("defaults", ""))
-    idle = idle_names(given, dataclasses.replace(base, **values))
+    idle = idle_names(given, filled(values))
     return {name: text for name, text in settings.items() if name not in idle}
 
 

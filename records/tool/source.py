@@ -7,6 +7,7 @@ the text says against the run and the rules (S9, S10).
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import math
 import re
@@ -27,7 +28,7 @@ from tool.tree import (
     names_in,
     text_of,
 )
-from train_gpt import Check
+from train_gpt import Check, is_there
 
 # S5: network, processes, training data
 
@@ -527,10 +528,11 @@ def check_defaults(script: Script) -> Check:
     problems = Problems()
     differing = {}
     needs = declared_needs(script.tree)
+    held = functools.partial(_held, script.run_settings)
     for name, default in script.defaults.items():
         value = script.run_settings.get(name)
-        idle = not _is_on(value) and not _there(needs.get(name, ""), script.run_settings)
-        if _differ(name, default, value) and not idle:
+        off = not _is_on(value) and not is_there(needs.get(name, ""), held)  # could not act
+        if _differ(name, default, value) and not off:
             differing[name] = [default, value]
             given_as = f"default {default or 'empty'}, the run had {value or 'empty'}"
             problems.fail(f"{name}: {given_as}")
@@ -549,16 +551,11 @@ def _is_on(value: str | None) -> bool:
     return value not in (None, "", "0", "0.0")
 
 
-def _there(needs: str, settings: Mapping[str, str]) -> bool:
-    """Whether the run had what a setting needs; one that needs what it had not was off."""
-    for part in filter(None, needs.split(", and ")):
-        terms = (term.partition("=") for term in part.split(" or "))
-        held = [
-            settings.get(n) == value if value else _is_on(settings.get(n)) for n, _, value in terms
-        ]
-        if not any(held):
-            return False
-    return True
+def _held(settings: Mapping[str, str], term: str) -> bool:
+    """Whether the run had NAME=value, or NAME on."""
+    name, _, wanted = term.partition("=")
+    value = settings.get(name)
+    return value == wanted if wanted else _is_on(value)
 
 
 def _differ(name: str, default: str | None, value: str | None) -> bool:

@@ -77,7 +77,7 @@ class Bench:
         self.model = tg.build_model(self.cfg, self.rt)
         self.table = tg.ByteTable.load(self.cfg)
         self.tokens = tg.load_validation(self.cfg)
-        starts = np.union1d(np.flatnonzero(self.tokens[:-1] == self.cfg.bos_id), [0])
+        starts = tg.document_starts(self.tokens[:-1], self.cfg.bos_id)
         self.starts = starts.astype(np.int64)
         self.raw_nats = self.nats(self.raw)
         self.model.load_state_dict(self.raw)

@@ -114,8 +114,7 @@ class Bench:
         self.blob = tg.read_artifact(self.cfg)
         self.table = tg.ByteTable.load(self.cfg)
         self.tokens = tg.load_validation(self.cfg)
-        starts = np.flatnonzero(self.tokens[:-1] == self.cfg.bos_id)
-        self.starts = np.union1d(starts, [0])
+        self.starts = tg.document_starts(self.tokens[:-1], self.cfg.bos_id)
         self.group = np.arange(len(self.starts))
         if clusters == "speeches":
             self.group = speeches(len(self.starts))
