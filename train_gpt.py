@@ -34,6 +34,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -1588,10 +1589,13 @@ def fa3_packed_attention() -> PackedBackend:
 
 
 def torch_packed_attention() -> PackedBackend:
-    """Torch's own attention with bounds, as 2.13 has it; ImportError where there is none."""
+    """Torch's own attention with bounds; ImportError where there is none."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return _with_bounds(varlen_attn, window_size=(-1, 0), enable_gqa=True)
+    # 2.13 wants to be told that key heads are fewer; 2.11 takes them as they are.
+    parameters = inspect.signature(varlen_attn).parameters
+    options = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+    return _with_bounds(varlen_attn, window_size=(-1, 0), **options)
 
 
 def fa3_attention() -> AttentionBackend:
@@ -1782,10 +1786,8 @@ class Runtime:
         return sdpa_attention
 
     def _pick_packed_attention(self, cfg: Config) -> PackedBackend:
-        if not self.cuda:
+        if not self.cuda or self.profile.dtype != torch.bfloat16:  # fused kernels are of bfloat16
             return functools.partial(padded_attention, attend=self.attention)
-        if self.profile.dtype != torch.bfloat16:
-            raise ConfigError("TRAIN_DOC_MASK and TTT_GLOBAL_DOCS on a GPU need DTYPE=bfloat16")
         segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
         expected = functools.partial(padded_attention, segments=segments)
         kinds = {"fa3": fa3_packed_attention, "varlen": torch_packed_attention}

@@ -365,17 +365,23 @@ PACKED = dict(TINY, device="cpu", dtype="bfloat16", train_doc_mask=True)
         (over_bounds, over_bounds, "no attention with document bounds works.*fa3: .*varlen: "),
     ],
 )
-def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, monkeypatch):
+@pytest.mark.parametrize("older", [False, True])
+def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, older, monkeypatch):
     """Of two foreign kernels the first whose outcome is right; where none is, a refusal."""
     module = types.ModuleType("flash_attn_interface")
     if fa3:
         module.flash_attn_varlen_func = fa3
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    def varlen(*inputs, window_size, enable_gqa):
+    def varlen(*inputs, window_size, enable_gqa=False):
         assert (window_size, enable_gqa) == ((-1, 0), True)
         return of_torch(*inputs, causal=True)
 
+    def varlen_of_2_11(*inputs, window_size):
+        assert window_size == (-1, 0)
+        return of_torch(*inputs, causal=True)
+
+    varlen = varlen_of_2_11 if older else varlen
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     cfg = tg.Config(**PACKED)
     rt = tg.Runtime(cfg, {})

@@ -26,7 +26,7 @@ from pathlib import Path
 import advice
 import inside
 from pod import BASELINE, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
-from report import EVAL_SECONDS, FULL_TARGETS, Session, report
+from report import EVAL_SECONDS, FULL_TARGETS, Session, all_systems, report
 
 # What the GPU of one rank needs for its eighth of a step, in milliseconds, measured on an H100 80GB
 # with torch 2.11 and cuDNN attention; a machine may be a quarter slower. With the reduction between
@@ -39,6 +39,7 @@ SHARE_MS = {
     "2026-03-26_pr834": 91.4,
     "2026-03-26_pr859": 91.4,
 }
+FRONT = "2026-05-01_pr2135"
 SLACK = 1.25
 REDUCTION_MS = 10.0
 PEAK_GIB = 60.0
@@ -301,7 +302,7 @@ def stage_jobs(pod: Pod) -> list[Job]:
     """The evaluators beyond those of the systems, and a sample, on the plain run's artifact."""
     artifact = {"ARTIFACT": pod.out / "plain" / "model.ptz", "VAL_TOKENS": pod.scale.targets}
     common = artifact | {"MODE": "eval", "MAX_EVAL_SECONDS": 0}
-    common |= {"EVAL_BATCH_TOKENS": pod.scale.eval_batch}
+    common |= {"DEFAULTS": "baseline", "EVAL_BATCH_TOKENS": pod.scale.eval_batch}
     jobs = []
     for name, settings in MORE_STAGES.items():
         settings = common | settings | (DRY_STAGES[name] if pod.dry else {})
@@ -326,7 +327,7 @@ def check_systems(session: Session) -> None:
     for system in systems:
         if system != BASELINE:
             settings = pod.system(system, 1) | pod.scoring(system)
-            jobs.append(Job(f"run_{system}", inside.watched_program, settings, limit=300))
+            jobs.append(Job(f"run_{system}", inside.watched_program, settings, limit=420))
     if "plain" in pod.finished:
         jobs += stage_jobs(pod)
     different = {job.name: job for job in exact.values()}
@@ -392,15 +393,15 @@ def judge_more_stages(session: Session) -> None:
 def check_steps(session: Session) -> None:
     """Each kind of system's whole step on all GPUs: its time, waits of the host, idle time.
 
-    Systems that differ in their rates alone are one kind. On one GPU the baseline's only: the
-    check `systems` has timed the others there.
+    Systems that differ in their rates alone are one kind. On one GPU the baseline's and the
+    default's only: the check `systems` has timed the others there.
     """
     pod = session.pod
     kinds: dict[str, str] = {}
     for system in session.systems:
         kinds.setdefault(shape_of(pod.config(system)), system)
-    first = list(kinds.values()) if pod.world > 1 else [BASELINE]
-    for system in first:
+    examined = session.systems if pod.world > 1 else (BASELINE, FRONT)
+    for system in (system for system in kinds.values() if system in examined):
         settings = pod.system(system, pod.world)
         name = f"steps_{system}"
         pod.run(Job(name, inside.examined_steps, settings, ranks=pod.world, limit=150))
@@ -467,13 +468,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("logs/acceptance"))
     parser.add_argument("--only", default=",".join(CHECKS), help="some of the checks")
+    parser.add_argument("--systems", default=",".join(all_systems()), help="some of the systems")
     parser.add_argument("--budget", type=float, default=580.0, help="seconds for all")
     parser.add_argument("--data", type=Path, help=f"folder of shards of {VOCAB} tokens")
     parser.add_argument("--tokenizer", type=Path, help="their SentencePiece model")
     args = parser.parse_args(argv)
-    unknown = set(args.only.split(",")) - CHECKS.keys()
-    if unknown:
-        parser.error(f"--only: no check {', '.join(sorted(unknown))}; there are {list(CHECKS)}")
+    for name, known in (("only", list(CHECKS)), ("systems", all_systems())):
+        unknown = set(getattr(args, name).split(",")) - set(known)
+        if unknown:
+            listed = ", ".join(sorted(unknown))
+            parser.error(f"--{name}: there is no {listed}; there are {', '.join(known)}")
     return args
 
 
@@ -484,7 +488,7 @@ def open_session(args: argparse.Namespace) -> Session:
     pod = Pod(args.out, gpus, args.dry, args.budget, data)
     if gpus == 1 and memory > 60:
         pod.lanes = 2  # while one compiles, the other computes
-    return Session(pod)
+    return Session(pod, args.systems.split(","))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,43 @@ def synchronize() -> None:
     """Waits for the GPU, if there is one in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+class Turns:
+    """A GPU that jobs of several lanes share, for one at a time: what is timed is timed alone."""
+
+    def __init__(self, env: Mapping[str, str]):
+        self.waited = 0.0  # seconds, for the others
+        self.mine = "RANK" in env  # processes of one group must compute together
+        name = f"gpu{env.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+        self.file = open(Path(env["OUT_DIR"]).parent / name, "w")
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """While it is held, no other job computes, except to warm up."""
+        if self.mine:
+            yield
+            return
+        begin = time.perf_counter()
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.waited += time.perf_counter() - begin
+        self.mine = True
+        try:
+            yield
+            synchronize()
+        finally:
+            self.mine = False
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def when(self, function: Callable) -> Callable:
+        """The function, when it is its turn."""
+
+        @functools.wraps(function)
+        def called(*inputs: Any, **more: Any) -> Any:
+            with self.one():
+                return function(*inputs, **more)
+
+        return called
 
 
 def become(command: list[str]) -> Act:
@@ -151,14 +189,15 @@ def graphs() -> int:
     return found.counters["stats"]["unique_graphs"] if found else 0
 
 
-def watch_training(figures: dict[str, Any]) -> None:
+def watch_training(figures: dict[str, Any], turns: Turns) -> None:
     """Notes how many graphs there are when training begins, and how many it adds."""
     loop = tg.training_loop
 
     @functools.wraps(loop)
     def watched(trainer: tg.Trainer, validate: Callable[[int], None]) -> str:
         before = graphs()
-        status = loop(trainer, validate)
+        with turns.one():
+            status = loop(trainer, validate)
         figures["graphs"] = before
         figures["recompiles"] = graphs() - before
         return status
@@ -215,7 +254,7 @@ def examined_steps(env: Mapping[str, str]) -> int:
 def train_and(env: Mapping[str, str], look: Callable[[tg.Trainer], dict]) -> int:
     """Trains, then looks at the trainer; leaves all figures."""
     figures: dict[str, Any] = {}
-    watch_training(figures)
+    watch_training(figures, Turns(env))
     cfg = tg.load_config(env)
     with contextlib.closing(tg.Runtime(cfg, env)) as rt:
         log = tg.RunLog(Path(cfg.out_dir), rt)
@@ -257,17 +296,22 @@ class Paces:
     A kind has entries (seconds, targets), each from the end of the work before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
         self.stages: dict[str, dict[str, Any]] = {}
         self.kinds: dict[str, list[tuple[float, float]]] | None = None  # of the present stage
         self.mark = 0.0
         self.charged = 0  # targets since the last chunk ended
 
+    def clock(self) -> float:
+        """Seconds, without those of waiting for other jobs."""
+        return time.perf_counter() - self.turns.waited
+
     def note(self, kind: str, targets: float) -> None:
         """Work that has just ended."""
         if self.kinds is not None:
             synchronize()
-            now = time.perf_counter()
+            now = self.clock()
             self.kinds[kind].append((now - self.mark, targets))
             self.mark = now
 
@@ -300,18 +344,18 @@ def warm_pace(kind: str, entries: list[tuple[float, float]]) -> float:
 def watch_scoring(paces: Paces) -> None:
     """Puts a clock around the parts of scoring."""
     evaluate = tg.evaluate
-    score_batch = tg.score_batch
-    commit = tg.Scorer.commit
-    learn = tg.TestTimeTraining.learn
+    score_batch = paces.turns.when(tg.score_batch)
+    commit = paces.turns.when(tg.Scorer.commit)
+    learn = paces.turns.when(tg.TestTimeTraining.learn)
 
     def watched_evaluate(scorer, tokens, table, cfg, rt, log, sizes=None):
         paces.kinds = collections.defaultdict(list)
-        paces.mark = begin = time.perf_counter()
+        paces.mark = begin = paces.clock()
         paces.charged = 0
         try:
             score = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
             synchronize()
-            paces.stage(scorer, cfg, len(tokens) - 1, time.perf_counter() - begin)
+            paces.stage(scorer, cfg, len(tokens) - 1, paces.clock() - begin)
         finally:
             paces.kinds = None
         return score
@@ -358,9 +402,11 @@ def watched_prepare(prepare: Callable, paces: Paces) -> Callable:
 def watched_program(env: Mapping[str, str]) -> int:
     """The program in this process, with clocks around its parts."""
     figures: dict[str, Any] = {}
-    paces = Paces()
-    watch_training(figures)
+    turns = Turns(env)
+    paces = Paces(turns)
+    watch_training(figures, turns)
     watch_scoring(paces)
+    tg.calibrate = turns.when(tg.calibrate)
     code = tg.main([], env)
     write_figures(env, figures | {"stages": paces.stages})
     return code

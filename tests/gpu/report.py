@@ -25,16 +25,20 @@ class Finding:
     advice: str = ""
 
 
+def all_systems() -> list[str]:
+    """The published systems of the 16 MB track."""
+    return [recipe.parent.name for recipe in sorted(SYSTEMS.glob("*/config.env"))]
+
+
 class Session:
     """The pod and what was found on it."""
 
-    def __init__(self, pod: Pod):
+    def __init__(self, pod: Pod, systems: Sequence[str]):
         self.pod = pod
         self.findings: list[Finding] = []
         self.check = ""
         self.machine: dict[str, object] = {}
-        recipes = sorted(SYSTEMS.glob("*/config.env"))
-        self.systems: dict[str, dict] = {recipe.parent.name: {} for recipe in recipes}
+        self.systems: dict[str, dict] = {name: {} for name in systems}
         self.stages: dict[str, dict] = {}
         self.driver_advice = advice.for_driver(tg.torch.version.cuda, "")
 
