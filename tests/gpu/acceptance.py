@@ -28,6 +28,8 @@ import inside
 from pod import BASELINE, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
 from report import EVAL_SECONDS, FULL_TARGETS, Session, all_systems, report
 
+FRONT = "2026-05-01_pr2135"
+
 # What the GPU of one rank needs for its eighth of a step, in milliseconds, measured on an H100 80GB
 # with torch 2.11 and cuDNN attention; a machine may be a quarter slower. With the reduction between
 # eight GPUs 43.5 were published for the baseline.
@@ -38,8 +40,8 @@ SHARE_MS = {
     "2026-03-25_pr740_v2": 61.8,
     "2026-03-26_pr834": 91.4,
     "2026-03-26_pr859": 91.4,
+    FRONT: 156.0,  # with recurrence; 148.1 were measured with 1,024 pieces
 }
-FRONT = "2026-05-01_pr2135"
 SLACK = 1.25
 REDUCTION_MS = 10.0
 PEAK_GIB = 60.0

@@ -196,7 +196,9 @@ def watch_training(figures: dict[str, Any], turns: Turns) -> None:
     @functools.wraps(loop)
     def watched(trainer: tg.Trainer, validate: Callable[[int], None]) -> str:
         before = graphs()
-        with turns.one():
+        with contextlib.ExitStack() as turn:
+            with trainer.off_the_clock("turn"):
+                turn.enter_context(turns.one())
             status = loop(trainer, validate)
         figures["graphs"] = before
         figures["recompiles"] = graphs() - before

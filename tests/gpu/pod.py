@@ -35,7 +35,8 @@ import train_gpt as tg  # noqa: E402
 SCRIPT = ROOT / "train_gpt.py"
 SYSTEMS = ROOT / "records" / "track_10min_16mb"
 BASELINE = "2026-03-17_baseline"
-VOCAB = 1024
+VOCAB = 1024  # pieces of most systems
+WORDS_A_PIECE = 4  # of invented text
 PARTS = 8  # of a published batch: what one of eight GPUs works on
 
 # What a job does, given its environment -> exit code.
@@ -126,12 +127,12 @@ def invented_words(count: int) -> list[str]:
     return list(words)
 
 
-def invent_data(folder: Path, documents: tuple[int, int]) -> tuple[Path, Path]:
-    """Shards of invented documents, as long as web pages, and a tokenizer of 1,024 pieces for them.
+def invent_data(folder: Path, documents: tuple[int, int], vocab: int) -> tuple[Path, Path]:
+    """Shards of invented documents, as long as web pages, and a tokenizer of so many pieces.
 
     -> folder of shards, tokenizer
     """
-    words = np.array(invented_words(4000))
+    words = np.array(invented_words(WORDS_A_PIECE * vocab))
     frequencies = 1 / np.arange(1, len(words) + 1)
     frequencies = frequencies / frequencies.sum()
     rng = np.random.default_rng(1)
@@ -143,7 +144,7 @@ def invent_data(folder: Path, documents: tuple[int, int]) -> tuple[Path, Path]:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words),
         model_prefix=str(model.with_suffix("")),
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         model_type="bpe",
         byte_fallback=True,
         num_threads=1,
@@ -337,18 +338,25 @@ class Pod:
         self.end = time.monotonic() + budget
         self.finished: dict[str, Finished] = {}
         self.out.mkdir(parents=True, exist_ok=True)
-        data, tokenizer = data or invent_data(self.out / "data", self.scale.documents)
+        self.data = {VOCAB: data} if data else {}  # vocabulary -> shards, tokenizer
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(self.out / "inductor"))
         self.inductor = Path(cache)
         others = tg.FIELDS.keys() | {"CONFIG", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
         kept = {name: value for name, value in os.environ.items() if name not in others}
-        places = {"DATA_PATH": data, "TOKENIZER_PATH": tokenizer, "VOCAB_SIZE": VOCAB}
         quiet = {
             "PYTHONUNBUFFERED": 1,
             "TORCHINDUCTOR_CACHE_DIR": cache,
             "TORCH_LOGS": "recompiles",
         }
-        self.env = kept | self.texts(places | quiet | self.scale.settings)
+        self.env = kept | self.texts(quiet | self.places(VOCAB) | self.scale.settings)
+
+    def places(self, vocab: int) -> dict[str, object]:
+        """Settings of text in so many pieces, which is invented where none was given."""
+        if vocab not in self.data:
+            folder = self.out / f"data_{vocab}"
+            self.data[vocab] = invent_data(folder, self.scale.documents, vocab)
+        data, tokenizer = self.data[vocab]
+        return {"DATA_PATH": data, "TOKENIZER_PATH": tokenizer, "VOCAB_SIZE": vocab}
 
     @staticmethod
     def texts(settings: Mapping[str, object]) -> dict[str, str]:
@@ -386,7 +394,7 @@ class Pod:
         log = self.out / f"{job.name}.log"
         return Running(job, self._environments(job, lane), log, min(job.limit, self.left()))
 
-    def _end(self, running: Running, code: int | str) -> None:
+    def _end(self, running: Running, code: int | str) -> Finished:
         name = running.job.name
         folder = self.out / name
         self.finished[name] = Finished(
@@ -397,6 +405,7 @@ class Pod:
             figures=read_json(folder / "figures.json"),
             out=folder,
         )
+        return self.finished[name]
 
     def _fill(self, lanes: Iterable[int], waiting: list[Job]) -> dict[int, Running]:
         """Starts a job in each lane, if there is one that need not wait -> those started."""
@@ -418,7 +427,8 @@ class Pod:
                 codes = {lane: one.poll() for lane, one in running.items()}
                 for lane, code in codes.items():
                     if code is not None:
-                        self._end(running.pop(lane), code)
+                        ended = self._end(running.pop(lane), code)
+                        print(f"     {ended.out.name}: {ended.seconds:.0f} s, {code}", flush=True)
                 time.sleep(0.02)
         finally:
             for one in running.values():
@@ -441,6 +451,7 @@ class Pod:
         small = tiny(cfg) if self.dry else {}
         batch = int(small.get("TRAIN_BATCH_TOKENS", cfg.train_batch_tokens))
         settings = {"CONFIG": SYSTEMS / system / "config.env"} | small
+        settings |= self.places(VOCAB if self.dry else cfg.vocab_size)
         settings |= {"TRAIN_BATCH_TOKENS": batch // PARTS * parts}
         settings |= {"MICRO_BATCH_TOKENS": batch // PARTS, "MAX_ARTIFACT_BYTES": 60_000_000}
         settings |= {"ITERATIONS": self.scale.steps}
