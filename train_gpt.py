@@ -1849,6 +1849,10 @@ class Runtime:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=self.cuda)
 
+    def uniform(self, generator: torch.Generator, *shape: int) -> Tensor:
+        """Numbers in [0, 1) from a generator of the CPU: the same on every device."""
+        return torch.rand(*shape, generator=generator).to(self.device)
+
     def put_segments(self, segments: Segments) -> Segments:
         """On the device."""
         return segments.moved(lambda x: self.put(x.numpy()))
@@ -2883,7 +2887,7 @@ def matrix_init(cfg: Config, in_block: bool = True) -> Init:
 
 def embedding(rows: int, dim: int, init: Init) -> nn.Embedding:
     """A table of vectors [rows, dim]."""
-    table = nn.Embedding(rows, dim)
+    table = nn.Embedding(rows, dim, _weight=torch.empty(rows, dim))  # drawing imports a compiler
     table.weight = param(rows, dim, init=init)
     return table
 
@@ -6993,8 +6997,8 @@ class PerDocumentLoRA(WindowNetwork):
         self.params = []  # A and B of every place
         for rows, columns in itertools.chain(*(places.values() for places in shapes)):
             kinds = cfg.ttt_docs if cfg.ttt_lora_keep else 1  # else no document's slot may matter
-            low = 2 * torch.rand(kinds, cfg.ttt_lora_rank, columns, generator=generator) - 1
-            low = (low.to(rt.device) / math.sqrt(columns)).expand(cfg.ttt_docs, -1, -1)
+            low = 2 * rt.uniform(generator, kinds, cfg.ttt_lora_rank, columns) - 1
+            low = (low / math.sqrt(columns)).expand(cfg.ttt_docs, -1, -1)
             low = low[rt.rank % cfg.ttt_docs :: rt.world]  # one at least
             high = torch.zeros(len(low), rows, cfg.ttt_lora_rank, device=rt.device)
             self.start.append(low)
@@ -8244,6 +8248,9 @@ class PlanRuntime(Runtime):
         rows = (x.view(-1, segments.longest, *x.shape[2:]) for x in padded)
         return self.attention(*rows).view(1, -1, *q.shape[2:])[:, :length]
 
+    def uniform(self, generator: torch.Generator, *shape: int) -> Tensor:
+        return torch.empty(*shape, device=self.device)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
 
@@ -8555,33 +8562,58 @@ class Validator:
 
 
 def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tuple[str, bytes]:
-    """Trains and packs -> how training ended, and the artifact (empty if there is none)."""
+    """Trains and packs -> how training ended, and the artifact (empty if there is none).
+
+    Who asks the run to end after its last step waits for the artifact.
+    """
     trainer = build_trainer(cfg, rt, log)
-    status = train(trainer, Validator(trainer, table))
+    with trainer.requests.heard():
+        status = train(trainer, Validator(trainer, table))
+        save_training(trainer)
+        if status in ("diverged", "interrupted"):
+            return status, b""
+        if trainer.averager:
+            trainer.averager.apply()
+        notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
+        if table.transform:
+            notes["case_transform"] = table.transform
+        calibration = calibrate_if_asked(trainer.model, cfg, rt, log, trainer.stream)
+        blob = pack_model(cfg, rt, log, trainer.model, calibration, notes)
+        raise_if_asked_to_end(trainer.requests, rt)
+    return status, blob
+
+
+def save_training(trainer: Trainer) -> None:
+    """The run's training in figures, into result.json."""
+    cfg, model = trainer.cfg, trainer.model
     tokens = trainer.steps_done * cfg.train_batch_tokens
     looped = trainer.looped_steps * cfg.train_batch_tokens
-    flops = training_flops(cfg, trainer.model) * (tokens - looped)
-    flops += training_flops(cfg, trainer.model, looped=True) * looped
-    log.save(
+    flops = training_flops(cfg, model) * (tokens - looped)
+    flops += training_flops(cfg, model, looped=True) * looped
+    trainer.log.save(
         steps=trainer.steps_done,
         train_seconds=round(trainer.seconds, 3),
         train_tokens=tokens,
         train_flops=flops,
         train_loss=trainer.clock.last.loss,
-        peak_memory_bytes=rt.peak_memory(),
+        peak_memory_bytes=trainer.rt.peak_memory(),
     )
-    if status in ("diverged", "interrupted"):
-        return status, b""
-    if trainer.averager:
-        trainer.averager.apply()
-    calibration = Calibration({})
-    if cfg.gptq_n_samples:
-        with log.phase("calibrate"):
-            calibration = calibrate(trainer.model, cfg, rt, trainer.stream)
-    notes = {"tokenizer": tokenizer_hash(cfg), "seed": cfg.seed}
-    if table.transform:
-        notes["case_transform"] = table.transform
-    return status, pack_model(cfg, rt, log, trainer.model, calibration, notes)
+
+
+def calibrate_if_asked(
+    model: GPT, cfg: Config, rt: Runtime, log: RunLog, stream: TokenStream | None
+) -> Calibration:
+    """What GPTQ needs, from training text; empty without GPTQ_N_SAMPLES."""
+    if not cfg.gptq_n_samples:
+        return Calibration({})
+    with log.phase("calibrate"):
+        return calibrate(model, cfg, rt, stream)
+
+
+def raise_if_asked_to_end(requests: Requests, rt: Runtime) -> None:
+    """On all processes if one was asked."""
+    if rt.highest(requests.stop):
+        raise Interrupted("after the artifact was written; MODE=eval scores it")
 
 
 def pack_to_disk(
@@ -8611,15 +8643,11 @@ def pack_model(
     calibration: Calibration,
     notes: dict[str, Any],
 ) -> bytes:
-    """Artifact and raw weights on disk, before anything is scored -> its bytes on every process.
-
-    Who asks the run to end meanwhile waits for the artifact.
-    """
+    """Artifact and raw weights on disk, before anything is scored -> its bytes on every process."""
     blob = None
     code = code_size()
     cap = cfg.max_artifact_bytes
-    requests = Requests()
-    with requests.heard(), log.phase("pack"):
+    with log.phase("pack"):
         with rt.together():
             if rt.main:
                 blob = pack_to_disk(cfg, log, model, calibration, code, notes)
@@ -8628,8 +8656,6 @@ def pack_model(
     total = code + len(blob)
     sizes = {"code": code, "model": len(blob), "total": total, "cap": cap, "margin": cap - total}
     log.save(sizes=sizes, artifact_sha256=hashlib.sha256(blob).hexdigest())
-    if rt.highest(requests.stop):
-        raise Interrupted("after the artifact was written; MODE=eval scores it")
     return blob
 
 
@@ -8640,17 +8666,16 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
         raw = read_raw_model(cfg, tensors_of(stored))
         tokens = load_validation(cfg)
         sizes = load_charges(cfg, table, tokens)
-        if cfg.gptq_n_samples:
-            stream = TokenStream(shard_paths(cfg, "train"), cfg)
+        stream = TokenStream(shard_paths(cfg, "train"), cfg) if cfg.gptq_n_samples else None
     model = build_model(cfg, rt, {name: w.clone() for name, w in raw.items()})
-    calibration = Calibration({})
-    if cfg.gptq_n_samples:
-        with log.phase("calibrate"):
-            calibration = calibrate(model, cfg, rt, stream)
+    calibration = calibrate_if_asked(model, cfg, rt, log, stream)
     notes = {name: value for name, value in header["notes"].items() if name != "fit_scale"}
     if cfg.gptq_n_samples:
         notes["repacked"] = "calibrated on training text after the run"
-    blob = pack_model(cfg, rt, log, model, calibration, notes)
+    requests = Requests()
+    with requests.heard():
+        blob = pack_model(cfg, rt, log, model, calibration, notes)
+        raise_if_asked_to_end(requests, rt)
     scorer = Scorer("compare", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
 
     def score(packed: Mapping[str, Tensor]) -> str:

@@ -43,13 +43,13 @@ WHOLE_STEPS = {name: published(name) | SHALLOW for name in PUBLISHED}
 WHOLE_STEPS["everything"] = dict(
     FULL | SHALLOW, ve_layers=(0, 1), xsa_last_n=1, ema_decay=0.9, grad_clip_norm=1.0
 )
-SAME_GRAPH = ("pr740_v2", "pr834")  # as pr740_v1 and pr859
+ON_REQUEST = ("pr489", "pr740_v1", "pr740_v2", "pr834")  # less than is in pr859
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SAME_GRAPH else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in ON_REQUEST else [])
         for name in WHOLE_STEPS
     ],
 )

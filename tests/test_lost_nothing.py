@@ -48,13 +48,13 @@ def when_said(patch, name, action):
     patch.setattr(tg, name, acted)
 
 
-PLACES = ["shard_paths", "warm_up", "pack_model", "load_artifact", "evaluate", "check_score"]
+PLACES = ["shard_paths", "warm_up", "load_artifact", "evaluate", "check_score"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_anywhere_ends_on_record(place, number, tmp_path, monkeypatch):
-    """While loading, warming up, packing, unpacking, scoring and checking."""
+    """While loading, warming up, unpacking, scoring and checking."""
     when_said(monkeypatch, place, lambda: signal.raise_signal(number))
     code, result, log = run(tmp_path / "out")
     assert code == result["exit_code"] == 143
@@ -63,10 +63,12 @@ def test_a_signal_anywhere_ends_on_record(place, number, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_while_packing_waits_for_the_artifact(tmp_path, monkeypatch):
-    when_said(monkeypatch, "pack", lambda: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("place", ["save_training", "calibrate", "pack_model", "pack"])
+def test_a_signal_after_the_last_step_waits_for_the_artifact(place, tmp_path, monkeypatch):
+    """Nothing of a training that has ended is lost."""
+    when_said(monkeypatch, place, lambda: signal.raise_signal(signal.SIGTERM))
     out = tmp_path / "out"
-    code, result, log = run(out)
+    code, result, log = run(out, GPTQ_N_SAMPLES="2")
     assert code == 143
     assert result["artifact_sha256"]
     assert "after the artifact was written" in log

@@ -148,7 +148,8 @@ def test_settings_that_do_not_go_together_have_no_plan(text, words, capsys):
 
 
 def test_micro_batches_that_eight_cannot_share_are_pointed_out(capsys):
-    env = {"MODE": "plan", "MICRO_BATCH_TOKENS": "786432", "VAL_TOKENS": "100000"}
+    env = {"MODE": "plan", "DEFAULTS": "baseline", "VAL_TOKENS": "100000"}
+    env |= {"TRAIN_BATCH_TOKENS": "65536", "MICRO_BATCH_TOKENS": "65536"}
     assert tg.main([], env) == tg.OK
     printed = capsys.readouterr().out
     assert "8 processes cannot share the 1 micro-batches" in printed
@@ -158,7 +159,8 @@ def test_micro_batches_that_eight_cannot_share_are_pointed_out(capsys):
 def test_a_plan_of_data_that_is_there_counts_it(tmp_path, capsys):
     tokens = np.ones(5001, np.uint16)
     tg.write_shard(tmp_path / tg.shard_name("val", 0), tokens)
-    assert tg.main([], {"MODE": "plan", "DATA_PATH": str(tmp_path)}) == tg.OK
+    env = {"MODE": "plan", "DEFAULTS": "baseline", "DATA_PATH": str(tmp_path)}
+    assert tg.main([], env) == tg.OK
     assert "5000 validation targets of" in capsys.readouterr().out
 
 

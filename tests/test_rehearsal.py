@@ -48,7 +48,7 @@ TTT_LORA_CHUNK=40
 TTT_LR=0.0005
 TTT_DOCS=4
 TTT_GLOBAL_DOCS=5
-TTT_CHUNK_TOKENS=128
+TTT_CHUNK_TOKENS=512
 TILT_ORDER=4
 """
 
@@ -57,7 +57,7 @@ TILT_ORDER=4
 def rehearsed(tmp_path_factory, own_machine):
     """A checkout with data in case markers, and the record that was made in it."""
     place = tmp_path_factory.mktemp("rehearsal")
-    texts = [text[:2000] for text in DOCUMENTS]  # of which eight validate
+    texts = [text[:1000] for text in DOCUMENTS]  # of which eight validate
     corpus = jsonl(place / "docs.jsonl", texts)
     data = dict(root=place / "data", name="mine", vocab_size=500, val_every=10)
     assert call("text", corpus, transform="caseops", workers=2, **data).code == 0
