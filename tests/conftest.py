@@ -10,6 +10,9 @@ import torch
 
 import train_gpt as tg
 
+# What tests start has a core, as they have: threads that wait for a core spin, and take it away.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 

@@ -422,8 +422,8 @@ def test_random_tokens_cost_what_nothing_can_undercut():
     ],
 )
 def test_training_that_opens_validation_files(copy, spy, words, quick):
-    before = "    status = train(trainer, Validator(trainer, table))\n"
-    change_script(copy, before, f"    {spy}\n{before}")
+    before = "        status = train(trainer, Validator(trainer, table))\n"
+    change_script(copy, before, f"        {spy}\n{before}")
     expect(find(copy, "R12"), "FAIL", words)
 
 
