@@ -5018,6 +5018,10 @@ class CalibrationSums:
                 self.model.zero_grad()
 
 
+# Sequences of a pass: enough to keep a GPU busy, few enough for the memory of a training step.
+CALIBRATION_ROWS = 16
+
+
 def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Calibration:
     """Statistics of every Linear that `hidden` calls, over GPTQ_N_SAMPLES training sequences.
 
@@ -5027,9 +5031,11 @@ def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Cali
     sums = CalibrationSums(model, cfg)
     length = cfg.train_seq_len
     samples = -(-cfg.gptq_n_samples // rt.world) * rt.world  # all processes take as many
+    own = range(rt.rank, samples, rt.world)
     with sums.listening():
-        for number in range(rt.rank, samples, rt.world):
-            tokens = rt.put(stream.take(number * length, length + 1)[None])
+        for begin in range(0, len(own), CALIBRATION_ROWS):
+            numbers = own[begin : begin + CALIBRATION_ROWS]
+            tokens = rt.put(np.stack([stream.take(n * length, length + 1) for n in numbers]))
             sums.add(tokens[:, :-1], tokens[:, 1:])
 
     def means(totals: dict[str, Tensor]) -> dict[str, Tensor]:

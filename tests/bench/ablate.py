@@ -1,0 +1,300 @@
+"""Trains one setting changed at a time, over several seeds, and says what each change is worth.
+
+    python tests/bench/ablate.py ROWS RESULTS             # trains what is missing, then the table
+    python tests/bench/ablate.py ROWS RESULTS --table     # the table only
+    python tests/bench/ablate.py ROWS RESULTS --only baseline,value-embeddings --seeds 1337
+
+ROWS is a text of lines `name NAME=value ...`; the line `all` holds for every row, and the first of
+the others is what they are compared with. A value of so many % is a share of the steps:
+WARMDOWN_ITERS=60%. TOKENS (a setting of this bench) is what one training may take. RESULTS is a
+file of JSON lines, one a training, written anew as each ends: interrupted, the same command goes
+on.
+
+Nothing here sees validation data: every 40th training document is held out, and scored in plain
+windows with the weights as they would be packed, averaged where a row averages. Rows take turns
+seed by seed, so that their times are comparable; a time is that of the training clock. The interval
+holds 95 % of 10,000 resamples of the documents and of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+HELD_OUT = 40  # one document of so many
+OFFSET = 17  # the first of them
+CURVE_TARGETS = 12_288
+CURVE_POINTS = 10
+RESAMPLES = 10_000
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, dict[str, str]]:
+    """Row -> its settings, those of `all` among them."""
+    shared: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
+    for line in path.read_text().splitlines():
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        settings = dict(word.split("=", 1) for word in words[1:])
+        if words[0] == "all":
+            shared |= settings
+        elif words[0] in rows:
+            raise SystemExit(f"{path}: two rows are named {words[0]}")
+        else:
+            rows[words[0]] = settings
+    return {name: shared | settings for name, settings in rows.items()}
+
+
+def environment(settings: dict[str, str], seed: int, data: Path) -> dict[str, str]:
+    """What train_gpt.py is told."""
+    env = {"DEVICE": "cpu", "SCHEDULE": "tokens", "VAL_LOSS_EVERY": "0", "MAX_EVAL_SECONDS": "0"}
+    env |= settings | {"SEED": str(seed), "DATA_PATH": str(data)}
+    if "CONFIG" in env:
+        env["CONFIG"] = str(ROOT / env["CONFIG"])
+    tokens = int(env.pop("TOKENS"))
+    batch = tg.load_config({n: v for n, v in env.items() if "%" not in v}).train_batch_tokens
+    steps = tokens // batch
+    for name, value in env.items():
+        if value.endswith("%"):
+            env[name] = str(round(steps * float(value[:-1]) / 100))
+    return env | {"ITERATIONS": str(steps), "VAL_LOSS_EVERY": str(max(1, steps // CURVE_POINTS))}
+
+
+def hold_out(cfg: tg.Config, folder: Path) -> Path:
+    """Shards of the training documents without, and of those that are held out."""
+    parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    for path in tg.shard_paths(cfg, "train"):
+        tokens = tg.read_shard(path)
+        pieces = np.split(tokens, tg.document_starts(tokens, cfg.bos_id)[1:])
+        for number, piece in enumerate(pieces):
+            parts["val" if number % HELD_OUT == OFFSET else "train"].append(piece)
+    for split, pieces in parts.items():
+        tg.write_shard(folder / tg.shard_name(split, 0), np.concatenate(pieces))
+    return folder
+
+
+# --- one training ---------------------------------------------------------------------------------
+
+
+class Held:
+    """The held-out documents and a scorer for them."""
+
+    def __init__(self, trainer: tg.Trainer):
+        self.trainer = trainer
+        self.table = tg.ByteTable.load(trainer.cfg)
+        self.tokens = tg.load_validation(trainer.cfg)
+        self.sizes = tg.load_charges(trainer.cfg, self.table, self.tokens)
+        self.curve: list[tuple[int, float, float]] = []  # step, seconds, nats a target
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """While it lasts, the model has the weights that would be packed."""
+        trainer = self.trainer
+        if not trainer.averager or not trainer.steps_done:
+            yield
+            return
+        weights = copy.deepcopy(trainer.model.state_dict())
+        trainer.averager.apply()
+        yield
+        trainer.model.load_state_dict(weights)
+
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Nats of each target in plain windows."""
+        trainer, cfg = self.trainer, self.trainer.cfg
+        network = tg.WindowNetwork(trainer.model, trainer.rt, cfg, cfg.score_len, cfg.score_len)
+        scorer = tg.Scorer("held-out", network)
+        sizes = self.sizes[: len(tokens) - 1]
+        with self.averaged():
+            found = tg.evaluate(scorer, tokens, self.table, cfg, trainer.rt, trainer.log, sizes)
+        return found.nats
+
+    def note(self, step: int) -> None:
+        """A point of the curve."""
+        seconds = self.trainer.clock.elapsed()
+        loss = float(self.score(self.tokens[: CURVE_TARGETS + 1]).mean())
+        self.curve.append((step, round(seconds, 2), round(loss, 5)))
+
+    def result(self) -> dict[str, Any]:
+        """The final score, by document, and the curve to it."""
+        nats = self.score(self.tokens)
+        bits = nats.sum() / math.log(2)
+        found: dict[str, Any] = {"bpb": round(float(bits / self.sizes.sum()), 6)}
+        found["loss"] = round(float(nats.mean()), 6)
+        found["curve"] = self.curve
+        found["nats"] = self.by_document(nats).round(2).tolist()
+        found["bytes"] = self.by_document(self.sizes).astype(int).tolist()
+        return found
+
+    def by_document(self, values: np.ndarray) -> np.ndarray:
+        """Sums over each document."""
+        starts = tg.document_starts(self.tokens[:-1], self.trainer.cfg.bos_id)
+        return np.add.reduceat(values.astype(np.float64), starts)
+
+
+def train_unit(env: dict[str, str]) -> dict[str, Any]:
+    """One training -> what is kept of it."""
+    cfg = tg.load_config(env)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(tg.Runtime(cfg, {})) as rt:
+        log = tg.RunLog(Path(folder), rt, silent=True)
+        trainer = tg.build_trainer(cfg, rt, log)
+        held = Held(trainer)
+        unit: dict[str, Any] = {"status": tg.train(trainer, held.note)}
+        unit |= held.result()
+        unit["seconds"] = round(trainer.seconds, 2)
+        unit["tokens"] = trainer.steps_done * cfg.train_batch_tokens
+        unit["parameters"] = sum(p.numel() for p in trainer.model.parameters())
+        unit["flops"] = tg.training_flops(cfg, trainer.model)
+        unit["device"] = rt.device_name()
+    return unit
+
+
+def run_unit(env: dict[str, str]) -> dict[str, Any]:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--unit", json.dumps(env)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"a training ended with exit code {done.returncode}: {env}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """All trainings that have ended; a line that was cut off is none."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def of_row(results: Sequence[dict], name: str, settings: dict[str, str]) -> dict[int, dict]:
+    """Seed -> training of a row as it is now described."""
+    return {
+        one["seed"]: one for one in results if (one["row"], one["settings"]) == (name, settings)
+    }
+
+
+def train_missing(
+    rows: dict[str, dict[str, str]], seeds: Sequence[int], path: Path, results: list[dict]
+) -> None:
+    """Seed after seed, row after row, what has not been trained yet."""
+    missing = []
+    for seed in seeds:
+        for name, settings in rows.items():
+            if seed not in of_row(results, name, settings):
+                missing.append((name, seed))
+    for number, (name, seed) in enumerate(missing, 1):
+        settings = rows[name]
+        with tempfile.TemporaryDirectory() as folder:
+            env = environment(settings, seed, Path(folder))
+            hold_out(tg.load_config(env | {"DATA_PATH": settings["DATA_PATH"]}), Path(folder))
+            unit = {"row": name, "seed": seed, "settings": settings} | run_unit(env)
+        results.append(unit)
+        lines = [json.dumps(one) + "\n" for one in results]
+        tg.atomic_write(path, "".join(lines).encode())
+        told = f"{unit['bpb']:.4f} bpb, {unit['seconds']:.0f} s, {unit['status']}"
+        progress = f"{number}/{len(missing)} {name} seed {seed}: {told}"
+        print(progress, file=sys.stderr, flush=True)
+
+
+def gain_of(base: dict[int, dict], row: dict[int, dict]) -> tuple[float, float, float]:
+    """Bits a byte that a row wins, and its interval, over the seeds of both."""
+    seeds = sorted(base.keys() & row.keys())
+    nats = {"base": [base[seed]["nats"] for seed in seeds], "row": [row[s]["nats"] for s in seeds]}
+    gains = (np.array(nats["base"]) - np.array(nats["row"])) / math.log(2)  # [seeds, documents]
+    sizes = np.array(base[seeds[0]]["bytes"], dtype=np.float64)
+    rng = np.random.default_rng(0)
+    documents = drawn_again(rng, len(sizes))
+    each = drawn_again(rng, len(seeds)) / len(seeds)
+    totals = np.einsum("rs,sd,rd->r", each, gains, documents) / (documents @ sizes)
+    low, high = np.quantile(totals, (0.025, 0.975))
+    return gains.mean(0).sum() / sizes.sum(), low, high
+
+
+def drawn_again(rng: np.random.Generator, count: int) -> np.ndarray:
+    """How often each of so many is drawn, in every resample: [RESAMPLES, count]."""
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+
+
+def seconds_to(curve: Sequence[Sequence[float]], loss: float) -> float:
+    """When a curve first reaches a loss, between its points; infinite if it never does."""
+    for (_, before, above), (_, after, below) in zip(curve, curve[1:]):
+        if below <= loss:
+            share = (loss - below) / max(above - below, 1e-9)
+            return after - (after - before) * share
+    return math.inf
+
+
+def line_of(name: str, base: dict[int, dict], row: dict[int, dict]) -> str:
+    """A row of the table."""
+    seeds = sorted(base.keys() & row.keys())
+    gain, low, high = gain_of(base, row)
+    mean = np.mean([row[seed]["bpb"] for seed in seeds])
+    each = [f"{base[seed]['bpb'] - row[seed]['bpb']:+.4f}" for seed in seeds]
+    paces = [row[seed]["tokens"] / row[seed]["seconds"] for seed in seeds]
+    shares = []
+    for seed in seeds:
+        last = base[seed]["curve"][-1][2]
+        shares.append(seconds_to(row[seed]["curve"], last) / base[seed]["seconds"])
+    cells = [name, f"{mean:.4f}", f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]", " ".join(each)]
+    cells += [str(row[seeds[0]]["parameters"]), f"{np.mean(paces):.0f}", f"{np.mean(shares):.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: dict[str, dict[str, str]], results: Sequence[dict]) -> str:
+    """One line a row; the first is what the others are compared with."""
+    first, *_ = rows
+    base = of_row(results, first, rows[first])
+    heads = ["row", "bpb", "gain, 95 %", "by seed", "parameters", "tokens/s", "time to its loss"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, settings in rows.items():
+        row = of_row(results, name, settings)
+        if base.keys() & row.keys():
+            lines.append(line_of(name, base, row))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--unit"]:
+        print(json.dumps(train_unit(json.loads(arguments[1]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--seeds", default="1337,42,2024")
+    parser.add_argument("--only", help="names of rows, the first one's among them")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    options = parser.parse_args(arguments)
+    rows = read_rows(options.rows)
+    if options.only:
+        rows = {name: rows[name] for name in options.only.split(",")}
+    results = read_results(options.results)
+    if not options.table:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        train_missing(rows, seeds, options.results, results)
+    print(table(rows, results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

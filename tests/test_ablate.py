@@ -1,0 +1,143 @@
+"""The ablation bench: what it trains, what it goes on from, and its figures."""
+
+import importlib.util
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from helpers import log_of
+
+import train_gpt as tg
+
+SETTINGS = """DEFAULTS=baseline TOKENIZER_PATH=byte260 VOCAB_SIZE=260 NUM_LAYERS=2 MODEL_DIM=32
+    NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=256
+    WARMUP_STEPS=0 TOKENS=2600 WARMDOWN_ITERS=50%"""
+
+
+@pytest.fixture(scope="module")
+def ablate():
+    spec = importlib.util.spec_from_file_location("ablate", ROOT / "tests/bench/ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    tg.synthetic_shards(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path, data):
+    """A text of two rows, the second with averaged weights."""
+    path = tmp_path / "rows.txt"
+    lines = [f"all {line}" for line in SETTINGS.splitlines()]
+    lines += [f"all DATA_PATH={data}", "base", "averaged EMA_DECAY=0.5  # of each step"]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def results_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_missing_is_trained(ablate, rows, tmp_path, monkeypatch, capsys):
+    """A line that was cut off is trained again, a finished one is not."""
+    monkeypatch.setattr(ablate, "run_unit", ablate.train_unit)
+    results = tmp_path / "results.jsonl"
+    ablate.main([str(rows), str(results), "--seeds", "1"])
+    assert [unit["row"] for unit in results_in(results)] == ["base", "averaged"]
+    whole = results.read_text()
+    last = whole.splitlines()[-1]
+    results.write_text(whole.replace(last + "\n", last[:100]))
+    capsys.readouterr()
+    ablate.main([str(rows), str(results), "--seeds", "1,2"])
+    told = capsys.readouterr()
+    assert [line.split()[1:4] for line in told.err.splitlines()] == [
+        ["averaged", "seed", "1:"],
+        ["base", "seed", "2:"],
+        ["averaged", "seed", "2:"],
+    ]
+    table = [line.split(" | ")[0] for line in told.out.splitlines()]
+    assert table[0] == "| row"
+    assert table[2:] == ["| base", "| averaged"]
+    units = results_in(results)
+    assert [(unit["row"], unit["seed"]) for unit in units][:2] == [("base", 1), ("averaged", 1)]
+    assert units[1]["nats"] == json.loads(last)["nats"]
+
+
+def test_a_training_is_that_of_the_script(ablate, rows, tmp_path, data):
+    """Its last loss equals what train_gpt.py says of the same shards, in a process of its own."""
+    settings = ablate.read_rows(rows)["base"]
+    held = tmp_path / "held"
+    held.mkdir()
+    env = ablate.environment(settings, 3, held)
+    ablate.hold_out(tg.load_config(env | {"DATA_PATH": str(data)}), held)
+    unit = ablate.run_unit(env)
+    steps = int(env["ITERATIONS"])
+    assert steps == 2600 // 256
+    assert env["WARMDOWN_ITERS"] == str(round(steps / 2))
+    env |= {"VAL_LOSS_EVERY": env["ITERATIONS"], "OUT_DIR": str(tmp_path / "out")}
+    assert tg.main([], env) == 0
+    log = log_of(tmp_path / "out")
+    assert f"step:{steps}/{steps} val_loss:{unit['loss']:.4f} " in log
+    assert unit["tokens"] == steps * 256
+    assert math.isclose(
+        sum(unit["nats"]) / math.log(2) / sum(unit["bytes"]), unit["bpb"], rel_tol=1e-4
+    )
+
+
+def test_documents_are_held_out(ablate, rows, tmp_path, data):
+    """Every 40th; together with the rest they are the text."""
+    settings = ablate.read_rows(rows)["base"]
+    env = ablate.environment(settings, 1, tmp_path)
+    cfg = tg.load_config(env | {"DATA_PATH": str(data)})
+    ablate.hold_out(cfg, tmp_path)
+    whole = tg.read_shard(data / tg.shard_name("train", 0))
+    train, held = (tg.read_shard(tmp_path / tg.shard_name(split, 0)) for split in ("train", "val"))
+    starts = np.flatnonzero(whole == 1)
+    lengths = np.diff(starts, append=len(whole))
+    assert len(held) == lengths[17] + lengths[57]
+    assert held[: lengths[17]].tolist() == whole[starts[17] : starts[18]].tolist()
+    assert len(train) + len(held) == len(whole)
+
+
+def test_the_interval_is_that_of_independent_documents(ablate, rng):
+    """One seed, documents of equal size: 1.96 standard errors of a mean."""
+    base, row = rng.normal(10, 1, 400), rng.normal(9, 1, 400)
+    made = [{7: {"nats": list(nats), "bytes": [5] * 400}} for nats in (base, row)]
+    gain, low, high = ablate.gain_of(*made)
+    differences = (base - row) / 5 / math.log(2)
+    error = differences.std() / math.sqrt(400)
+    assert gain == pytest.approx(differences.mean())
+    assert (gain - low, high - gain) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+
+
+def test_seeds_that_disagree_widen_the_interval(ablate, rng):
+    base = {seed: {"nats": [10.0] * 50, "bytes": [1] * 50} for seed in (1, 2, 3)}
+    row = {
+        seed: {"nats": [10.0 - win] * 50, "bytes": [1] * 50}
+        for seed, win in ((1, 1), (2, 2), (3, 3))
+    }
+    gain, low, high = ablate.gain_of(base, row)
+    assert gain * math.log(2) == pytest.approx(2)
+    assert low * math.log(2) < 1.4
+    assert high * math.log(2) > 2.6
+
+
+def test_when_a_curve_reaches_a_loss(ablate):
+    curve = [(0, 0.0, 5.0), (10, 10.0, 4.0), (20, 30.0, 3.0)]
+    assert ablate.seconds_to(curve, 3.5) == pytest.approx(20.0)
+    assert ablate.seconds_to(curve, 4.0) == pytest.approx(10.0)
+    assert ablate.seconds_to(curve, 2.9) == math.inf
+
+
+def test_two_rows_of_one_name_are_refused(ablate, tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("base\nbase NUM_LAYERS=3")
+    with pytest.raises(SystemExit, match="two rows are named base"):
+        ablate.read_rows(path)
