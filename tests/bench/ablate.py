@@ -251,12 +251,13 @@ def line_of(name: str, base: dict[int, dict], row: dict[int, dict]) -> str:
     seeds = sorted(base.keys() & row.keys())
     gain, low, high = gain_of(base, row)
     mean = np.mean([row[seed]["bpb"] for seed in seeds])
-    each = [f"{base[seed]['bpb'] - row[seed]['bpb']:+.4f}" for seed in seeds]
-    paces = [row[seed]["tokens"] / row[seed]["seconds"] for seed in seeds]
-    shares = []
+    each, paces, shares = [], [], []
     for seed in seeds:
-        last = base[seed]["curve"][-1][2]
-        shares.append(seconds_to(row[seed]["curve"], last) / base[seed]["seconds"])
+        first, own = base[seed], row[seed]
+        _, _, loss = first["curve"][-1]
+        each.append(f"{first['bpb'] - own['bpb']:+.4f}")
+        paces.append(own["tokens"] / own["seconds"])
+        shares.append(seconds_to(own["curve"], loss) / first["seconds"])
     cells = [name, f"{mean:.4f}", f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]", " ".join(each)]
     cells += [str(row[seeds[0]]["parameters"]), f"{np.mean(paces):.0f}", f"{np.mean(shares):.2f}"]
     return f"| {' | '.join(cells)} |"
