@@ -76,8 +76,9 @@ def test_a_training_is_that_of_the_script(ablate, rows, tmp_path, data):
     settings = ablate.read_rows(rows)["base"]
     held = tmp_path / "held"
     held.mkdir()
-    env = ablate.environment(settings, 3, held)
-    ablate.hold_out(tg.load_config(env | {"DATA_PATH": str(data)}), held)
+    env = ablate.environment(settings, 3)
+    ablate.hold_out(tg.load_config(env), held)
+    env["DATA_PATH"] = str(held)
     unit = ablate.run_unit(env)
     steps = int(env["ITERATIONS"])
     assert steps == 2600 // 256
@@ -95,9 +96,7 @@ def test_a_training_is_that_of_the_script(ablate, rows, tmp_path, data):
 def test_documents_are_held_out(ablate, rows, tmp_path, data):
     """Every 40th; together with the rest they are the text."""
     settings = ablate.read_rows(rows)["base"]
-    env = ablate.environment(settings, 1, tmp_path)
-    cfg = tg.load_config(env | {"DATA_PATH": str(data)})
-    ablate.hold_out(cfg, tmp_path)
+    ablate.hold_out(tg.load_config(ablate.environment(settings, 1)), tmp_path)
     whole = tg.read_shard(data / tg.shard_name("train", 0))
     train, held = (tg.read_shard(tmp_path / tg.shard_name(split, 0)) for split in ("train", "val"))
     starts = np.flatnonzero(whole == 1)

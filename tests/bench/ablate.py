@@ -64,10 +64,10 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
     return {name: shared | settings for name, settings in rows.items()}
 
 
-def environment(settings: dict[str, str], seed: int, data: Path) -> dict[str, str]:
-    """What train_gpt.py is told."""
+def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
+    """What train_gpt.py is told; the data is still the row's."""
     env = {"DEVICE": "cpu", "SCHEDULE": "tokens", "VAL_LOSS_EVERY": "0", "MAX_EVAL_SECONDS": "0"}
-    env |= settings | {"SEED": str(seed), "DATA_PATH": str(data)}
+    env |= settings | {"SEED": str(seed)}
     if "CONFIG" in env:
         env["CONFIG"] = str(ROOT / env["CONFIG"])
     tokens = int(env.pop("TOKENS"))
@@ -207,9 +207,10 @@ def train_missing(
     for number, (name, seed) in enumerate(missing, 1):
         settings = rows[name]
         with tempfile.TemporaryDirectory() as folder:
-            env = environment(settings, seed, Path(folder))
-            hold_out(tg.load_config(env | {"DATA_PATH": settings["DATA_PATH"]}), Path(folder))
-            unit = {"row": name, "seed": seed, "settings": settings} | run_unit(env)
+            env = environment(settings, seed)
+            hold_out(tg.load_config(env), Path(folder))
+            unit = {"row": name, "seed": seed, "settings": settings}
+            unit |= run_unit(env | {"DATA_PATH": folder})
         results.append(unit)
         lines = [json.dumps(one) + "\n" for one in results]
         tg.atomic_write(path, "".join(lines).encode())
