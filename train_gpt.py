@@ -1561,10 +1561,10 @@ def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: AttentionBackend = sdpa_attention
 ) -> Tensor:
     """By causal attention over the pieces side by side: what stands behind one, it never sees."""
-    rows = []
-    for x in (q, k, v):
-        gathered = x.squeeze(0).index_select(0, segments.gather)
-        rows.append(gathered.view(-1, segments.longest, *x.shape[2:]))
+    rows = [
+        x.squeeze(0).index_select(0, segments.gather).view(-1, segments.longest, *x.shape[2:])
+        for x in (q, k, v)
+    ]
     out = attend(*rows)  # [S, longest, H, D]
     return out.flatten(0, 1).index_select(0, segments.scatter).unsqueeze(0)
 
@@ -1786,7 +1786,7 @@ class Runtime:
         return sdpa_attention
 
     def _pick_packed_attention(self, cfg: Config) -> PackedBackend:
-        if not self.cuda or self.profile.dtype != torch.bfloat16:  # fused kernels are of bfloat16
+        if self.pads_documents:
             return functools.partial(padded_attention, attend=self.attention)
         segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
         expected = functools.partial(padded_attention, segments=segments)
@@ -1805,8 +1805,13 @@ class Runtime:
                 reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         raise ConfigError(
             "TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: no attention with document bounds works on this GPU "
-            f"({'; '.join(reasons)})"
+            f"({'; '.join(reasons)}); TRAIN_DOC_MASK=0 TTT_GLOBAL_DOCS=0 needs none"
         )
+
+    @property
+    def pads_documents(self) -> bool:
+        """Whether pieces of a packed row stand side by side: only CUDA's bfloat16 has bounds."""
+        return not self.cuda or self.profile.dtype != torch.bfloat16
 
     @property
     def main(self) -> bool:
@@ -4641,8 +4646,8 @@ class Trainer:
         starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
         cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
-        side_by_side = not self.rt.cuda  # where kernels know bounds
-        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, side_by_side)
+        padded = self.rt.pads_documents
+        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, padded)
         return self.model.context(self.row, documents=self.rt.put_segments(segments))
 
     def follow(self, share: float) -> None:
@@ -5018,7 +5023,7 @@ class CalibrationSums:
                 self.model.zero_grad()
 
 
-# Sequences of a pass: enough to keep a GPU busy, few enough for the memory of a training step.
+# Sequences of a pass at most, as training's micro-batch is another bound: enough for a busy GPU.
 CALIBRATION_ROWS = 16
 
 
@@ -5032,9 +5037,10 @@ def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Cali
     length = cfg.train_seq_len
     samples = -(-cfg.gptq_n_samples // rt.world) * rt.world  # all processes take as many
     own = range(rt.rank, samples, rt.world)
+    rows = max(1, min(CALIBRATION_ROWS, cfg.micro_tokens // length))
     with sums.listening():
-        for begin in range(0, len(own), CALIBRATION_ROWS):
-            numbers = own[begin : begin + CALIBRATION_ROWS]
+        for begin in range(0, len(own), rows):
+            numbers = own[begin : begin + rows]
             tokens = rt.put(np.stack([stream.take(n * length, length + 1) for n in numbers]))
             sums.add(tokens[:, :-1], tokens[:, 1:])
 
@@ -5767,11 +5773,9 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
         f"Total submission size {codec}: {total} bytes",
         f"size_cap:{cap} margin:{cap - total} bytes{over}",
     ]
-    sizes = {tensor.name: tensor_bytes(tensor) for tensor in tensors}
-    by_name = {tensor.name: tensor for tensor in tensors}
     coded = sum(tensor.range_bytes > 0 for tensor in tensors)
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True)[: max(5, coded)]:
-        tensor, size = by_name[name], sizes[name]
+    for tensor in sorted(tensors, key=tensor_bytes, reverse=True)[: max(5, coded)]:
+        size = tensor_bytes(tensor)
         line = f"  about {size:9.0f} bytes  {tensor.kind:5} {tensor.name} {tensor.shape}"
         if tensor.range_bytes:
             count = math.prod(tensor.shape)
@@ -8585,7 +8589,7 @@ def train_model(cfg: Config, rt: Runtime, log: RunLog, table: ByteTable) -> tupl
             notes["case_transform"] = table.transform
         calibration = calibrate_if_asked(trainer.model, cfg, rt, log, trainer.stream)
         blob = pack_model(cfg, rt, log, trainer.model, calibration, notes)
-        raise_if_asked_to_end(trainer.requests, rt)
+    raise_if_asked_to_end(trainer.requests, rt)
     return status, blob
 
 
@@ -8630,7 +8634,7 @@ def pack_to_disk(
     code_bytes: int,
     notes: dict[str, Any],
 ) -> bytes:
-    """Writes model.ptz, then final_model.pt: from these MODE=pack can begin if packing fails."""
+    """Writes model.ptz, and the raw weights final_model.pt, these also if packing fails."""
     state = {name: w.cpu() for name, w in model.state_dict().items()}
     try:
         blob = pack(state, cfg, calibration, code_bytes, notes)
@@ -8681,7 +8685,7 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
     requests = Requests()
     with requests.heard():
         blob = pack_model(cfg, rt, log, model, calibration, notes)
-        raise_if_asked_to_end(requests, rt)
+    raise_if_asked_to_end(requests, rt)
     scorer = Scorer("compare", WindowNetwork(model, rt, cfg, cfg.score_len, cfg.score_len))
 
     def score(packed: Mapping[str, Tensor]) -> str:

@@ -47,14 +47,14 @@ def results_in(path):
 
 
 def test_what_is_missing_is_trained(ablate, rows, tmp_path, monkeypatch, capsys):
-    """A line that was cut off is trained again, a finished one is not."""
+    """Again, if its line is gone; a finished one is not trained twice."""
     monkeypatch.setattr(ablate, "run_unit", ablate.train_unit)
     results = tmp_path / "results.jsonl"
     ablate.main([str(rows), str(results), "--seeds", "1"])
     assert [unit["row"] for unit in results_in(results)] == ["base", "averaged"]
     whole = results.read_text()
     last = whole.splitlines()[-1]
-    results.write_text(whole.replace(last + "\n", last[:100]))
+    results.write_text(whole.replace(last + "\n", ""))
     capsys.readouterr()
     ablate.main([str(rows), str(results), "--seeds", "1,2"])
     told = capsys.readouterr()
@@ -134,10 +134,42 @@ def test_when_a_curve_reaches_a_loss(ablate):
     assert ablate.seconds_to(curve, 3.5) == pytest.approx(20.0)
     assert ablate.seconds_to(curve, 4.0) == pytest.approx(10.0)
     assert ablate.seconds_to(curve, 2.9) == math.inf
+    assert ablate.seconds_to(curve, 6.0) == 0.0
 
 
-def test_two_rows_of_one_name_are_refused(ablate, tmp_path):
+REFUSED = {
+    "two rows of one name": ("base\nbase NUM_LAYERS=3", "two rows are named base"),
+    "no rows": ("all TOKENS=9", "no row but `all`"),
+    "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not NUM_LAYERS"),
+    "no budget": ("base DEFAULTS=baseline", "TOKENS is missing"),
+    "a small budget": ("base TOKENS=9", "are less than a batch"),
+    "a row that is refused": ("base TOKENS=999999\nwide TOKENS=999999 NUM_HEADS=7", "NUM_HEADS=7"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_so_before_training(ablate, name, tmp_path, monkeypatch):
+    text, words = REFUSED[name]
     path = tmp_path / "rows.txt"
-    path.write_text("base\nbase NUM_LAYERS=3")
-    with pytest.raises(SystemExit, match="two rows are named base"):
-        ablate.read_rows(path)
+    path.write_text(text)
+    monkeypatch.setattr(ablate, "run_unit", None)
+    with pytest.raises((SystemExit, tg.InputError), match=words):
+        ablate.main([str(path), str(tmp_path / "results")])
+
+
+def test_other_files_are_no_results(ablate, rows):
+    before = rows.read_text()
+    with pytest.raises(SystemExit, match="no file of results"):
+        ablate.main([str(rows), str(rows)])
+    assert rows.read_text() == before
+
+
+def test_some_rows_only(ablate, rows, tmp_path, monkeypatch, capsys):
+    """The first is always among them."""
+    trained = []
+    monkeypatch.setattr(ablate, "train_missing", lambda rows, *more: trained.append(list(rows)))
+    ablate.main([str(rows), str(tmp_path / "results"), "--only", "averaged"])
+    assert trained == [["base", "averaged"]]
+    with pytest.raises(SystemExit):
+        ablate.main([str(rows), str(tmp_path / "results"), "--only", "avereged"])
+    assert "has no row avereged" in capsys.readouterr().err

@@ -397,6 +397,19 @@ def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, ol
         assert rt.notes[-1] == f"attention inside documents:{chosen}"
 
 
+@pytest.mark.parametrize("dtype, padded", [("float32", True), ("bfloat16", False)])
+def test_documents_are_padded_where_no_kernel_has_bounds(dtype, padded, monkeypatch):
+    """On a GPU in float32; the rows that padding gathers are made for the same ones."""
+    cfg = tg.Config(**PACKED | {"dtype": dtype})
+    rt = tg.Runtime(cfg, {})
+    assert rt.pads_documents
+    rt.cuda = True
+    rt.put = torch.from_numpy
+    assert rt.pads_documents == padded
+    if padded:
+        assert rt._pick_packed_attention(cfg).func is tg.padded_attention
+
+
 def test_attention_with_a_mask_equals_the_written_one(rng):
     """Any [B, 1, T, S] mask takes the place of the causal one."""
     q = torch.from_numpy(rng.standard_normal((2, 9, 4, 8))).float()

@@ -387,7 +387,7 @@ def watch_scoring(paces: Paces) -> None:
     tg.score_batch = watched_batch
     tg.Scorer.commit = watched_commit
     tg.TestTimeTraining.learn = watched_learn
-    for service in (tg.NgramCounts, tg.HashedCounts):
+    for service in (tg.NgramCounts, tg.HashedCounts, tg.FrequentHints):
         service.prepare = watched_prepare(service.prepare, paces)
 
 

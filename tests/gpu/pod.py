@@ -375,7 +375,7 @@ class Pod:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = seen.split(",") if seen else [str(i) for i in range(max(self.gpus, 1))]
         if job.ranks == 1:
-            return [{"CUDA_VISIBLE_DEVICES": devices[lane % len(devices)]} | env]
+            return [env | {"CUDA_VISIBLE_DEVICES": devices[lane % len(devices)]}]
         group = {"WORLD_SIZE": job.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         envs = []
         for rank in range(job.ranks):
@@ -465,4 +465,6 @@ class Pod:
         settings = {"EVAL_BATCH_TOKENS": self.scale.eval_batch, "MAX_EVAL_SECONDS": 0}
         if cfg.ttt_epochs and not cfg.ttt_before_scoring:
             settings["TTT_CHUNK_TOKENS"] = self.scale.adapted_chunk
+        if cfg.ttt_global_docs:
+            settings["TTT_GLOBAL_DOCS"] = self.scale.documents[1] // 4  # of so many, of any length
         return settings
