@@ -11,7 +11,7 @@ import torch
 import train_gpt as tg
 
 # What tests start has a core, as they have: threads that wait for a core spin, and take it away.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -166,8 +166,7 @@ def clean_env(**extra: str) -> dict[str, str]:
     """This process's environment without settings, plus the given ones; for subprocesses."""
     kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}
     kept.pop("CONFIG", None)
-    quiet = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return {**kept, **quiet, **extra}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
 def functions_entered(action):

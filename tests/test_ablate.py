@@ -1,6 +1,5 @@
 """The ablation bench: what it trains, what it goes on from, and its figures."""
 
-import importlib.util
 import json
 import math
 
@@ -16,13 +15,12 @@ SETTINGS = """DEFAULTS=baseline TOKENIZER_PATH=byte260 VOCAB_SIZE=260 NUM_LAYERS
     WARMUP_STEPS=0 TOKENS=2600 WARMDOWN_ITERS=50%"""
 
 
-@pytest.fixture(scope="module")
-def ablate():
-    path = ROOT / "tests/bench/ablate.py"
-    found = importlib.util.spec_from_file_location("ablate", path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+@pytest.fixture
+def ablate(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/bench")
+    import ablate
+
+    return ablate
 
 
 @pytest.fixture(scope="module")

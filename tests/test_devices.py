@@ -398,7 +398,7 @@ def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, ol
 
 
 @pytest.mark.parametrize("dtype, padded", [("float32", True), ("bfloat16", False)])
-def test_documents_are_padded_where_no_kernel_has_bounds(dtype, padded, monkeypatch):
+def test_documents_are_padded_where_no_kernel_has_bounds(dtype, padded):
     """On a GPU in float32; the rows that padding gathers are made for the same ones."""
     cfg = tg.Config(**PACKED | {"dtype": dtype})
     rt = tg.Runtime(cfg, {})

@@ -313,9 +313,11 @@ def inputs_of_matrices(model, rows):
     return {name: torch.cat(seen).double().numpy() for name, seen in inputs.items()}
 
 
-def test_hessians_are_the_layers_inputs(rng, rt, tmp_path, monkeypatch):
-    """X^T X / n of every matrix, over the first sequences of the training stream, two a pass."""
-    monkeypatch.setattr(tg, "CALIBRATION_ROWS", 2)
+def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
+    """X^T X / n of every matrix, over the first sequences of the training stream.
+
+    Two of them are a micro-batch, and so a pass.
+    """
     cfg = config(FULL, mixer_head=True, gptq_n_samples=3)
     model = randomized(cfg)
     tokens = rng.integers(0, 260, 400)

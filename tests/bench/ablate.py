@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scores import interval
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -42,7 +43,6 @@ HELD_OUT = 40  # one document of so many
 OFFSET = 17  # the first of them
 CURVE_TARGETS = 12_288
 CURVE_POINTS = 10
-RESAMPLES = 10_000
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
 
 def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
     """What train_gpt.py is told; the data is still the row's."""
-    env = {"DEVICE": "cpu", "SCHEDULE": "tokens", "VAL_LOSS_EVERY": "0", "MAX_EVAL_SECONDS": "0"}
+    env = {"DEVICE": "cpu", "SCHEDULE": "tokens", "MAX_EVAL_SECONDS": "0"}
     env |= settings | {"SEED": str(seed)}
     if "CONFIG" in env:
         env["CONFIG"] = str(ROOT / env["CONFIG"])
@@ -90,7 +90,7 @@ def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
     return env | {"ITERATIONS": str(steps), "VAL_LOSS_EVERY": str(max(1, steps // CURVE_POINTS))}
 
 
-def hold_out(cfg: tg.Config, folder: Path) -> Path:
+def hold_out(cfg: tg.Config, folder: Path) -> None:
     """Shards of the training documents without, and of those that are held out."""
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for path in tg.shard_paths(cfg, "train"):
@@ -100,7 +100,6 @@ def hold_out(cfg: tg.Config, folder: Path) -> Path:
             parts["val" if number % HELD_OUT == OFFSET else "train"].append(piece)
     for split, pieces in parts.items():
         tg.write_shard(folder / tg.shard_name(split, 0), np.concatenate(pieces))
-    return folder
 
 
 # --- one training ---------------------------------------------------------------------------------
@@ -111,9 +110,12 @@ class Held:
 
     def __init__(self, trainer: tg.Trainer):
         self.trainer = trainer
-        self.table = tg.ByteTable.load(trainer.cfg)
-        self.tokens = tg.load_validation(trainer.cfg)
-        self.sizes = tg.load_charges(trainer.cfg, self.table, self.tokens)
+        cfg = trainer.cfg
+        network = tg.WindowNetwork(trainer.model, trainer.rt, cfg, cfg.score_len, cfg.score_len)
+        self.scorer = tg.Scorer("held-out", network)
+        self.table = tg.ByteTable.load(cfg)
+        self.tokens = tg.load_validation(cfg)
+        self.sizes = tg.load_charges(cfg, self.table, self.tokens)
         self.curve: list[tuple[int, float, float]] = []  # step, seconds, nats a target
 
     @contextlib.contextmanager
@@ -130,13 +132,11 @@ class Held:
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         """Nats of each target in plain windows."""
-        trainer, cfg = self.trainer, self.trainer.cfg
-        network = tg.WindowNetwork(trainer.model, trainer.rt, cfg, cfg.score_len, cfg.score_len)
-        scorer = tg.Scorer("held-out", network)
+        trainer = self.trainer
         sizes = self.sizes[: len(tokens) - 1]
+        data = (tokens, self.table, trainer.cfg, trainer.rt, trainer.log, sizes)
         with self.averaged():
-            found = tg.evaluate(scorer, tokens, self.table, cfg, trainer.rt, trainer.log, sizes)
-        return found.nats
+            return tg.evaluate(self.scorer, *data).nats
 
     def note(self, step: int) -> None:
         """A point of the curve."""
@@ -238,20 +238,12 @@ def train_missing(
 def gain_of(base: dict[int, dict], row: dict[int, dict]) -> tuple[float, float, float]:
     """Bits a byte that a row wins, and its interval, over the seeds of both."""
     seeds = sorted(base.keys() & row.keys())
-    nats = {"base": [base[seed]["nats"] for seed in seeds], "row": [row[s]["nats"] for s in seeds]}
-    gains = (np.array(nats["base"]) - np.array(nats["row"])) / math.log(2)  # [seeds, documents]
+    before = np.array([base[seed]["nats"] for seed in seeds])  # [seeds, documents]
+    after = np.array([row[seed]["nats"] for seed in seeds])
+    gains = (before - after) / math.log(2)
     sizes = np.array(base[seeds[0]]["bytes"], dtype=np.float64)
-    rng = np.random.default_rng(0)
-    documents = drawn_again(rng, len(sizes))
-    each = drawn_again(rng, len(seeds)) / len(seeds)
-    totals = np.einsum("rs,sd,rd->r", each, gains, documents) / (documents @ sizes)
-    low, high = np.quantile(totals, (0.025, 0.975))
+    low, high = interval(gains, sizes)
     return gains.mean(0).sum() / sizes.sum(), low, high
-
-
-def drawn_again(rng: np.random.Generator, count: int) -> np.ndarray:
-    """How often each of so many is drawn, in every resample: [RESAMPLES, count]."""
-    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 
 def seconds_to(curve: Sequence[Sequence[float]], loss: float) -> float:

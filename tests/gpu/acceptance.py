@@ -25,10 +25,8 @@ from pathlib import Path
 
 import advice
 import inside
-from pod import BASELINE, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
+from pod import BASELINE, FRONT, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
 from report import EVAL_SECONDS, FULL_TARGETS, Session, all_systems, report
-
-FRONT = "2026-05-01_pr2135"
 
 # What the GPU of one rank needs for its eighth of a step, in milliseconds, measured on an H100 80GB
 # with torch 2.11 and cuDNN attention; a machine may be a quarter slower. With the reduction between
@@ -403,7 +401,9 @@ def check_steps(session: Session) -> None:
     for system in session.systems:
         kinds.setdefault(shape_of(pod.config(system)), system)
     examined = session.systems if pod.world > 1 else (BASELINE, FRONT)
-    for system in (system for system in kinds.values() if system in examined):
+    for system in kinds.values():
+        if system not in examined:
+            continue
         settings = pod.system(system, pod.world)
         name = f"steps_{system}"
         pod.run(Job(name, inside.examined_steps, settings, ranks=pod.world, limit=150))

@@ -35,6 +35,7 @@ import train_gpt as tg  # noqa: E402
 SCRIPT = ROOT / "train_gpt.py"
 SYSTEMS = ROOT / "records" / "track_10min_16mb"
 BASELINE = "2026-03-17_baseline"
+FRONT = "2026-05-01_pr2135"  # the defaults' system
 VOCAB = 1024  # pieces of most systems
 WORDS_A_PIECE = 4  # of invented text
 PARTS = 8  # of a published batch: what one of eight GPUs works on
