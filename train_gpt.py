@@ -60,6 +60,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # binds the group that it finds: must find none, or it stays
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import FULL, TINY
+from conftest import FULL, ROOT, TINY, clean_env
 from helpers import (
     PUBLISHED,
     Noise,
@@ -29,6 +29,7 @@ from helpers import (
     random_ids,
     run,
     take_step,
+    torchrun_alone,
 )
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -497,3 +498,25 @@ def cannot_make(env):
 
 def test_what_cannot_be_made_is_an_error(tmp_path):
     in_processes(2, tmp_path, cannot_make)
+
+
+THREADS_LEFT = """
+import os, sys, torch
+import train_gpt as tg
+
+with tg.contextlib.closing(tg.Runtime(tg.Config(device="cpu"), os.environ)) as rt:
+    rt.broadcast_bytes(b"any")
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # imports torch's compiler, late
+tasks = os.listdir("/proc/self/task")
+names = [open(f"/proc/self/task/{task}/comm").read() for task in tasks]
+assert "torch._dynamo" in sys.modules
+assert not any("gloo" in name for name in names), names
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_of_the_group_is_left_when_a_process_ends():
+    """A thread of gloo that outlives the interpreter aborts the process, at times (exit -6)."""
+    env = dict(clean_env(), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    code, said = torchrun_alone(2, ["--no-python", sys.executable, "-c", THREADS_LEFT], env)
+    assert code == 0, said
