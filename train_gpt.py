@@ -50,7 +50,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -1057,12 +1057,6 @@ def ignored_names(env: Mapping[str, str]) -> list[str]:
     return sorted(name for name in names if not name.startswith(FOREIGN + SYSTEM))
 
 
-def _file_text(path: Path) -> str:
-    unreadable = f"CONFIG={str(path)!r}: not a text file in UTF-8"
-    with input_error_from(unreadable, OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8")
-
-
 def _sources(env: Mapping[str, str]) -> tuple[list[list[Assignment]], list[str]]:
     """What is written in SMOKE's settings, the config file and the environment; the last holds."""
     problems = []
@@ -1070,7 +1064,9 @@ def _sources(env: Mapping[str, str]) -> tuple[list[list[Assignment]], list[str]]
     path = Path(env["CONFIG"]) if env.get("CONFIG") else SCRIPT.with_name("config.env")
     text = SETTINGS_INSIDE
     if path.is_file():
-        text = _file_text(path)
+        unreadable = f"CONFIG={str(path)!r}: not a text file in UTF-8"
+        with input_error_from(unreadable, OSError, UnicodeDecodeError):
+            text = path.read_text(encoding="utf-8")
     elif env.get("CONFIG"):
         problems.append(f"CONFIG={env['CONFIG']!r}: no such file")
     sources = [
@@ -1966,11 +1962,7 @@ class Runtime:
 
     def highest(self, number: int) -> int:
         """The highest of the processes' numbers, once all are here."""
-        if self.world == 1:
-            return number
-        told = torch.tensor([int(number)], device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told.item())
+        return max(map(int, self.gather(str(int(number)))))
 
     def peak_memory(self) -> int:
         """Peak bytes allocated on the GPU, or peak resident bytes of the process."""
@@ -2376,7 +2368,6 @@ _INNER_CAPITALS = {ord(c): CAPNEXT + c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVW
 _MARKED = re.compile(
     rf"{ESCAPE}(.)|[{TITLE}{CAPNEXT}](\s*[a-z])|{ALLCAPS}(\s*[a-z]+)|[{CASE_MARKERS}]", re.DOTALL
 )
-_MARKER_IN_BYTES = re.compile(b"\xee\x80\x84...|\xee\x80[\x81-\x83]", re.DOTALL)
 
 
 def mark_case(text: str, transform: str) -> str:
@@ -2412,15 +2403,6 @@ def restore_case(text: str) -> str:
 def _with_capitals(found: re.Match[str]) -> str:
     escaped, *capitals = found.groups("")
     return escaped or "".join(capitals).upper()
-
-
-def bytes_before(marked: str) -> np.ndarray:
-    """Bytes of the original text before each byte of a transformed text, and all -> [bytes + 1]."""
-    encoded = marked.encode()
-    is_text = np.ones(len(encoded), np.int64)
-    for found in _MARKER_IN_BYTES.finditer(encoded):
-        is_text[found.start() : found.start() + MARKER_BYTES] = 0
-    return np.concatenate(([0], np.cumsum(is_text)))
 
 
 # --- how many bytes of text a token stands for ----------------------------------------------------
@@ -2585,18 +2567,6 @@ class ByteTable:
     def marked_text(self, text: str) -> str:
         """What SentencePiece sees of a text; where no transform is known, the text itself."""
         return mark_case(text, self.transform) if self.transform else text
-
-    def encode_charged(self, text: str) -> tuple[list[int], np.ndarray]:
-        """A text's tokens, and the bytes of it that each stands for -> [T] int64.
-
-        By the places in the text that SentencePiece gives, where normalization may have changed its
-        length; what it drops at the ends is charged to no token.
-        """
-        marked = self.marked_text(text)
-        found = self.processor.encode(marked, return_type="offset_mapping", return_bytes=True)
-        places = found["offsets"]  # adjoin: each piece begins where the one before it ends
-        edges = [begin for begin, _ in places[:1]] + [end for _, end in places]
-        return found["ids"], np.diff(bytes_before(marked)[edges])
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The text of the tokens, as bytes. Control tokens are empty."""
@@ -4903,11 +4873,9 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
     """Takes over a checkpoint's state -> the settings that have changed since."""
     cfg, step, elapsed = trainer.cfg, state["step"], state["elapsed"]
     settings = cfg.group("model", "train", "optim")
-    changed = []
-    for name, value in settings.items():  # an older version's checkpoint lacks newer settings
-        if state["settings"].get(name, FIELDS[name.upper()].default) != value:
-            changed.append(name.upper())
-    changed.sort()
+    defaults = {name: FIELDS[name.upper()].default for name in settings}
+    before = defaults | state["settings"]  # an older version's checkpoint lacks newer settings
+    changed = sorted(name.upper() for name in settings if before[name] != settings[name])
     wrong = [name for name in changed if FIELDS[name].metadata["group"] == "model"]
     check(not wrong, f"made with other values of {', '.join(wrong)}")
     check(state["seed"] == cfg.seed, f"made with SEED={state['seed']}, here it is {cfg.seed}")
@@ -4951,25 +4919,20 @@ class CalibrationSums:
     def __init__(self, model: GPT, cfg: Config):
         self.model = model
         self.cfg = cfg
-        self.hessians: dict[str, Tensor] = {}
-        self.importance: dict[str, Tensor] = {}
-        self.reads: dict[str, Tensor] = {}  # of the rows of tables, and of the output embedding
+        self.hessians: dict[str, Any] = defaultdict(float)  # sums of tensors, by name
+        self.importance: dict[str, Any] = defaultdict(float)
+        self.reads: dict[str, Any] = defaultdict(float)  # of rows of tables and of the head
         self.head = "tok_emb.weight" if model.lm_head is None else "lm_head.weight"
-
-    @staticmethod
-    def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
 
     def _add_moments(self, name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
-        self._add(self.hessians, name, x.T @ x)
+        self.hessians[name] += x.T @ x
 
     def _add_squares(self, name: str, gradient: Tensor) -> None:
-        self._add(self.importance, name, gradient.flatten(0, -2).float().square().sum(0))
+        self.importance[name] += gradient.flatten(0, -2).float().square().sum(0)
 
     def _add_reads(self, name: str, rows: Tensor, count: int) -> None:
-        reads = torch.bincount(rows.flatten(), minlength=count).float()
-        self._add(self.reads, name, reads)
+        self.reads[name] += torch.bincount(rows.flatten(), minlength=count).float()
 
     def _see_linear(self, name: str, module: Linear, args: tuple[Tensor, ...], out: Tensor) -> None:
         self._add_moments(name, args[0].detach())
@@ -5093,23 +5056,8 @@ def _expand_zstd(data: bytes, size: int) -> bytes:
     )
 
 
-def _compress_zlib(data: bytes) -> bytes:
-    return zlib.compress(data, 9)
-
-
-def _expand_zlib(data: bytes, size: int) -> bytes:
-    return _expand_stream(zlib.decompressobj(), data, size)
-
-
-def _compress_lzma(data: bytes) -> bytes:
-    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-
-
-def _expand_lzma(data: bytes, size: int) -> bytes:
-    return _expand_stream(lzma.LZMADecompressor(memlimit=1 << 28), data, size)
-
-
-def _expand_stream(stream: Any, data: bytes, size: int) -> bytes:
+def _expand_stream(begin: Callable[[], Any], data: bytes, size: int) -> bytes:
+    stream = begin()
     out = stream.decompress(data, size + 1)
     ended = stream.eof and not stream.unused_data
     check(ended, "the compressed stream does not end where it should")
@@ -5319,8 +5267,16 @@ def rans_decode(data: bytes, contexts: np.ndarray, tables: CodeTables) -> np.nda
 
 CODERS = {
     "zstd": EntropyCoder(_compress_zstd, _expand_zstd),
-    "zlib": EntropyCoder(_compress_zlib, _expand_zlib),
-    "lzma": EntropyCoder(_compress_lzma, _expand_lzma),
+    "zlib": EntropyCoder(
+        functools.partial(zlib.compress, level=9),
+        functools.partial(_expand_stream, zlib.decompressobj),
+    ),
+    "lzma": EntropyCoder(
+        functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME),
+        functools.partial(
+            _expand_stream, functools.partial(lzma.LZMADecompressor, memlimit=1 << 28)
+        ),
+    ),
 }
 EXPAND_ERRORS = (zstandard.ZstdError, zlib.error, lzma.LZMAError, InputError, struct.error)
 

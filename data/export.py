@@ -18,6 +18,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -41,6 +42,7 @@ from train_gpt import (
     CASE_MARKERS,
     CASE_TRANSFORMS,
     CHARGES,
+    MARKER_BYTES,
     SHARD_HEADER_BYTES,
     ByteTable,
     Config,
@@ -259,6 +261,32 @@ class Document:
     charges: np.ndarray  # bytes that each token is charged; a document start none
 
 
+# A case marker in UTF-8, which stands for no byte of the text: an escaped one does.
+MARKER_IN_BYTES = re.compile(b"\xee\x80\x84...|\xee\x80[\x81-\x83]", re.DOTALL)
+
+
+def bytes_before(marked: str) -> np.ndarray:
+    """Bytes of the original text before each byte of a transformed text, and all -> [bytes + 1]."""
+    encoded = marked.encode()
+    is_text = np.ones(len(encoded), np.int64)
+    for found in MARKER_IN_BYTES.finditer(encoded):
+        is_text[found.start() : found.start() + MARKER_BYTES] = 0
+    return np.concatenate(([0], np.cumsum(is_text)))
+
+
+def encode_charged(table: ByteTable, text: str) -> tuple[list[int], np.ndarray]:
+    """A text's tokens, and the bytes of it that each stands for -> [T] int64.
+
+    By the places in the text that SentencePiece gives, where normalization may have changed its
+    length; what it drops at the ends is charged to no token.
+    """
+    marked = table.marked_text(text)
+    found = table.processor.encode(marked, return_type="offset_mapping", return_bytes=True)
+    places = found["offsets"]  # adjoin: each piece begins where the one before it ends
+    edges = [begin for begin, _ in places[:1]] + [end for _, end in places]
+    return found["ids"], np.diff(bytes_before(marked)[edges])
+
+
 def charged_document(table: ByteTable, text: str, exactly: bool) -> tuple[np.ndarray, np.ndarray]:
     """A document's tokens, its start before them, and the bytes that each is charged.
 
@@ -266,7 +294,7 @@ def charged_document(table: ByteTable, text: str, exactly: bool) -> tuple[np.nda
     stands for more text than it can say (white space without end) is charged what it can.
     """
     if exactly and table.markers:
-        ids, charges = table.encode_charged(text)
+        ids, charges = encode_charged(table, text)
         tokens = np.array([bos_of(table), *ids], dtype=np.uint16)
         charges = np.minimum(charges, MOST_CHARGED)
     else:

@@ -23,7 +23,14 @@ from pathlib import Path
 import manifest
 import numpy as np
 from corpora import Corpus, file_corpus
-from export import MOST_CHARGED, TokenizerPlan, bos_of, charged_document, document_hash
+from export import (
+    MOST_CHARGED,
+    TokenizerPlan,
+    bos_of,
+    bytes_before,
+    charged_document,
+    document_hash,
+)
 from shown import LONGEST_LINE, shown
 from tqdm import tqdm
 
@@ -391,7 +398,7 @@ def most_bytes(table: ByteTable, text: str) -> int:
     sp = table.processor
     if table.markers:
         kept = between_dropped_ends(table, table.marked_text(text))
-        return int(tg.bytes_before(kept)[-1])
+        return int(bytes_before(kept)[-1])
     if sp:
         text = sp.normalize(text)
     if sp and tg.marks_spaces(sp):
