@@ -382,6 +382,11 @@ class Config:
         low=1,
         needs="SMEAR_GATE_ENABLED or SPARSE_ATTN_GATE_ENABLED",
     )
+    induction_orders: tuple[int, ...] = _model(
+        (),
+        "tokens that a place of the document must share with this one, most first: 3,2; what "
+        "followed the last such place is an input; empty = off",
+    )
     bos_id: int = _model(1, "token that starts a document", low=0)
     ve_layers: tuple[int, ...] = _model(
         (), "layers whose values get token embeddings: 9,10; empty = none"
@@ -1255,6 +1260,11 @@ def _check_model(c: Config, relations: Relations) -> None:
     require(not (c.smear and c.smear_gate_enabled), "SMEAR=1 and SMEAR_GATE_ENABLED=1: choose one")
     require(c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: expected 0 or at least 2")
     require(c.bos_id < c.vocab_size, f"{shown('bos_id')} must be below {shown('vocab_size')}")
+    orders = c.induction_orders
+    require(
+        all(order >= 1 for order in orders) and list(orders) == sorted(set(orders), reverse=True),
+        f"{shown('induction_orders')}: each must be at least 1, and less than the one before",
+    )
 
 
 ROLES = ("embed", "table", "attn", "mlp", "gate", "other")
@@ -3117,6 +3127,59 @@ class InputSmearGate(nn.Module):
         return gate * previous(x, cache, "smear")
 
 
+CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
+
+
+class Induction(nn.Module):
+    """What followed the last like place of the document: its embedding, times a gate.
+
+    Places are alike whose last tokens are the same, as many as the first order says, else as the
+    next; every order has a gate of its own. What a cache's window does not hold is not found.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.orders = cfg.induction_orders
+        self.bos = cfg.bos_id
+        self.gate = param(len(self.orders), cfg.model_dim, init=zeros)
+
+    def last_like(self, ids: Tensor, order: int) -> Tensor:
+        """Place of the last like one of every place [B, T], -1 if there is none."""
+        key = (ids == self.bos).cumsum(1)  # of no other document
+        token = ids + 1  # 0 is none
+        for _ in range(order):
+            key = key * CONTEXT_HASH + token
+            token = previous(token, None, "")
+        key, place = torch.sort(key, dim=1, stable=True)
+        pairs = ids.size(1) - 1
+        alike = key.narrow(1, 1, pairs) == key.narrow(1, 0, pairs)
+        earlier = torch.where(alike, place.narrow(1, 0, pairs), -1)
+        return torch.full_like(ids, -1).scatter(1, place.narrow(1, 1, pairs), earlier)
+
+    def followers(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T] -> the tokens that followed, and the order's number; its last + 1 if none."""
+        length = reach = ids.size(1)
+        if cache is not None:
+            reach = cache.window - 1
+            ids = cache.extend("induction", ids + 1, reach + max(self.orders) - 1) - 1
+        here = torch.arange(ids.size(1), device=ids.device)
+        token, which = ids, torch.full_like(ids, len(self.orders))
+        for number, order in reversed(list(enumerate(self.orders))):
+            place = self.last_like(ids, order)
+            found = (place >= 0) & (here - place <= reach)
+            token = torch.where(found, ids.gather(1, (place + 1).clamp(min=0)), token)
+            which = torch.where(found, number, which)
+        first = ids.size(1) - length
+        return token.narrow(1, first, length), which.narrow(1, first, length)
+
+    def forward(
+        self, ids: Tensor, embed: nn.Embedding, dtype: torch.dtype, cache: KVCache | None = None
+    ) -> Tensor:
+        token, which = self.followers(ids, cache)
+        gates = F.pad(self.gate, (0, 0, 0, 1))  # none is found: zeros
+        return F.embedding(which, gates).to(dtype) * embed(token).to(dtype)
+
+
 class ValueEmbedding(nn.Module):
     """One token table whose projection is added to the values of the listed layers (PR 859)."""
 
@@ -3350,6 +3413,7 @@ CONTROL_NAMES = (
     "parallel_resid_lambdas",
     "attn_gate_w",
     "smear_gate.weight",
+    "induction.gate",
 )
 
 
@@ -3412,6 +3476,7 @@ class GPT(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zeros)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        self.induction = Induction(cfg) if cfg.induction_orders else None
         self.smear = SmearGate(cfg) if cfg.smear else None
         self.smear_gate = InputSmearGate(cfg) if cfg.smear_gate_enabled else None
         self.smear_lambda = param(1, init=zeros) if cfg.smear_gate_enabled else None
@@ -3508,12 +3573,12 @@ class GPT(nn.Module):
         recurrence on or off, None = as it is in force; context: instead of documents.
         """
         context = context or self.context(ids, documents=documents)
-        steps = self.steps
-        if looped is not None:
-            steps = self.looped_steps if looped else self.plain_steps
+        steps = {None: self.steps, True: self.looped_steps, False: self.plain_steps}[looped]
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, self.dtype, context.cache)
+        if self.induction is not None:
+            x = x + self.induction(ids, self.tok_emb, self.dtype, context.cache)
         if self.smear_gate is not None:
             smeared = self.smear_gate(x, ids, context.cache)
             x = x + self.smear_lambda.to(self.dtype) * smeared
@@ -6835,7 +6900,9 @@ class StreamNetwork(WindowNetwork):
         self.train_row = cfg.score_len
         self.bos = cfg.bos_id if cfg.stream_docs else None
         self.isolates_documents = cfg.stream_docs
-        self.left_context = len(model.steps) * (window - 1) + 2  # bigram and SmearGate: two more
+        inputs = [2, *(window - 1 + order for order in model.cfg.induction_orders)]
+        # Of each attention, and of the inputs: two for bigram and SmearGate, or induction's.
+        self.left_context = len(model.steps) * (window - 1) + max(inputs)
         self.hidden = GPT.hidden
         self.readings: list[Reading] = []  # two: of whole batches, and of single positions
 

@@ -38,6 +38,7 @@ FULL = dict(
     smear_bos_mask=True,
     ve_layers=(1, 2),
     ve_dim=8,
+    induction_orders=(2, 1),
     xsa_last_n=2,
     rope_dims=4,
     ln_scale=True,

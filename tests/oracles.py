@@ -101,6 +101,26 @@ def bigram_rows(ids, rows, kind="xor"):
     return [bigram_row(token, before, rows, kind) for token, before in pairs]
 
 
+def followers(ids, orders, bos, reach):
+    """What followed the last place of the document with the same last tokens, by looking back.
+
+    -> of every place (token, number of the order), or (None, number of orders)
+    """
+    found = []
+    before = [None] * max(orders)
+    text = before + [int(token) for token in ids]
+    for t in range(len(before), len(text)):
+        answer = None, len(orders)
+        for number, order in enumerate(orders):
+            s = t - 1
+            while s >= len(before) and t - s <= reach and text[s + 1] != bos and answer[0] is None:
+                if text[s - order + 1 : s + 1] == text[t - order + 1 : t + 1]:
+                    answer = text[s + 1], number
+                s -= 1
+        found.append(answer)
+    return found
+
+
 def smeared(x, gate, held):
     """Each position mixed with the one before it, except where it is held. x [T, D], gate [D]."""
     out = x.copy()
@@ -184,6 +204,8 @@ class ForwardPass:
         x = self.w["tok_emb.weight"][self.ids]
         if self.cfg.bigram_vocab_size:
             x = x + self.bigram()
+        if self.cfg.induction_orders:
+            x = x + self.induced()
         if self.cfg.smear_gate_enabled:
             x = x + self.smeared_by_input(x)
         x = rms_norm(x)
@@ -205,6 +227,15 @@ class ForwardPass:
         rows = bigram_rows(self.ids, self.cfg.bigram_vocab_size)
         table = self.w["bigram.embed.weight"][rows]
         return table @ self.w["bigram.proj.weight"].T * self.w["bigram.scale"]
+
+    def induced(self):
+        out = np.zeros((len(self.ids), self.cfg.model_dim))
+        found = followers(self.ids, self.cfg.induction_orders, self.cfg.bos_id, len(self.ids))
+        for t, (token, number) in enumerate(found):
+            if token is not None:
+                gate = self.w["induction.gate"][number]
+                out[t] = gate * self.w["tok_emb.weight"][token]
+        return out
 
     def value_embedding(self, i):
         table = self.w["ve_shared.embed.weight"][self.ids]

@@ -233,6 +233,43 @@ def test_linear_bigram_hash_at_published_size():
     assert rows == [(2481 * t + 3639 * max(t - 1, 0)) % 4096 for t in range(1024)]
 
 
+def assert_followed_by(tokens, expected):
+    """Where no order finds one, the token means nothing."""
+    for found, (token, _) in zip(tokens.tolist(), expected):
+        assert token in (None, found)
+
+
+@pytest.mark.parametrize("orders", [(1,), (3, 2), (5, 2, 1)])
+def test_induction_finds_the_last_like_place(orders, rng):
+    """As looking back token by token does, in documents of few kinds of tokens."""
+    module = tg.Induction(config({}, induction_orders=orders, vocab_size=6))
+    ids = rng.integers(0, 6, (3, 80))
+    found = module.followers(torch.from_numpy(ids))
+    for row, tokens, numbers in zip(ids, *found):
+        expected = oracles.followers(row, orders, 1, 80)
+        assert numbers.tolist() == [number for _, number in expected]
+        assert_followed_by(tokens, expected)
+
+
+@pytest.mark.parametrize("bos", [1, 9])
+@pytest.mark.parametrize("window", [1, 2, 7, 40])
+def test_induction_in_pieces_looks_back_one_window(window, bos, rng):
+    """However a sequence is cut; 9 never comes, so that nothing begins but the sequence."""
+    orders = (3, 1)
+    module = tg.Induction(config({}, induction_orders=orders, vocab_size=10, bos_id=bos))
+    ids = rng.integers(0, 5, 120)
+    expected = oracles.followers(ids, orders, bos, window - 1)
+    for sizes in ([1] * 120, [120], [50, 1, 2, 67]):
+        cache = tg.KVCache(window, bos=None)
+        begin = 0
+        for size in sizes:
+            piece = torch.from_numpy(ids[begin : begin + size])[None]
+            token, which = module.followers(piece, cache)
+            assert which[0].tolist() == [number for _, number in expected[begin : begin + size]]
+            assert_followed_by(token[0], expected[begin : begin + size])
+            begin += size
+
+
 # --- switches -------------------------------------------------------------------------------------
 
 
@@ -279,6 +316,7 @@ switch_on(
     gate_window=4,
     adds="blocks.0.attn.attn_gate_w",
 )
+switch_on("induction", induction_orders=(2, 1), adds="induction.gate")
 switch_on("skip gates", skip_gates_enabled=True, adds="skip_gates")
 switch_on("depth recurrence", num_loops=1, loop_start=0, loop_end=0, adds="skip_weights")
 switch_on("lanes", parallel_start_layer=1, adds="parallel_post_lambdas parallel_resid_lambdas")
@@ -308,7 +346,7 @@ def test_switch_is_alive_and_absent_when_off(name, rng):
     for found in (names_of, tensors_of):
         assert found(on) - found(off) == set(switch.adds.split())
         assert found(off) - found(on) == set(switch.removes.split())
-    ids = random_ids(rng, 2, 16)
+    ids = random_ids(rng, 2, 8).repeat(1, 2)  # contexts that come again
     targets = random_ids(rng, 2, 16)
     ratios = torch.rand(2, 16, 6) if on.cfg.mixer_head else None
     loss = compiled(on)(ids, targets, ratios)

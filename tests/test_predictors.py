@@ -49,15 +49,27 @@ def learns(name):
 # --- streaming: one pass with a sliding-window mask -----------------------------------------------
 
 
+def looked_back(ids, cache, cfg, reach):
+    """What `Induction.followers` finds in [1, T], token by token."""
+    found = oracles.followers(ids[0], cfg.induction_orders, cfg.bos_id, reach)
+    tokens = [[token or 0 for token, _ in found]]  # of no meaning where the order is none
+    return torch.tensor(tokens), torch.tensor([[number for _, number in found]])
+
+
 def masked_pass(model, ids, window, bos=None):
-    """Final hidden states of one pass over [1, T] whose attention mask is written out."""
+    """Final hidden states of one pass over [1, T] whose mask and look back are written out."""
     at = torch.arange(ids.size(1))
     mask = (at[None] <= at[:, None]) & (at[None] > at[:, None] - window)
     if bos is not None:
         document = (ids[0] == bos).cumsum(0)
         mask &= document[None] == document[:, None]
     masked = functools.partial(oracles.masked_attention, mask=mask)
-    return model.hidden(ids, context=dataclasses.replace(model.context(ids), backend=masked))
+    context = dataclasses.replace(model.context(ids), backend=masked)
+    with pytest.MonkeyPatch.context() as patch:
+        if model.induction is not None:
+            within = functools.partial(looked_back, cfg=model.cfg, reach=window - 1)
+            patch.setattr(model.induction, "followers", within)
+        return model.hidden(ids, context=context)
 
 
 def continued(model, ids, cache):
@@ -158,7 +170,7 @@ def test_streaming_in_any_order(tokens, rt):
     cfg, scorer = build(rt, eval_stream=8, eval_batch_tokens=8)
     plan = scorer.network.plan(tokens, scorer.chunk_targets)
     batches = [plan.batch(tokens, work) for chunk in plan.chunks() for work in chunk.work]
-    assert scorer.network.left_context == 3 * 7 + 2
+    assert scorer.network.left_context == 3 * 7 + (7 + 2)  # induction of two tokens, smeared
     assert len(batches) == 38
 
     def nats(batch):
