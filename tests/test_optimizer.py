@@ -116,7 +116,8 @@ def usual_group(name, p, tied):
         return "tables"
     if p.ndim < 2 or name.endswith("resid_mix"):
         return "scalars"
-    return "scalars" if name in ("skip_weights", "alpha_head.weight") else "matrices"
+    gains = ("skip_weights", "alpha_head.weight", "induction.gate")
+    return "scalars" if name in gains else "matrices"
 
 
 @pytest.mark.parametrize("tied", [True, False])
