@@ -554,6 +554,9 @@ class Config:
     max_artifact_bytes: int = _pack(
         16_000_000, "cap on code + model; over it the exit code is 2", low=0
     )
+    max_model_bytes: int = _pack(
+        0, "cap on the model alone, as small tracks have it; 0 = none", low=0
+    )
     fit_artifact: bool = _pack(
         True,
         "scale QUANT_STEP to fill the cap; MATRIX_CLIP_SIGMAS and its like only up, to fit it",
@@ -1705,11 +1708,11 @@ class Runtime:
         self.device = torch.device(kind)
         if self.cuda:
             found = torch.cuda.device_count()
-            if self.local_rank >= found:
-                raise ConfigError(
-                    f"LOCAL_RANK={self.local_rank}: this machine has {found} GPUs; "
-                    f"--nproc_per_node may be {found} at most"
-                )
+            check(
+                self.local_rank < found,
+                f"LOCAL_RANK={self.local_rank}: this machine has {found} GPUs; "
+                f"--nproc_per_node may be {found} at most",
+            )
             self.device = torch.device(kind, self.local_rank)
         self.compiles = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         profile = GPU_PROFILE if self.cuda else CPU_PROFILE
@@ -1748,15 +1751,14 @@ class Runtime:
         if torch.cuda.is_available():
             available.insert(0, "cuda")
         if wanted == "auto":
-            if available[0] == "cpu" and NVIDIA_DEVICE.exists():
-                raise ConfigError(
-                    "DEVICE=auto: this machine has an NVIDIA GPU that torch cannot use (is its "
-                    f"driver older than CUDA {torch.version.cuda}?); DEVICE=cpu computes on the CPU"
-                )
+            check(
+                available[0] != "cpu" or not NVIDIA_DEVICE.exists(),
+                "DEVICE=auto: this machine has an NVIDIA GPU that torch cannot use (is its "
+                f"driver older than CUDA {torch.version.cuda}?); DEVICE=cpu computes on the CPU",
+            )
             return available[0]
-        if wanted not in available:
-            found = ", ".join(available)
-            raise ConfigError(f"DEVICE={wanted}: torch finds none here; available: {found}")
+        found = ", ".join(available)
+        check(wanted in available, f"DEVICE={wanted}: torch finds none here; available: {found}")
         return wanted
 
     def _prepare_device(self) -> None:
@@ -1782,9 +1784,8 @@ class Runtime:
                 return attend
             except Exception as error:  # any failure of a foreign kernel means: not here
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if wanted == "fa3":
-            problem = f"FlashAttention 3 does not run here ({reason})"
-            raise ConfigError(f"ATTN=fa3: {problem}; allowed: auto, sdpa")
+        problem = f"FlashAttention 3 does not run here ({reason})"
+        check(wanted != "fa3", f"ATTN=fa3: {problem}; allowed: auto, sdpa")
         faster = self.device.type == "cpu" and self.compiles and not self.emulates
         if wanted == "auto" and faster:
             self.notes.append("attention:blocks (compiled on a CPU: faster than sdpa)")
@@ -1810,7 +1811,7 @@ class Runtime:
                 return attend
             except Exception as error:  # any failure of a foreign kernel means: not here
                 reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
-        raise ConfigError(
+        raise InputError(
             "TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: no attention with document bounds works on this GPU "
             f"({'; '.join(reasons)}); TRAIN_DOC_MASK=0 TTT_GLOBAL_DOCS=0 needs none"
         )
@@ -2064,8 +2065,11 @@ class RunLog:
         self.writes = rt.main and not silent
         self.seconds: dict[str, float] = {}  # of each phase, without those inside it
         self.began: dict[str, float] = {}  # each phase's first second
-        self.result: dict[str, Any] = {"status": "started", "stages": {}}
-        self.result["phases_began"] = self.began
+        self.result: dict[str, Any] = {
+            "status": "started",
+            "stages": {},
+            "phases_began": self.began,
+        }
         self.unwritten: dict[str, str] = {}  # file -> why something is missing in it
         self.start = time.perf_counter()
         self._inner = 0.0  # seconds booked by phases inside the present one
@@ -2150,11 +2154,13 @@ class RunLog:
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
         wall = time.perf_counter() - self.start
-        seconds = dict(self.seconds)
-        seconds["other"] = wall - sum(self.seconds.values())
-        seconds["wall"] = wall
-        seconds["train_side"] = self.train_seconds()
-        seconds["eval_side"] = self.eval_seconds()
+        seconds = {
+            **self.seconds,
+            "other": wall - sum(self.seconds.values()),
+            "wall": wall,
+            "train_side": self.train_seconds(),
+            "eval_side": self.eval_seconds(),
+        }
         self.result.update(fields)
         self.result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
         if self.writes:
@@ -4422,30 +4428,22 @@ def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
     return "f16" if not is_gain and w.abs().max() < 65504 else "f32"
 
 
-@dataclasses.dataclass(frozen=True)
-class QuantizedMatrix:
-    """A Linear of the model that packing will turn into whole numbers up to qmax."""
-
-    linear: Linear
-    qmax: int
-
-
-def quantized_matrices(model: GPT, cfg: Config) -> list[QuantizedMatrix]:
-    """What late fake quantization and the quantization penalty act on."""
+def quantized_matrices(model: GPT, cfg: Config) -> list[tuple[Linear, int]]:
+    """What late fake quantization and the quantization penalty act on, and its highest number."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             bits = integer_bits(f"{name}.weight", module.weight, cfg)
             if bits:
-                found.append(QuantizedMatrix(module, QUANTIZERS[f"int{bits}"].qmax))
+                found.append((module, QUANTIZERS[f"int{bits}"].qmax))
     return found
 
 
-def quantization_penalty(matrices: Sequence[QuantizedMatrix], cfg: Config) -> Tensor:
+def quantization_penalty(matrices: Sequence[tuple[Linear, int]], cfg: Config) -> Tensor:
     """CROWN-Q (PR 859): lambda / 12 times the sum of mean(w^2 step^2), the steps held fixed."""
     alike: dict[Any, list[Tensor]] = {}  # matrices of one shape are one operation
-    for matrix in matrices:
-        alike.setdefault((matrix.linear.weight.shape, matrix.qmax), []).append(matrix.linear.weight)
+    for linear, qmax in matrices:
+        alike.setdefault((linear.weight.shape, qmax), []).append(linear.weight)
     parts = []
     for (_, qmax), weights in alike.items():
         w = torch.stack(weights)
@@ -4701,9 +4699,9 @@ class Trainer:
     def fake_quantization(self, on: bool) -> None:
         """Fake quantization on or off, of the matrices that will be packed as whole numbers."""
         self.faking = on
-        for matrix in self.quantized:
-            matrix.linear.fake_qmax = matrix.qmax if on else 0
-            matrix.linear.fake_floor = self.cfg.quant_scale_floor
+        for linear, qmax in self.quantized:
+            linear.fake_qmax = qmax if on else 0
+            linear.fake_floor = self.cfg.quant_scale_floor
 
     def send_report(self, loss: Tensor) -> None:
         """Starts the sum over processes of what the last step has to tell."""
@@ -5483,6 +5481,12 @@ def decoded(tensor: PackedTensor, cfg: Config) -> Tensor:
     return quantizer(tensor.kind, cfg).decode(*arrays)
 
 
+def size_cap(cfg: Config, code_bytes: int) -> int:
+    """Bytes that code and model may have together."""
+    cap = cfg.max_artifact_bytes
+    return min(cap, code_bytes + cfg.max_model_bytes) if cfg.max_model_bytes else cap
+
+
 def pack(
     state_dict: Mapping[str, Tensor],
     cfg: Config,
@@ -5507,7 +5511,7 @@ def pack(
         return packed(1.0)
     weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
     finest = 0.0 if cfg.quant_step else 1.0  # fewer deviations would clip more, not round finer
-    limit = cfg.max_artifact_bytes - code_bytes - cfg.fit_margin
+    limit = size_cap(cfg, code_bytes) - code_bytes - cfg.fit_margin
     return fitted_to(limit, weights, packed, finest)
 
 
@@ -8552,7 +8556,8 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
         f"micro_batches:{cfg.micro_batches} iterations:{cfg.iterations} "
         f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}"
     )
-    code, cap = code_size(), cfg.max_artifact_bytes
+    code = code_size()
+    cap = size_cap(cfg, code)
     log.log(f"code_bytes:{code} size_cap:{cap} left_for_the_model:{cap - code}")
     if cfg.warmdown_iters > cfg.iterations and not cfg.warmdown_frac:
         begin = cfg.iterations / cfg.warmdown_iters
@@ -8680,7 +8685,7 @@ def pack_model(
     """Artifact and raw weights on disk, before anything is scored -> its bytes on every process."""
     blob = None
     code = code_size()
-    cap = cfg.max_artifact_bytes
+    cap = size_cap(cfg, code)
     with log.phase("pack"):
         with rt.together():
             if rt.main:
@@ -8841,7 +8846,8 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     elif blob:
         if cfg.mode != "pack":
             code = score_artifact(cfg, blob, rt, log, table)
-        if code != AUDIT_FAILED and code_size() + len(blob) > cfg.max_artifact_bytes:
+        code_bytes = code_size()
+        if code != AUDIT_FAILED and code_bytes + len(blob) > size_cap(cfg, code_bytes):
             code = OVER_SIZE
         elif code == OK and over_budget(cfg, log):
             code = OVER_TIME

@@ -162,10 +162,10 @@ def test_forward_on_fake_cuda_tensors(settings, monkeypatch):
 
 
 def test_kernels_and_devices_that_are_not_here_are_refused():
-    with pytest.raises(tg.ConfigError, match="ATTN=fa3"):
+    with pytest.raises(tg.InputError, match="ATTN=fa3"):
         tg.Runtime(tg.Config(device="cpu", attn="fa3"), {})
     if not torch.cuda.is_available():
-        with pytest.raises(tg.ConfigError, match="DEVICE=cuda.*available: .*cpu"):
+        with pytest.raises(tg.InputError, match="DEVICE=cuda.*available: .*cpu"):
             tg.Runtime(tg.Config(device="cuda"), {})
 
 
@@ -174,7 +174,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(tg, "NVIDIA_DEVICE", tmp_path)
-    with pytest.raises(tg.ConfigError, match="DEVICE=auto: .*driver.*DEVICE=cpu computes"):
+    with pytest.raises(tg.InputError, match="DEVICE=auto: .*driver.*DEVICE=cpu computes"):
         tg.Runtime(tg.Config(), {})
     assert tg.Runtime(tg.Config(device="cpu"), {}).device.type == "cpu"
     monkeypatch.setattr(tg, "NVIDIA_DEVICE", tmp_path / "none")
@@ -185,7 +185,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ranks = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}
-    with pytest.raises(tg.ConfigError, match="LOCAL_RANK=2.*2 GPUs.*--nproc_per_node"):
+    with pytest.raises(tg.InputError, match="LOCAL_RANK=2.*2 GPUs.*--nproc_per_node"):
         tg.Runtime(tg.Config(), ranks)
 
 
@@ -324,7 +324,7 @@ def test_a_foreign_kernel_is_tried_as_it_will_be_used(kernel, compiles, words, m
     assert re.search(f"attention:(sdpa.*({words})|fa3)", rt.notes[-1])
     assert words or "fa3" in rt.notes[-1]
     if words:
-        with pytest.raises(tg.ConfigError, match=f"ATTN=fa3.*({words})"):
+        with pytest.raises(tg.InputError, match=f"ATTN=fa3.*({words})"):
             rt._pick_attention(config(TINY, device="cpu", attn="fa3"))
 
 
@@ -391,7 +391,7 @@ def test_attention_inside_documents_is_probed_on_a_gpu(fa3, of_torch, chosen, ol
     rt.put = torch.from_numpy
     rt.compile = uncompiled
     if "no attention" in chosen:
-        with pytest.raises(tg.ConfigError, match=f"TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: {chosen}"):
+        with pytest.raises(tg.InputError, match=f"TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: {chosen}"):
             rt._pick_packed_attention(cfg)
     else:
         rt._pick_packed_attention(cfg)

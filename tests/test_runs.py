@@ -492,8 +492,9 @@ def test_divergence_stops_the_run(tmp_path):
     assert not (tmp_path / "model.ptz").exists()
 
 
-def test_over_the_cap_keeps_the_artifact(tmp_path):
-    code, result, log = run(tmp_path, MAX_ARTIFACT_BYTES="1000")
+@pytest.mark.parametrize("cap", ["MAX_ARTIFACT_BYTES", "MAX_MODEL_BYTES"])
+def test_over_the_cap_keeps_the_artifact(cap, tmp_path):
+    code, result, log = run(tmp_path, **{cap: "1000"})
     assert code == 2
     assert (tmp_path / "model.ptz").exists()
     assert "OVER THE CAP" in log
@@ -708,13 +709,20 @@ def test_packing_again_as_before_gives_the_same_bytes(base, tmp_path):
     assert blob == (base[0] / "model.ptz").read_bytes()
 
 
-def test_packing_again_otherwise(base, tmp_path):
-    """Fitted to a cap, by every new technique; the log's score is that of MODE=eval."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_packing_again_otherwise(alone, base, tmp_path):
+    """Fitted to a cap, the model's alone or with the code, by every new technique.
+
+    The log's score is that of MODE=eval.
+    """
     old = (base[0] / "model.ptz").stat().st_size
     code_bytes = base[2]["sizes"]["code"]
     cap = code_bytes + int(0.7 * old)
     filled = dict(QUANT_STEP="0.01", COMPRESSOR="rans", GPTQ_N_SAMPLES="4")
-    fitted = dict(FIT_ARTIFACT="1", FIT_MARGIN="100", MAX_ARTIFACT_BYTES=str(cap))
+    capped = dict(MAX_ARTIFACT_BYTES=str(cap))
+    if alone:
+        capped = dict(MAX_MODEL_BYTES=str(cap - code_bytes))
+    fitted = dict(FIT_ARTIFACT="1", FIT_MARGIN="100", **capped)
     out = tmp_path / "out"
     code, log, blob = packed_again(base, out, **filled, **fitted, TRAIN_SEQ_LEN="64")
     assert code == 0
@@ -727,7 +735,7 @@ def test_packing_again_otherwise(base, tmp_path):
     assert "bits a weight, ideal" in log
 
     again = tmp_path / "eval"
-    artifact = dict(ARTIFACT=str(out / "model.ptz"), EVAL_PLAIN="1", MAX_ARTIFACT_BYTES=str(cap))
+    artifact = dict(ARTIFACT=str(out / "model.ptz"), EVAL_PLAIN="1", **capped)
     assert tg.main([], of_artifact(base, again, **artifact)) == 0
     scored = result_of(again)["stages"]["plain"]["val_bpb"]
     assert abs(scored - float(lines["all"].split("val_bpb:")[2])) < 1e-6
