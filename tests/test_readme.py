@@ -8,6 +8,7 @@ from conftest import ROOT
 import train_gpt as tg
 
 README = ROOT / "README.md"
+SETTINGS = ROOT / "SETTINGS.md"
 
 
 def settings_table() -> str:
@@ -23,11 +24,11 @@ def settings_table() -> str:
 
 def test_settings_table_is_the_code():
     """UPDATE_README=1 pytest tests/test_readme.py rewrites it."""
-    text = README.read_text()
+    text = SETTINGS.read_text()
     parts = re.split(r"(<!-- settings -->\n|<!-- end -->)", text)
     if os.environ.get("UPDATE_README"):
         parts[2] = settings_table()
-        README.write_text("".join(parts))
+        SETTINGS.write_text("".join(parts))
     assert parts[2] == settings_table()
 
 
