@@ -15,6 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+PAGES = ["README.md", "SETTINGS.md"]  # what people read, relative to ROOT
+for _folder in ("data", "records", "tests"):
+    PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / _folder).rglob("README.md"))
 
 TINY = dict(
     tg.BASELINE,

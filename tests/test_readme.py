@@ -1,13 +1,25 @@
-"""The README says what the code does: settings table, commands, figures of the tests."""
+"""The pages say what the code does: settings table, commands, exit codes, links, names."""
 
 import os
+import posixpath
 import re
 
-from conftest import ROOT
+import pytest
+from conftest import PAGES, ROOT
 
 import train_gpt as tg
 
 README = ROOT / "README.md"
+SETTINGS = ROOT / "SETTINGS.md"
+RECORDS = ROOT / "records" / "README.md"
+# Environment variables that are no settings of the program.
+OF_OTHERS = (
+    "MATCHED_FINEWEB_REPO_ID",
+    "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX",
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "TORCHINDUCTOR_CACHE_DIR",
+)
 
 
 def settings_table() -> str:
@@ -23,11 +35,11 @@ def settings_table() -> str:
 
 def test_settings_table_is_the_code():
     """UPDATE_README=1 pytest tests/test_readme.py rewrites it."""
-    text = README.read_text()
+    text = SETTINGS.read_text()
     parts = re.split(r"(<!-- settings -->\n|<!-- end -->)", text)
     if os.environ.get("UPDATE_README"):
         parts[2] = settings_table()
-        README.write_text("".join(parts))
+        SETTINGS.write_text("".join(parts))
     assert parts[2] == settings_table()
 
 
@@ -39,15 +51,17 @@ def test_two_commands_of_one_line_near_the_top():
         assert text.index(mark) < len(text) / 4
 
 
-def test_every_setting_named_in_the_prose_exists():
-    text = README.read_text()
-    known = {*tg.FIELDS, *tg.ALIASES, "CONFIG", "NAME", "UPDATE_README", *dir(tg)}
+@pytest.mark.parametrize("name", PAGES)
+def test_every_setting_named_in_the_prose_exists(name):
+    """Names in italics are other programs'."""
+    known = {*tg.FIELDS, *tg.ALIASES, "CONFIG", "NAME", "UPDATE_README", *dir(tg), *OF_OTHERS}
+    text = re.sub(r"\*[A-Z0-9_]+\*", "", (ROOT / name).read_text())
     named = set(re.findall(r"\b([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", text))
-    assert not {name for name in named if name not in known}
+    assert not named - known
 
 
 def test_exit_codes_are_those_of_the_code():
-    text = re.search(r"Exit codes.*?\n\n", README.read_text(), re.S)[0]
+    text = re.search(r"Exit codes.*?\n\n", RECORDS.read_text(), re.S)[0]
     codes = (
         tg.OK,
         tg.BUG,
@@ -60,3 +74,43 @@ def test_exit_codes_are_those_of_the_code():
         tg.INTERRUPTED,
     )
     assert [int(number) for number in re.findall(r"\s(\d+)\s[a-z]", text)] == list(codes)
+
+
+def prose_of(name):
+    """A page without its commands."""
+    return re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.S)
+
+
+def anchor(heading):
+    """The name that a heading has in links, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def links_of(name):
+    """(file, anchor) of every link of a page into this repository; a file relative to its root."""
+    found = []
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose_of(name)):
+        if "://" not in target:
+            file, _, mark = target.partition("#")
+            path = posixpath.join(posixpath.dirname(name), file) if file else name
+            found.append((posixpath.normpath(path), mark))
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_to_a_heading(name):
+    for file, mark in links_of(name):
+        assert (ROOT / file).is_file(), file
+        if mark:
+            headings = re.findall(r"^#+ (.*)$", prose_of(file), re.M)
+            assert [anchor(heading) for heading in headings].count(mark) == 1, (file, mark)
+
+
+def test_every_page_is_reached_from_the_first():
+    reached, found = set(), ["README.md"]
+    while found:
+        name = found.pop()
+        if name in PAGES and name not in reached:
+            reached.add(name)
+            found += [file for file, _ in links_of(name)]
+    assert reached == set(PAGES)

@@ -1,18 +1,20 @@
-"""The READMEs' commands, typed as they stand in a fresh clone after the demo (slow, needs pip)."""
+"""The pages' commands, typed as they stand in a fresh clone after the demo (slow, needs pip)."""
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_env
+from conftest import PAGES, ROOT, clean_env
 
-READMES = ["README.md", "data/README.md", "records/track_cpu_1mb/README.md"]
-# Blocks with these need what a test machine lacks, or are what the tests are run by.
+# Lines with these need what a test machine lacks, or are what the tests are run by.
 NOT_HERE = {
     "--nproc_per_node=8": "eight GPUs",
+    "GPTQ_N_SAMPLES=384 ": "two GPUs, and the challenge's shards",
+    "--track 10min_16mb": "eight GPUs",
     "MICRO_BATCH_TOKENS=32768 python train_gpt.py": "a GPU, and the challenge's shards",
     "prepare.py fineweb": "a download of 16 GB",
     "nvidia-smi": "a driver",
@@ -20,12 +22,17 @@ NOT_HERE = {
     "pip install -r requirements.txt": "an environment of its own",
     "tests/gpu/acceptance.py  ": "a GPU",
     "-m pytest": "the tests themselves",
+    "logs/true": "ten minutes of training, and as many of scoring",
+    "stack.jsonl  ": "an hour of training",
 }
 
 
 def blocks_of(name):
     """The bash blocks of a README, in order."""
     return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+READMES = [name for name in PAGES if blocks_of(name)]
 
 
 def lines_here(block):
@@ -57,7 +64,9 @@ def clone(tmp_path_factory):
     (here / ".venv").symlink_to(sys.prefix)
     (here / "logs").mkdir()
     (here / "logs/run.sh").write_text("")
-    texts = [f"Document {n} tells of {n * n} things, one by one." for n in range(50_300)]
+    dice = random.Random(1)
+    words = ["".join(dice.choices("aeioubdgklmnprst", k=dice.randint(2, 8))) for _ in range(4000)]
+    texts = [f"Document {n}: {' '.join(dice.choices(words, k=12))}." for n in range(50_300)]
     (here / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (here / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
     (here / "a.txt").write_text("\n\n".join(texts[2000:4000]))
