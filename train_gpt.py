@@ -345,7 +345,12 @@ class Config:
     bigram_vocab_size: int = _model(
         0, "rows of the hashed bigram embedding (BigramHash); 0 = none", low=0
     )
-    bigram_dim: int = _model(128, "width of the bigram table", low=1, needs="BIGRAM_VOCAB_SIZE")
+    trigram_vocab_size: int = _model(
+        0, "rows of a hashed embedding of the last three tokens; 0 = none", low=0
+    )
+    bigram_dim: int = _model(
+        128, "width of these tables", low=1, needs="BIGRAM_VOCAB_SIZE or TRIGRAM_VOCAB_SIZE"
+    )
     bigram_hash: str = _model(
         "xor",
         "xor: PR 489; linear: PR 740, without scale",
@@ -3070,9 +3075,9 @@ class BigramHash(nn.Module):
     that is not zero; BIGRAM_INIT=dead has both at zero and never trains (PR 489).
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, rows: int):
         super().__init__()
-        self.rows = cfg.bigram_vocab_size
+        self.rows = rows
         self.xor = cfg.bigram_hash == "xor"
         table_init = normal(1.0) if cfg.bigram_init == "normal" else zeros
         proj_init = zeros if cfg.bigram_init == "dead" else matrix_init(cfg, in_block=False)
@@ -3095,6 +3100,21 @@ class BigramHash(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
         out = self.proj(self.embed(self.rows_of(ids, cache)).to(dtype))  # [B, T, D]
         return out if self.scale is None else out * self.scale.to(dtype)
+
+
+CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
+
+
+class TrigramHash(BigramHash):
+    """The same of the last three tokens; token 0 stands before a sequence."""
+
+    def rows_of(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Table row of every position: [B, T] -> [B, T]."""
+        key = token = ids
+        for back in (1, 2):
+            token = previous(token, cache, f"ids {back} before")
+            key = key * CONTEXT_HASH + token
+        return (key >> 33) % self.rows  # by high bits, which all tokens reach
 
 
 class SmearGate(nn.Module):
@@ -3131,9 +3151,6 @@ class InputSmearGate(nn.Module):
         if self.bos is not None:
             gate = gate * (ids != self.bos).unsqueeze(-1).to(x.dtype)
         return gate * previous(x, cache, "smear")
-
-
-CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
 
 
 class Induction(nn.Module):
@@ -3182,8 +3199,9 @@ class Induction(nn.Module):
         self, ids: Tensor, embed: nn.Embedding, dtype: torch.dtype, cache: KVCache | None = None
     ) -> Tensor:
         token, which = self.followers(ids, cache)
-        gates = F.pad(self.gate, (0, 0, 0, 1))  # none is found: zeros
-        return F.embedding(which, gates).to(dtype) * embed(token).to(dtype)
+        numbers = torch.arange(len(self.orders), device=ids.device)
+        found = (which.unsqueeze(-1) == numbers).to(dtype)  # [B, T, orders]
+        return (found @ self.gate.to(dtype)) * embed(token).to(dtype)
 
 
 class ValueEmbedding(nn.Module):
@@ -3481,7 +3499,9 @@ class GPT(nn.Module):
         self.lm_head = None
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zeros)
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        bigrams, trigrams = cfg.bigram_vocab_size, cfg.trigram_vocab_size
+        self.bigram = BigramHash(cfg, bigrams) if bigrams else None
+        self.trigram = TrigramHash(cfg, trigrams) if trigrams else None
         self.induction = Induction(cfg) if cfg.induction_orders else None
         self.smear = SmearGate(cfg) if cfg.smear else None
         self.smear_gate = InputSmearGate(cfg) if cfg.smear_gate_enabled else None
@@ -3581,8 +3601,9 @@ class GPT(nn.Module):
         context = context or self.context(ids, documents=documents)
         steps = {None: self.steps, True: self.looped_steps, False: self.plain_steps}[looped]
         x = self.tok_emb(ids).to(self.dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, self.dtype, context.cache)
+        for hashed in (self.bigram, self.trigram):
+            if hashed is not None:
+                x = x + hashed(ids, self.dtype, context.cache)
         if self.induction is not None:
             x = x + self.induction(ids, self.tok_emb, self.dtype, context.cache)
         if self.smear_gate is not None:
@@ -3802,48 +3823,32 @@ class ParamGroup:
     optimizer: str  # muon or adam
     lr: str  # names of settings
     weight_decay: str
-    takes: Callable[[str, Tensor, Config], bool]  # whether a parameter, by name, belongs here
 
 
-def _is_head(name: str, p: Tensor, cfg: Config) -> bool:
-    return name == "lm_head.weight"
-
-
-def _is_untied_embedding(name: str, p: Tensor, cfg: Config) -> bool:
-    return name == "tok_emb.weight" and not cfg.tie_embeddings
-
-
-def _is_table(name: str, p: Tensor, cfg: Config) -> bool:
-    return name.endswith(("tok_emb.weight", ".embed.weight"))
-
-
-def _is_scalar(name: str, p: Tensor, cfg: Config) -> bool:
-    return p.ndim < 2 or name.endswith((*CONTROL_NAMES, "alpha_head.weight"))
-
-
-def _is_matrix(name: str, p: Tensor, cfg: Config) -> bool:
-    return p.ndim == 2
-
-
-# The first group that takes a parameter has it.
 PARAM_GROUPS = {
-    "head": ParamGroup("adam", "head_lr", "embed_wd", _is_head),
-    "embed": ParamGroup("adam", "embed_lr", "embed_wd", _is_untied_embedding),
-    "tables": ParamGroup("adam", "tied_embed_lr", "embed_wd", _is_table),
-    "scalars": ParamGroup("adam", "scalar_lr", "adam_wd", _is_scalar),
-    "matrices": ParamGroup("muon", "matrix_lr", "muon_wd", _is_matrix),
+    "head": ParamGroup("adam", "head_lr", "embed_wd"),
+    "embed": ParamGroup("adam", "embed_lr", "embed_wd"),
+    "tables": ParamGroup("adam", "tied_embed_lr", "embed_wd"),
+    "scalars": ParamGroup("adam", "scalar_lr", "adam_wd"),
+    "matrices": ParamGroup("muon", "matrix_lr", "muon_wd"),
 }
 
 
 def group_of(name: str, p: Tensor, cfg: Config) -> str:
-    """The group of a parameter; ValueError if none takes it."""
+    """The first group that takes a parameter; ValueError if none does."""
     if cfg.bigram_optim and name.startswith("bigram.") and p.ndim == 2:
         return cfg.bigram_optim
-    for group, rule in PARAM_GROUPS.items():
-        if rule.takes(name, p, cfg):
+    takes = {
+        "head": name == "lm_head.weight",
+        "embed": name == "tok_emb.weight" and not cfg.tie_embeddings,
+        "tables": name.endswith(("tok_emb.weight", ".embed.weight")),
+        "scalars": p.ndim < 2 or name.endswith((*CONTROL_NAMES, "alpha_head.weight")),
+        "matrices": p.ndim == 2,
+    }
+    for group, its in takes.items():
+        if its:
             return group
-    problem = f"no optimizer group takes {name} {tuple(p.shape)}"
-    raise ValueError(f"{problem}; add a rule to PARAM_GROUPS")
+    raise ValueError(f"no optimizer group takes {name} {tuple(p.shape)}; see `group_of`")
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -6904,8 +6909,8 @@ class StreamNetwork(WindowNetwork):
         self.train_row = cfg.score_len
         self.bos = cfg.bos_id if cfg.stream_docs else None
         self.isolates_documents = cfg.stream_docs
-        inputs = [2, *(window - 1 + order for order in model.cfg.induction_orders)]
-        # Of each attention, and of the inputs: two for bigram and SmearGate, or induction's.
+        inputs = [3, *(window - 1 + order for order in model.cfg.induction_orders)]
+        # Of each attention, and of the inputs: three for trigram and SmearGate, or induction's.
         self.left_context = len(model.steps) * (window - 1) + max(inputs)
         self.hidden = GPT.hidden
         self.readings: list[Reading] = []  # two: of whole batches, and of single positions

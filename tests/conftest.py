@@ -37,6 +37,7 @@ FULL = dict(
     TINY,
     bigram_vocab_size=64,
     bigram_dim=8,
+    trigram_vocab_size=61,
     smear=True,
     smear_bos_mask=True,
     ve_layers=(1, 2),

@@ -101,6 +101,16 @@ def bigram_rows(ids, rows, kind="xor"):
     return [bigram_row(token, before, rows, kind) for token, before in pairs]
 
 
+def trigram_rows(ids, rows):
+    """Rows of the hashed trigram table: bits 33 to 63 of a polynomial, the sign among them."""
+    found = []
+    for last, middle, first in zip([0, 0, *ids], [0, *ids], ids):
+        key = (first * 6364136223846793005 + middle) * 6364136223846793005 + last
+        key = (key + 2**63) % 2**64 - 2**63
+        found.append((key >> 33) % rows)
+    return found
+
+
 def followers(ids, orders, bos, reach):
     """What followed the last place of the document with the same last tokens, by looking back.
 
@@ -204,6 +214,9 @@ class ForwardPass:
         x = self.w["tok_emb.weight"][self.ids]
         if self.cfg.bigram_vocab_size:
             x = x + self.bigram()
+        if self.cfg.trigram_vocab_size:
+            rows = trigram_rows(self.ids.tolist(), self.cfg.trigram_vocab_size)
+            x = x + self.hashed("trigram", rows)
         if self.cfg.induction_orders:
             x = x + self.induced()
         if self.cfg.smear_gate_enabled:
@@ -224,9 +237,11 @@ class ForwardPass:
         return out
 
     def bigram(self):
-        rows = bigram_rows(self.ids, self.cfg.bigram_vocab_size)
-        table = self.w["bigram.embed.weight"][rows]
-        return table @ self.w["bigram.proj.weight"].T * self.w["bigram.scale"]
+        return self.hashed("bigram", bigram_rows(self.ids, self.cfg.bigram_vocab_size))
+
+    def hashed(self, name, rows):
+        table = self.w[f"{name}.embed.weight"][rows]
+        return table @ self.w[f"{name}.proj.weight"].T * self.w[f"{name}.scale"]
 
     def induced(self):
         out = np.zeros((len(self.ids), self.cfg.model_dim))

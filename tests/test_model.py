@@ -218,7 +218,7 @@ def test_smear_before_or_after_the_norm(before, masked, rng):
 @pytest.mark.parametrize("rows", [2, 64, 2048])
 def test_bigram_rows_equal_whole_numbers(rows, kind, rng):
     """The two published hashes, with Python's unbounded integers and large vocabularies."""
-    module = tg.BigramHash(tg.Config(bigram_vocab_size=rows, bigram_hash=kind))
+    module = tg.BigramHash(tg.Config(bigram_hash=kind), rows)
     assert (module.scale is None) == (kind == "linear")
     for vocab in (260, 1024, 65536):
         ids = random_ids(rng, 3, 40, vocab=vocab)
@@ -226,9 +226,19 @@ def test_bigram_rows_equal_whole_numbers(rows, kind, rng):
         assert module.rows_of(ids).tolist() == expected
 
 
+@pytest.mark.parametrize("rows", [2, 61, 4096])
+def test_trigram_rows_equal_whole_numbers(rows, rng):
+    """In integers without end, taken to 64 bits with a sign."""
+    module = tg.TrigramHash(tg.Config(), rows)
+    ids = rng.integers(0, 65536, (3, 50))
+    found = module.rows_of(torch.from_numpy(ids))
+    for row, got in zip(ids.tolist(), found.tolist()):
+        assert got == oracles.trigram_rows(row, rows)
+
+
 def test_linear_bigram_hash_at_published_size():
     """With 4,096 rows the published products reduce to small ones."""
-    module = tg.BigramHash(tg.Config(bigram_vocab_size=4096, bigram_hash="linear"))
+    module = tg.BigramHash(tg.Config(bigram_hash="linear"), 4096)
     rows = module.rows_of(torch.arange(1024).repeat(2, 1))[0].tolist()
     assert rows == [(2481 * t + 3639 * max(t - 1, 0)) % 4096 for t in range(1024)]
 
@@ -296,6 +306,8 @@ SHARED_VALUES = "ve_shared.embed.weight ve_shared.proj.weight ve_shared.scale"
 
 switch_on("bigram", **BIGRAM, adds=f"{TABLES} bigram.scale")
 switch_on("linear bigram", **BIGRAM, bigram_hash="linear", adds=TABLES)
+TRIGRAM = "trigram.embed.weight trigram.proj.weight trigram.scale"
+switch_on("trigram", trigram_vocab_size=64, bigram_dim=8, adds=TRIGRAM)
 switch_on("linear for xor", bigram_hash="linear", removes="bigram.scale", base=BIGRAM)
 switch_on("smear", smear=True, adds="smear.gate")
 switch_on("smear before norm", smear_before_norm=True, base=dict(smear=True))

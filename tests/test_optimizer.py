@@ -106,13 +106,16 @@ RATES_OF_GROUPS = {
 }
 
 
+TABLES = ("tok_emb", "bigram.embed", "trigram.embed", "ve_shared.embed")
+
+
 def usual_group(name, p, tied):
     """Where the published scripts put a parameter."""
     if name == "lm_head.weight":
         return "head"
     if name == "tok_emb.weight" and not tied:
         return "embed"
-    if name in ("tok_emb.weight", "bigram.embed.weight", "ve_shared.embed.weight"):
+    if name in (f"{table}.weight" for table in TABLES):
         return "tables"
     if p.ndim < 2 or name.endswith("resid_mix"):
         return "scalars"
