@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, clean_env
 
 FOLDER = ROOT / "tests/gpu"
-SYSTEMS = [path.parent.name for path in ROOT.glob("records/track_10min_16mb/*/config.env")]
+SYSTEMS = [path.parent.name for path in ROOT.glob("records/track_10min_16mb/2*/config.env")]
 STAGES = """plain plain|plain sliding|windows plain|windows sliding|stream streaming|stream mixed
     |ttt ttt|adapters ttt|2026-03-22_pr489 ttt|2026-03-25_pr740_v1 ngram|2026-03-25_pr740_v2 ngram
     |2026-03-26_pr834 ttt|2026-03-26_pr834 ngram|2026-03-26_pr859 ngram"""
