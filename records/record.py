@@ -220,7 +220,7 @@ def command_board(args: argparse.Namespace) -> int:
         else:
             atomic_write(path, data)
             print(f"{path}: written")
-    print(f"{len(board.entries)} entries ranked; {len(files) - len(stale)} files were up to date")
+    print(f"entries ranked: {len(board.entries)}; files renewed or to renew: {len(stale)}")
     return FAILED if args.check and stale else OK
 
 

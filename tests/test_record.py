@@ -267,7 +267,7 @@ def test_a_records_place_on_the_board(made, place, capsys, quick):
     page = track / "README.md"
     page.write_text("<!-- board -->\n<!-- end board -->\n")
     assert record.main(["board", str(track)]) == 0
-    assert "1 entries ranked" in capsys.readouterr().out
+    assert "entries ranked: 1;" in capsys.readouterr().out
     told = json.loads((folder / "submission.json").read_text())
     row = page.read_text().split("| 1 | ")[1]
     score = f"| {told['val_bpb']:.6f} | {told['val_bpb_std']:.6f} | 2 | sliding | - |"
