@@ -7,12 +7,15 @@
         --collect logs/my_runs     # finished runs, no new ones
     python records/record.py check records/track_cpu_1mb/2026-11-23_NAME
     python records/record.py compare old/folder new/folder
+    python records/record.py board records/track_cpu_1mb
     python records/record.py pack train_gpt.py --config my/config.env --strip -o packed.py
 
 `new` runs every seed from one snapshot of script and settings, assembles the folder, checks it, and
 only then puts it under records/. Interrupted, the same command goes on after the last finished
-seed. `check` executes nothing of the folder unless --run says so. It ends with 0 if nothing failed,
-else 1; 64 means that a given input was unusable.
+seed. `check` executes nothing of the folder unless --run says so. `board` ranks a track's entries,
+in a table and a picture, where the track's page or the repository's has markers for them; with
+--check it only says whether they are up to date. All end with 0 if nothing failed, else 1; 64 means
+that a given input was unusable.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tool import ROOT, page
+from tool.board import files_of, read_board
 from tool.case import TRACKS, Case, Track
 from tool.checks import check_case
 from tool.compare import compare, describe, load_sample
@@ -173,7 +177,7 @@ def publish(final: Path, work: Path, outs: Sequence[Path], args: argparse.Namesp
     return OK
 
 
-# --- check, compare, pack -------------------------------------------------------------------------
+# --- check, compare, board, pack ------------------------------------------------------------------
 
 
 def command_check(args: argparse.Namespace) -> int:
@@ -195,6 +199,34 @@ def command_compare(args: argparse.Namespace) -> int:
         raise RecordError(str(error)) from None
     print(json.dumps(dataclasses.asdict(found), indent=1) if args.json else describe(found))
     return OK
+
+
+def command_board(args: argparse.Namespace) -> int:
+    board = read_board(args.track)
+    files, notes = files_of(board)
+    for name in board.skipped:
+        print(f"{name}: no submission.json, so no entry: skipped")
+    for name, reason in board.refused.items():
+        print(f"{name}: not ranked: {reason}")
+    for note in notes:
+        print(note)
+    stale = {path: data for path, data in files.items() if content_of(path) != data}
+    for path, data in stale.items():
+        if args.check:
+            print(f"{path}: not what the entries give; run the command without --check")
+        elif data is None:
+            path.unlink()
+            print(f"{path}: taken away")
+        else:
+            atomic_write(path, data)
+            print(f"{path}: written")
+    print(f"entries ranked: {len(board.entries)}; files renewed or to renew: {len(stale)}")
+    return FAILED if args.check and stale else OK
+
+
+def content_of(path: Path) -> bytes | None:
+    """None if there is no such file."""
+    return path.read_bytes() if path.is_file() else None
 
 
 def command_pack(args: argparse.Namespace) -> int:
@@ -266,6 +298,12 @@ def parser() -> Parser:
     against.add_argument("old", type=Path)
     against.add_argument("new", type=Path)
     against.add_argument("--json", action="store_true")
+    board = commands.add_parser("board", help="rank a track's entries: table and picture")
+    board.set_defaults(call=command_board)
+    board.add_argument("track", type=Path, help="its folder, as records/track_cpu_1mb")
+    board.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if something would change"
+    )
     pack = commands.add_parser("pack", help="wrap a script with lzma and base85")
     pack.set_defaults(call=command_pack)
     pack.add_argument("file", type=Path)

@@ -7,6 +7,7 @@ of it afterwards is mostly forked.
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -257,6 +258,24 @@ def test_compare_lists_all_runs(made, tmp_path, capsys):
     assert "seed 1:" in text
     (tmp_path / "empty").mkdir()
     assert record.main(["compare", str(tmp_path / "empty"), str(made)]) == 64
+
+
+def test_a_records_place_on_the_board(made, place, capsys, quick):
+    """A copy alone in its track, so that no other test's record is ranked."""
+    track = place / "board" / "track_non_record_cpu"
+    folder = shutil.copytree(made, track / made.name)
+    page = track / "README.md"
+    page.write_text("<!-- board -->\n<!-- end board -->\n")
+    assert record.main(["board", str(track)]) == 0
+    assert "entries ranked: 1;" in capsys.readouterr().out
+    told = json.loads((folder / "submission.json").read_text())
+    row = page.read_text().split("| 1 | ")[1]
+    score = f"| {told['val_bpb']:.6f} | {told['val_bpb_std']:.6f} | 2 | sliding | - |"
+    size = max(path.stat().st_size for path in folder.glob("*.ptz"))
+    assert f"{score} {size:,} |" in row
+    machine = f"| {told['hardware']}, {told['matmul_gflops']} GFLOP/s |"
+    assert f"{machine} 2026-01-31 |" in row
+    assert record.main(["board", str(track), "--check"]) == 0
 
 
 def test_pack_gives_back_every_byte(tmp_path, capsys):
