@@ -345,11 +345,12 @@ class Config:
     bigram_vocab_size: int = _model(
         0, "rows of the hashed bigram embedding (BigramHash); 0 = none", low=0
     )
-    trigram_vocab_size: int = _model(
-        0, "rows of a hashed embedding of the last three tokens; 0 = none", low=0
+    hash_orders: tuple[int, ...] = _model(
+        (), "hashed embeddings of so many last tokens each: 3,4; empty = none"
     )
+    hash_rows: int = _model(16384, "rows of each of them", low=2, needs="HASH_ORDERS")
     bigram_dim: int = _model(
-        128, "width of these tables", low=1, needs="BIGRAM_VOCAB_SIZE or TRIGRAM_VOCAB_SIZE"
+        128, "width of all these tables", low=1, needs="BIGRAM_VOCAB_SIZE or HASH_ORDERS"
     )
     bigram_hash: str = _model(
         "xor",
@@ -1273,6 +1274,7 @@ def _check_model(c: Config, relations: Relations) -> None:
         all(order >= 1 for order in orders) and list(orders) == sorted(set(orders), reverse=True),
         f"{shown('induction_orders')}: each must be at least 1, and less than the one before",
     )
+    require(min([3, *c.hash_orders]) > 2, f"{shown('hash_orders')}: at least 3 tokens each")
 
 
 ROLES = ("embed", "table", "attn", "mlp", "gate", "other")
@@ -3105,14 +3107,18 @@ class BigramHash(nn.Module):
 CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
 
 
-class TrigramHash(BigramHash):
-    """The same of the last three tokens; token 0 stands before a sequence."""
+class ContextHash(BigramHash):
+    """The same of more than two last tokens; token 0 stands before a sequence."""
+
+    def __init__(self, cfg: Config, order: int):
+        super().__init__(cfg, cfg.hash_rows)
+        self.order = order
 
     def rows_of(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Table row of every position: [B, T] -> [B, T]."""
         key = token = ids
-        for back in (1, 2):
-            token = previous(token, cache, f"ids {back} before")
+        for back in range(1, self.order):
+            token = previous(token, cache, f"{back} before, of {self.order}")
             key = key * CONTEXT_HASH + token
         return (key >> 33) % self.rows  # by high bits, which all tokens reach
 
@@ -3499,9 +3505,8 @@ class GPT(nn.Module):
         self.lm_head = None
         if not cfg.tie_embeddings:
             self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zeros)
-        bigrams, trigrams = cfg.bigram_vocab_size, cfg.trigram_vocab_size
-        self.bigram = BigramHash(cfg, bigrams) if bigrams else None
-        self.trigram = TrigramHash(cfg, trigrams) if trigrams else None
+        self.bigram = BigramHash(cfg, cfg.bigram_vocab_size) if cfg.bigram_vocab_size else None
+        self.hashes = nn.ModuleList(ContextHash(cfg, order) for order in cfg.hash_orders)
         self.induction = Induction(cfg) if cfg.induction_orders else None
         self.smear = SmearGate(cfg) if cfg.smear else None
         self.smear_gate = InputSmearGate(cfg) if cfg.smear_gate_enabled else None
@@ -3601,9 +3606,8 @@ class GPT(nn.Module):
         context = context or self.context(ids, documents=documents)
         steps = {None: self.steps, True: self.looped_steps, False: self.plain_steps}[looped]
         x = self.tok_emb(ids).to(self.dtype)
-        for hashed in (self.bigram, self.trigram):
-            if hashed is not None:
-                x = x + hashed(ids, self.dtype, context.cache)
+        for table in filter(None, (self.bigram, *self.hashes)):
+            x = x + table(ids, self.dtype, context.cache)
         if self.induction is not None:
             x = x + self.induction(ids, self.tok_emb, self.dtype, context.cache)
         if self.smear_gate is not None:
@@ -6909,8 +6913,8 @@ class StreamNetwork(WindowNetwork):
         self.train_row = cfg.score_len
         self.bos = cfg.bos_id if cfg.stream_docs else None
         self.isolates_documents = cfg.stream_docs
-        inputs = [3, *(window - 1 + order for order in model.cfg.induction_orders)]
-        # Of each attention, and of the inputs: three for trigram and SmearGate, or induction's.
+        inputs = [2, *cfg.hash_orders, *(window - 1 + order for order in cfg.induction_orders)]
+        # Of each attention, and of the inputs with SmearGate, which reads the one before.
         self.left_context = len(model.steps) * (window - 1) + max(inputs)
         self.hidden = GPT.hidden
         self.readings: list[Reading] = []  # two: of whole batches, and of single positions

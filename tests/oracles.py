@@ -101,11 +101,14 @@ def bigram_rows(ids, rows, kind="xor"):
     return [bigram_row(token, before, rows, kind) for token, before in pairs]
 
 
-def trigram_rows(ids, rows):
-    """Rows of the hashed trigram table: bits 33 to 63 of a polynomial, the sign among them."""
+def context_rows(ids, order, rows):
+    """Rows of a hashed table of contexts: bits 33 to 63 of a polynomial, the sign among them."""
     found = []
-    for last, middle, first in zip([0, 0, *ids], [0, *ids], ids):
-        key = (first * 6364136223846793005 + middle) * 6364136223846793005 + last
+    text = [0] * (order - 1) + list(ids)
+    for t in range(len(ids)):
+        key = 0
+        for token in reversed(text[t : t + order]):  # the last token first
+            key = key * 6364136223846793005 + token
         key = (key + 2**63) % 2**64 - 2**63
         found.append((key >> 33) % rows)
     return found
@@ -214,9 +217,9 @@ class ForwardPass:
         x = self.w["tok_emb.weight"][self.ids]
         if self.cfg.bigram_vocab_size:
             x = x + self.bigram()
-        if self.cfg.trigram_vocab_size:
-            rows = trigram_rows(self.ids.tolist(), self.cfg.trigram_vocab_size)
-            x = x + self.hashed("trigram", rows)
+        for number, order in enumerate(self.cfg.hash_orders):
+            rows = context_rows(self.ids.tolist(), order, self.cfg.hash_rows)
+            x = x + self.hashed(f"hashes.{number}", rows)
         if self.cfg.induction_orders:
             x = x + self.induced()
         if self.cfg.smear_gate_enabled:

@@ -226,14 +226,15 @@ def test_bigram_rows_equal_whole_numbers(rows, kind, rng):
         assert module.rows_of(ids).tolist() == expected
 
 
+@pytest.mark.parametrize("order", [3, 4, 7])
 @pytest.mark.parametrize("rows", [2, 61, 4096])
-def test_trigram_rows_equal_whole_numbers(rows, rng):
+def test_context_rows_equal_whole_numbers(rows, order, rng):
     """In integers without end, taken to 64 bits with a sign."""
-    module = tg.TrigramHash(tg.Config(), rows)
+    module = tg.ContextHash(tg.Config(hash_rows=rows), order)
     ids = rng.integers(0, 65536, (3, 50))
     found = module.rows_of(torch.from_numpy(ids))
     for row, got in zip(ids.tolist(), found.tolist()):
-        assert got == oracles.trigram_rows(row, rows)
+        assert got == oracles.context_rows(row, order, rows)
 
 
 def test_linear_bigram_hash_at_published_size():
@@ -306,8 +307,8 @@ SHARED_VALUES = "ve_shared.embed.weight ve_shared.proj.weight ve_shared.scale"
 
 switch_on("bigram", **BIGRAM, adds=f"{TABLES} bigram.scale")
 switch_on("linear bigram", **BIGRAM, bigram_hash="linear", adds=TABLES)
-TRIGRAM = "trigram.embed.weight trigram.proj.weight trigram.scale"
-switch_on("trigram", trigram_vocab_size=64, bigram_dim=8, adds=TRIGRAM)
+CONTEXT = "hashes.0.embed.weight hashes.0.proj.weight hashes.0.scale"
+switch_on("contexts", hash_orders=(3,), hash_rows=64, bigram_dim=8, adds=CONTEXT)
 switch_on("linear for xor", bigram_hash="linear", removes="bigram.scale", base=BIGRAM)
 switch_on("smear", smear=True, adds="smear.gate")
 switch_on("smear before norm", smear_before_norm=True, base=dict(smear=True))

@@ -106,7 +106,7 @@ RATES_OF_GROUPS = {
 }
 
 
-TABLES = ("tok_emb", "bigram.embed", "trigram.embed", "ve_shared.embed")
+TABLES = ("tok_emb", "bigram.embed", "hashes.0.embed", "hashes.1.embed", "ve_shared.embed")
 
 
 def usual_group(name, p, tied):
