@@ -24,6 +24,7 @@ NOT_HERE = {
     "-m pytest": "the tests themselves",
     "logs/true": "ten minutes of training, and as many of scoring",
     "stack.jsonl  ": "an hour of training",
+    "track_1gpu/ours/config.env python train_gpt.py": "a GPU, and the challenge's shards",
 }
 
 

@@ -69,6 +69,7 @@ def test_settings_of_the_environment_are_refused(place, monkeypatch, capsys):
         ("t", "TOKENIZER_PATH=./none.model", "TOKENIZER_PATH=./none.model: not there"),
         ("t", "MAX_ARTIFACT_BYTES=9000", "the code alone has"),
         ("cpu_1mb", "ITERATIONS=20000", "5,120,000 training tokens, the track allows 3,000,000"),
+        ("1gpu", "ITERATIONS=4000000", "1,024,000,000 training tokens, the track allows 1,000,000"),
     ],
 )
 def test_what_cannot_become_a_record_is_refused_before_the_first_seed(

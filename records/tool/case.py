@@ -46,6 +46,13 @@ TRACKS = {
         total_bytes=16_000_000, train_seconds=600, eval_seconds=600, world=8, device="H100", seeds=3
     ),
     "non_record_16mb": Track(total_bytes=16_000_000),
+    "1gpu": Track(
+        total_bytes=16_000_000,
+        eval_seconds=3600,
+        train_tokens=1_000_000_000,
+        train_flops=4e17,
+        world=1,
+    ),
     "cpu_1mb": Track(
         model_bytes=1_000_000, eval_seconds=600, train_tokens=3_000_000, train_flops=4e13
     ),
