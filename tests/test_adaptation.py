@@ -220,7 +220,14 @@ def test_restored_adaptation_is_bit_equal(optimizer, tokens, rt):
 # --- what is learned ------------------------------------------------------------------------------
 
 SCALES = {f"blocks.{i}.{kind}_scale" for i in range(3) for kind in ("attn", "mlp")}
-SCALES |= {"bigram.scale", "ve_shared.scale", "ve_layer_scales.0", "ve_layer_scales.1"}
+SCALES |= {
+    "bigram.scale",
+    "hashes.0.scale",
+    "hashes.1.scale",
+    "ve_shared.scale",
+    "ve_layer_scales.0",
+    "ve_layer_scales.1",
+}
 LAST_QUERIES = {"blocks.2.attn.c_q.weight"}
 LAST_ATTENTION = {f"blocks.2.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "proj")}
 LAST_BLOCK = LAST_ATTENTION | {

@@ -74,7 +74,7 @@ def test_training_loss_adds_the_mixture(rng):
     So head, backbone and logits all learn from the mixture.
     """
     model = randomized(config(FULL, mixer_head=True))
-    ids = random_ids(rng, 2, 6)
+    ids = random_ids(rng, 2, 3).repeat(1, 2)  # contexts that come again
     targets = random_ids(rng, 2, 6)
     ratios = torch.from_numpy(some_ratios(rng, (2, 6, 6))).float()
     params = dict(model.named_parameters())
