@@ -326,7 +326,7 @@ def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
     hessians = tg.calibrate(model, cfg, rt, stream).hessians
     inputs = inputs_of_matrices(model, tokens[:96].reshape(3, 32))
     assert hessians.keys() == inputs.keys()
-    assert len(inputs) == 3 * 6 + 2
+    assert len(inputs) == 3 * 6 + 4  # of three blocks, and of the input's four tables
     for name, x in inputs.items():
         assert len(x) == 96
         found = hessians[name].numpy()
