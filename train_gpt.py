@@ -1274,7 +1274,8 @@ def _check_model(c: Config, relations: Relations) -> None:
         all(order >= 1 for order in orders) and list(orders) == sorted(set(orders), reverse=True),
         f"{shown('induction_orders')}: each must be at least 1, and less than the one before",
     )
-    require(min([3, *c.hash_orders]) > 2, f"{shown('hash_orders')}: at least 3 tokens each")
+    longer = all(order >= 3 for order in c.hash_orders)
+    require(longer, f"{shown('hash_orders')}: each must be at least 3")
 
 
 ROLES = ("embed", "table", "attn", "mlp", "gate", "other")
@@ -3038,6 +3039,21 @@ def previous(x: Tensor, cache: KVCache | None, key: str) -> Tensor:
     return cache.extend(key, x, 1).narrow(1, 0, x.size(1)).masked_fill(starts, 0)
 
 
+CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
+
+
+def context_hash(
+    ids: Tensor, order: int, cache: KVCache | None = None, start: Tensor | int = 0
+) -> Tensor:
+    """A number for every position's last `order` tokens, and for what it starts with -> [B, T]."""
+    token = ids
+    key = start * CONTEXT_HASH + token
+    for back in range(1, order):
+        token = previous(token, cache, f"{back} before, of {order}")
+        key = key * CONTEXT_HASH + token
+    return key
+
+
 # --- layers ---------------------------------------------------------------------------------------
 
 
@@ -3104,9 +3120,6 @@ class BigramHash(nn.Module):
         return out if self.scale is None else out * self.scale.to(dtype)
 
 
-CONTEXT_HASH = 6364136223846793005  # odd: a polynomial in it, modulo 2^64, tells contexts apart
-
-
 class ContextHash(BigramHash):
     """The same of more than two last tokens; token 0 stands before a sequence."""
 
@@ -3116,10 +3129,7 @@ class ContextHash(BigramHash):
 
     def rows_of(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Table row of every position: [B, T] -> [B, T]."""
-        key = token = ids
-        for back in range(1, self.order):
-            token = previous(token, cache, f"{back} before, of {self.order}")
-            key = key * CONTEXT_HASH + token
+        key = context_hash(ids, self.order, cache)
         return (key >> 33) % self.rows  # by high bits, which all tokens reach
 
 
@@ -3174,11 +3184,8 @@ class Induction(nn.Module):
 
     def last_like(self, ids: Tensor, order: int) -> Tensor:
         """Place of the last like one of every place [B, T], -1 if there is none."""
-        key = (ids == self.bos).cumsum(1)  # of no other document
-        token = ids + 1  # 0 is none
-        for _ in range(order):
-            key = key * CONTEXT_HASH + token
-            token = previous(token, None, "")
+        document = (ids == self.bos).cumsum(1)
+        key = context_hash(ids + 1, order, start=document)  # 0 stands for no token
         key, place = torch.sort(key, dim=1, stable=True)
         pairs = ids.size(1) - 1
         alike = key.narrow(1, 1, pairs) == key.narrow(1, 0, pairs)
