@@ -89,10 +89,6 @@ class AgreedError(InputError):
     """An InputError that every process raises at the same place."""
 
 
-class ConfigError(InputError):
-    """One or more settings are wrong; the message lists all of them."""
-
-
 def check(holds: Any, complaint: str) -> None:
     """Raises InputError with the complaint unless the condition holds."""
     if not holds:
@@ -100,10 +96,10 @@ def check(holds: Any, complaint: str) -> None:
 
 
 def raise_if(problems: Sequence[str]) -> None:
-    """Raises one ConfigError that lists all problems, if there are any."""
+    """Raises one InputError that lists all problems, if there are any."""
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started."
-        raise ConfigError("\n".join([*problems, count]))
+        raise InputError("\n".join([*problems, count]))
 
 
 @contextlib.contextmanager
@@ -1407,7 +1403,7 @@ def launched(env: Mapping[str, str], name: str, default: int = 0) -> int:
 def load_config(env: Mapping[str, str], artifact: Config | None = None) -> Config:
     """Default < artifact < file (CONFIG, or config.env by the script) < environment.
 
-    ConfigError lists all problems. Without the artifact's settings, those of a mode that needs
+    InputError lists all problems. Without the artifact's settings, those of a mode that needs
     them are not yet checked against each other.
     """
     values, problems = read_settings(env, artifact)
@@ -2061,6 +2057,18 @@ def as_json(value: Any, **layout: Any) -> str:
     return json.dumps(finite(value), allow_nan=False, **layout)
 
 
+Progress = Callable[[float], None]  # told what share of a piece of work is done
+
+
+def unseen(done: float) -> None:
+    """Progress that nobody looks at."""
+
+
+def eta(elapsed: float, done: float) -> str:
+    """How long the rest takes, if a share is done after so many seconds."""
+    return f"eta:{elapsed * max(0.0, 1 / max(done, 1e-9) - 1):.0f}s"
+
+
 class RunLog:
     """train.log, metrics.jsonl, result.json and the seconds of each phase, in one folder.
 
@@ -2129,6 +2137,17 @@ class RunLog:
         elif time.perf_counter() - self._last_progress > 10 and not last:
             self._last_progress = time.perf_counter()
             self.log(line)
+
+    def progress_of(self, work: str) -> Progress:
+        """Passing lines of work that begins now."""
+        begun = time.perf_counter()
+
+        def show(done: float) -> None:
+            self.show_progress(
+                f"{work}: {100 * done:.0f}% {eta(time.perf_counter() - begun, done)}"
+            )
+
+        return show
 
     def identify(self, identity: Callable[..., tuple[dict[str, Any], str]], *data: Any) -> None:
         """Logs and keeps what tells data apart: identity(*data) -> fields of result, log line."""
@@ -2919,9 +2938,7 @@ def rotary_tables(
 
 def stretched_base(base: float, dims: int, length: int, train_len: int) -> float:
     """The rotary base at which the slowest pair turns as far in `length` as in train_len (NTK)."""
-    if not train_len or length <= train_len:
-        return base
-    return base * (length / train_len) ** (dims / (dims - 2))
+    return base * max(1.0, length / train_len) ** (dims / (dims - 2))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -3949,19 +3966,12 @@ def momentum_warmup(cfg: Config, now: Moment) -> float:
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A field of the optimizers' parameter groups that changes during the run."""
-
-    field: str
-    value: Callable[[Config, Moment], float]
-    factor_of: str = ""  # the group's field that the value multiplies; empty = the value itself
-
-
-SCHEDULES = (
-    Schedule("lr", warmdown, factor_of="base_lr"),
-    Schedule("momentum", momentum_warmup),
-)
+# Field of the optimizers' parameter groups -> its value, as a factor of the group's base_<field> if
+# it has one.
+SCHEDULES: dict[str, Callable[[Config, Moment], float]] = {
+    "lr": warmdown,
+    "momentum": momentum_warmup,
+}
 
 
 class WeightAverager:
@@ -4648,13 +4658,11 @@ class Trainer:
             if cfg.num_loops or cfg.context_schedule:
                 self.follow(share)
         now = Moment(self.steps_done, steps_left, share)
-        values = {schedule.field: schedule.value(cfg, now) for schedule in SCHEDULES}
+        values = {field: value(cfg, now) for field, value in SCHEDULES.items()}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
-            for schedule in SCHEDULES:
-                if schedule.field in group:
-                    factor = group[schedule.factor_of] if schedule.factor_of else 1.0
-                    group[schedule.field] = factor * values[schedule.field]
+            for field in values.keys() & group:
+                group[field] = group.get(f"base_{field}", 1.0) * values[field]
 
         rate = values["lr"]  # factor of the learning rates
         if self.clock.drives and self.steps_done < TRUSTED_PACE_STEPS:
@@ -4762,7 +4770,9 @@ class Trainer:
             self.last_shown = report.step
             self.log.log(line)
         else:
-            self.log.show_progress(line)
+            self.log.show_progress(
+                f"{line} {eta(report.elapsed, self.clock.progress(report.step))}"
+            )
 
     def reason_to_stop(self) -> str:
         """finished or wallclock_cap, which is logged; empty if another step is taken."""
@@ -5070,7 +5080,9 @@ class CalibrationSums:
 CALIBRATION_ROWS = 16
 
 
-def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Calibration:
+def calibrate(
+    model: GPT, cfg: Config, rt: Runtime, stream: TokenStream, progress: Progress = unseen
+) -> Calibration:
     """Statistics of every Linear that `hidden` calls, over GPTQ_N_SAMPLES training sequences.
 
     Passes of a repeated layer add up. With GPTQ_EMBED of the output embedding too, and with
@@ -5086,6 +5098,7 @@ def calibrate(model: GPT, cfg: Config, rt: Runtime, stream: TokenStream) -> Cali
             numbers = own[begin : begin + rows]
             tokens = rt.put(np.stack([stream.take(n * length, length + 1) for n in numbers]))
             sums.add(tokens[:, :-1], tokens[:, 1:])
+            progress(min(1.0, (begin + rows) / len(own)))
 
     def means(totals: dict[str, Tensor]) -> dict[str, Tensor]:
         names = sorted(totals)  # every process makes the same calls
@@ -5509,6 +5522,7 @@ def pack(
     hessians: Calibration | Mapping[str, Tensor] | None = None,
     code_bytes: int = 0,
     notes: Mapping[str, Any] | None = None,
+    progress: Progress = unseen,
 ) -> bytes:
     """Weights and the settings that rebuild and score them as one file's bytes.
 
@@ -5528,7 +5542,7 @@ def pack(
     weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
     finest = 0.0 if cfg.quant_step else 1.0  # fewer deviations would clip more, not round finer
     limit = size_cap(cfg, code_bytes) - code_bytes - cfg.fit_margin
-    return fitted_to(limit, weights, packed, finest)
+    return fitted_to(limit, weights, packed, finest, progress)
 
 
 # Probes of FIT_ARTIFACT, and the share of the limit that the file may fall short of it.
@@ -5537,7 +5551,11 @@ FIT_SLACK = 0.001
 
 
 def fitted_to(
-    limit: int, weights: int, packed: Callable[[float], bytes], finest: float = 0.0
+    limit: int,
+    weights: int,
+    packed: Callable[[float], bytes],
+    finest: float = 0.0,
+    progress: Progress = unseen,
 ) -> bytes:
     """The largest file of at most `limit` bytes that a few scales of the quantization steps give.
 
@@ -5556,6 +5574,7 @@ def fitted_to(
             if not blobs:
                 raise
             break
+        progress(len(blobs) / FIT_PROBES)  # at most; the first that fits ends it
         size = len(blobs[octaves])
         if limit * (1 - FIT_SLACK) <= size <= limit:
             break
@@ -6264,7 +6283,11 @@ class OrderCounts:
 
 
 def causal_counts(
-    tokens: np.ndarray, orders: Sequence[int], bos: int | None = None, hints: str = ""
+    tokens: np.ndarray,
+    orders: Sequence[int],
+    bos: int | None = None,
+    hints: str = "",
+    progress: Progress = unseen,
 ) -> Iterator[tuple[Any, ...]]:
     """Exact n-gram counts at every position, from earlier tokens only: (order, n, N, T), rising.
 
@@ -6306,6 +6329,7 @@ def causal_counts(
                 yield (order, *arrays)
                 del arrays, counts
             at, first = (np.concatenate(arrays) for arrays in zip(*parts))
+            progress(order / max(orders))
 
 
 def _count_piece(
@@ -6454,12 +6478,20 @@ class NgramCounts:
         self.vocab = cfg.vocab_size
         self.bos = cfg.bos_id if cfg.ngram_docs else None
 
-    def prepare(self, tokens: np.ndarray, plan: Any = None, whole: bool = True) -> None:
+    def prepare(
+        self,
+        tokens: np.ndarray,
+        plan: Any = None,
+        whole: bool = True,
+        progress: Progress = unseen,
+    ) -> None:
         """Takes a stream."""
         self.tokens = tokens
         self.sorted = None
         if whole:
-            count = functools.partial(causal_counts, tokens, NGRAM_ORDERS, self.bos, hints="last")
+            count = functools.partial(
+                causal_counts, tokens, NGRAM_ORDERS, self.bos, "last", progress
+            )
             arrays = self.rt.once_a_machine(
                 lambda: itertools.chain(*discounted(count(), self.vocab))
             )
@@ -6524,15 +6556,24 @@ class FrequentHints:
         self.cfg = cfg
         self.bos = cfg.bos_id if cfg.ngram_docs else None
 
-    def prepare(self, tokens: np.ndarray, plan: Any = None, whole: bool = True) -> None:
+    def prepare(
+        self,
+        tokens: np.ndarray,
+        plan: Any = None,
+        whole: bool = True,
+        progress: Progress = unseen,
+    ) -> None:
         """Takes a stream; whole = False: it is still being written."""
         self.tokens = tokens
-        self.found = self.rt.once_a_machine(self._all) if whole else None
+        self.found = (
+            self.rt.once_a_machine(functools.partial(self._all, progress)) if whole else None
+        )
 
-    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+    def _all(self, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
         """Hint, and whether there is one, before every token."""
-        orders = [self.cfg.tilt_order]
-        ((_, _, total, _, hint, agree),) = causal_counts(self.tokens, orders, self.bos, "most")
+        ((_, _, total, _, hint, agree),) = causal_counts(
+            self.tokens, [self.cfg.tilt_order], self.bos, "most", progress
+        )
         return hint, self._sure(agree, total)
 
     def _sure(self, agree: Any, total: Any) -> Any:
@@ -6597,7 +6638,13 @@ class HashedCounts:
         self.rt = rt
         self.orders = cfg.ngram_orders
 
-    def prepare(self, tokens: np.ndarray, windows: Windows, whole: bool = True) -> None:
+    def prepare(
+        self,
+        tokens: np.ndarray,
+        windows: Windows,
+        whole: bool = True,
+        progress: Progress = unseen,
+    ) -> None:
         """Counts a stream."""
         self.tokens = tokens.astype(np.uint32)
         n = windows.targets
@@ -6608,14 +6655,15 @@ class HashedCounts:
         self.groups = first // (self.cfg.ngram_chunk_tokens or windows.stride)
         starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
         self.begin = np.repeat(starts, np.diff(starts, append=n))  # first target of one's group
-        (self.own,) = self.rt.once_a_machine(self._count)
+        (self.own,) = self.rt.once_a_machine(functools.partial(self._count, progress))
 
-    def _count(self) -> list[np.ndarray]:
+    def _count(self, progress: Progress) -> list[np.ndarray]:
         """The ratios of the stream's own tokens [K, n]."""
         self.own = np.full((len(self.orders), len(self.target)), -1, np.float32)
         with ThreadPoolExecutor(2) as pool:  # the two counters of an order
-            for order in reversed(self.orders):
+            for done, order in enumerate(reversed(self.orders), 1):
                 self._count_order(order, pool)
+                progress(done / len(self.orders))
         return [self.own]
 
     def _count_order(self, order: int, pool: ThreadPoolExecutor) -> None:
@@ -7681,7 +7729,9 @@ class TimeGuard:
     def adapted(self, share: float) -> bool:
         """After a step of what comes before scoring -> whether there is time for the rest."""
         self.adaptation_steps += 1
-        self.log.show_progress(f"{self.name}: adapting {100 * share:.0f}%")
+        self.log.show_progress(
+            f"{self.name}: adapting {100 * share:.0f}% {eta(self.now() - self.start, share)}"
+        )
         if self.adaptation_steps == 4:
             self.pace_from(share)
         return self.adaptation_steps != 20 or self.fits(share)
@@ -7726,14 +7776,17 @@ def evaluate(
         validity=scorer.validity,
         complete=not cfg.val_tokens,
     )
-    if not score.sizes.any():
-        raise InputError(f"DATA_PATH={cfg.data_path!r}: the {targets} targets stand for no text")
+    check(
+        score.sizes.any(),
+        f"DATA_PATH={cfg.data_path!r}: the {targets} targets stand for no text",
+    )
     with log.phase(scorer.name):
         now = time.perf_counter
         guard = TimeGuard(scorer.name, cfg.max_eval_seconds, rt, log, now, now(), now())
         plan = scorer.network.plan(tokens, scorer.chunk_targets)
         for counts in scorer.counts:
-            counts.prepare(tokens, plan)
+            counting = log.progress_of(f"{scorer.name}: counting n-grams")
+            counts.prepare(tokens, plan, progress=counting)
         if scorer.global_step:
             scorer.global_step.warn(plan, log)
         if scorer.validity == "adapted_first":
@@ -7788,8 +7841,7 @@ def score_chunks(
                 count += len(index)
             batches += 1
             done += chunk.weight / total
-            left = (guard.now() - begun) * max(0.0, 1 / done - 1)
-            figures = f"running_loss:{charged / max(count, 1):.4f} eta:{left:.0f}s"
+            figures = f"running_loss:{charged / max(count, 1):.4f} {eta(guard.now() - begun, done)}"
             log.show_progress(f"{score.name}: {100 * done:.0f}% {figures}")
             if batches == WARM_BATCHES:
                 guard.pace_from(done)
@@ -8662,7 +8714,7 @@ def calibrate_if_asked(
     if not cfg.gptq_n_samples:
         return Calibration({})
     with log.phase("calibrate"):
-        return calibrate(model, cfg, rt, stream)
+        return calibrate(model, cfg, rt, stream, log.progress_of("calibrate"))
 
 
 def raise_if_asked_to_end(requests: Requests, rt: Runtime) -> None:
@@ -8682,7 +8734,7 @@ def pack_to_disk(
     """Writes model.ptz, and the raw weights final_model.pt, these also if packing fails."""
     state = {name: w.cpu() for name, w in model.state_dict().items()}
     try:
-        blob = pack(state, cfg, calibration, code_bytes, notes)
+        blob = pack(state, cfg, calibration, code_bytes, notes, log.progress_of("pack"))
         atomic_write(log.out_dir / "model.ptz", blob)
     finally:
         with log.optional("final_model.pt"):

@@ -94,7 +94,7 @@ def test_the_environment_turns_off_what_rests_on_what_it_turns_off():
 
 
 def test_what_was_given_and_cannot_act_is_refused():
-    with pytest.raises(tg.ConfigError, match="TTT_GLOBAL_DOCS=7 needs TTT_LORA_RANK"):
+    with pytest.raises(tg.InputError, match="TTT_GLOBAL_DOCS=7 needs TTT_LORA_RANK"):
         tg.load_config(settings_in("TTT_LORA_RANK=0 TTT_GLOBAL_DOCS=7"))
 
 

@@ -147,6 +147,21 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
     assert steps == [f"step:{number}" for number in range(11, 15)]
 
 
+def test_long_work_says_how_long_the_rest_takes(tmp_path, monkeypatch):
+    """Training, calibrating, packing, counting and scoring, each from its own beginning to 100 %."""
+    passing = []
+    monkeypatch.setattr(
+        tg.RunLog, "show_progress", lambda _, line, last=False: passing.append(line)
+    )
+    packing = {"GPTQ_N_SAMPLES": "4", "FIT_ARTIFACT": "1", "QUANT_STEP": "0.001"}
+    run(tmp_path, ITERATIONS="12", TILT="1", NGRAM="mix", COMPRESSOR="rans", **packing)
+    for work in ("step", "calibrate", "pack", "plain", "mixed", "mixed: counting n-grams"):
+        lines = [line for line in passing if line.startswith(f"{work}:")]
+        assert lines, work
+        assert all(re.search(r" eta:\d+s$", line) for line in lines), lines
+        assert lines[-1].endswith(" eta:0s") or work == "pack"  # which may fit sooner
+
+
 def test_a_schedule_longer_than_the_run_is_warned_of(tmp_path):
     _, _, log = run(tmp_path / "a", WARMDOWN_ITERS="60")
     assert "WARNING: WARMDOWN_ITERS=60 is more than ITERATIONS=6" in log
@@ -309,7 +324,7 @@ def test_settings_of_scoring_are_checked_with_the_artifacts(tmp_path):
         stages = result_of(tmp_path / f"eval{number}")["stages"]
         assert "streaming" in stages
         assert ("ngram" in stages) == ("NGRAM" in given)
-    with pytest.raises(tg.ConfigError, match="STREAM_DOCS=1 needs EVAL_STREAM"):
+    with pytest.raises(tg.InputError, match="STREAM_DOCS=1 needs EVAL_STREAM"):
         tg.settings_of_artifact(
             tg.Config(),
             {**env, "STREAM_DOCS": "1", "EVAL_STREAM": "0"},
@@ -645,7 +660,7 @@ SWEEPS = {"SEEDS=7,7": "different", "SEEDS=-1": "different", "SEEDS=1 RESUME=x":
 
 @pytest.mark.parametrize("text", SWEEPS)
 def test_sweeps_that_are_none(text):
-    with pytest.raises(tg.ConfigError, match=SWEEPS[text]):
+    with pytest.raises(tg.InputError, match=SWEEPS[text]):
         tg.load_config(settings_in(text))
 
 

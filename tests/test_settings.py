@@ -20,7 +20,7 @@ def load(tmp_path, text="", **env):
 
 
 def complaint(tmp_path, text="", **env):
-    with pytest.raises(tg.ConfigError) as error:
+    with pytest.raises(tg.InputError) as error:
         load(tmp_path, text, **env)
     return str(error.value)
 
