@@ -148,7 +148,7 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
 
 
 def test_long_work_says_how_long_the_rest_takes(tmp_path, monkeypatch):
-    """Training, calibrating, packing, counting and scoring, each from its own beginning to 100 %."""
+    """Training, calibrating, packing, counting and scoring, each from its own beginning."""
     passing = []
     monkeypatch.setattr(
         tg.RunLog, "show_progress", lambda _, line, last=False: passing.append(line)
