@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import tool  # noqa: F401  (puts the repository root on the path)
+from tool.progress import Progress
 from torch import nn
 
 import train_gpt as tg
@@ -216,17 +217,23 @@ class Audit:
 
     def run(self) -> list[Check]:
         """All of them."""
-        return [
-            self.future_again(),
-            self.every_token(),
-            self.random_stream(),
-            self.batches(),
-            self.processes(),
-            self.isolation(),
-            self.other_text(),
-            self.repeat(),
-            self.neutral(),
-        ]
+        checks = (
+            self.future_again,
+            self.every_token,
+            self.random_stream,
+            self.batches,
+            self.processes,
+            self.isolation,
+            self.other_text,
+            self.repeat,
+            self.neutral,
+        )
+        found = []
+        with Progress("deep checks", len(checks), "done") as progress:
+            for number, check in enumerate(checks, 1):
+                found.append(check())
+                progress.show(number)
+        return found
 
 
 def audit_stage(
@@ -262,6 +269,21 @@ def check_fresh_process(
     return Check("fresh_process", "" if largest <= tolerance else problem, {"bpb": largest})
 
 
+class Watched(tg.RunLog):
+    """No files; progress goes to stderr."""
+
+    def __init__(self, rt: tg.Runtime):
+        super().__init__(Path(os.devnull), rt, silent=True)
+        self.shown = Progress("scoring") if rt.main else None
+
+    def show_progress(self, line: str, last: bool = False) -> None:
+        """A passing line; after the last one it is taken away."""
+        if self.shown and last:
+            self.shown.clear()
+        elif self.shown:
+            self.shown.say(line)
+
+
 def show(check: Check) -> None:
     """Its line."""
     figures = " ".join(f"{key}={value}" for key, value in check.figures.items())
@@ -276,7 +298,7 @@ def audit_artifact(env: Mapping[str, str]) -> bool:
     tokens = tg.load_validation(cfg)
     sizes = tg.load_charges(cfg, table, tokens)
     blob = tg.read_artifact(cfg)
-    log = tg.RunLog(Path(os.devnull), rt, silent=True)
+    log = Watched(rt)
     true_scores: dict[str, float] = {}
     scores = []
     sound = True

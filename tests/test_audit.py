@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 
 import audit
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import FULL
 from helpers import EVERYWHERE, FIXED, GLOBAL, failed, mild, run
+from tool import progress
 
 import train_gpt as tg
 
@@ -490,6 +492,18 @@ def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
     monkeypatch.setattr(audit, "check_fresh_process", lambda *arguments: fresh)
     folder = str(trained / "run")
     assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
+
+
+def test_an_audit_says_how_far_it_is(trained, monkeypatch, capsys):
+    """The score, then the deep checks; on stderr."""
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(audit, "check_fresh_process", lambda *arguments: tg.Check("fresh_process"))
+    folder = str(trained / "run")
+    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 0
+    told = capsys.readouterr()
+    assert re.search(r"^plain: 100% running_loss:\S+ eta:0s$", told.err, re.M)
+    assert "deep checks: 9 of 9 done, about 0 s left" in told.err
+    assert "eta:" not in told.out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from tool import accounting, package, rerun, rescore
 from tool.case import Case, of_training
 from tool.finding import NotHere, skipped
 from tool.folder import Folder
+from tool.progress import Progress
 from tool.static import static_checks
 from train_gpt import Check
 
@@ -63,7 +64,10 @@ def check_case(case: Case) -> list[Check]:
     if case.folder.script is None:
         return findings
     findings += check_source(case)
-    findings += [guarded(name, check, case) for name, check in RERUN.items()]
+    with Progress("running the script again", len(RERUN), "checks") as progress:
+        for number, (name, check) in enumerate(RERUN.items(), 1):
+            findings.append(guarded(name, check, case))
+            progress.show(number)
     return findings
 
 
