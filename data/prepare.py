@@ -67,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", default="", choices=("byte260",), help="bytes instead: datasets/sotu_byte260"
     )
     demo.add_argument("--vocab-size", type=int, metavar="N", help="or N pieces: datasets/sotu_spN")
+    demo.add_argument(
+        "--tuning",
+        action="store_true",
+        help="of its training text other speeches validate: datasets/<its name>_tuning",
+    )
     text = commands.add_parser("text", help="your own files, with defaults for small corpora")
     exported = commands.add_parser(
         "export", help="your own files, as the challenge's data was made"
@@ -166,6 +171,15 @@ def plan_of(args: argparse.Namespace, plan: export.TokenizerPlan) -> export.Toke
     return dataclasses.replace(plan, given=given, transform=args.transform, **asked)
 
 
+def with_tokenizer_of(root: Path, name: str, plan: export.TokenizerPlan) -> export.TokenizerPlan:
+    """The plan, with the tokenizer that a dataset was made with; InputError if it is not there."""
+    if plan.given:
+        return plan
+    model = root / "tokenizers" / f"{name}_bpe.model"
+    check(model.exists(), f"--tuning: {model} is not there; make {name} first, without --tuning")
+    return dataclasses.replace(plan, given=str(model))
+
+
 def exporter(args: argparse.Namespace) -> export.Export:
     """The job of `demo`, `text` or `export`."""
     check(args.workers > 0, f"--workers {args.workers}: expected 1 or more")
@@ -174,7 +188,11 @@ def exporter(args: argparse.Namespace) -> export.Export:
         name = f"sotu_{args.tokenizer or f'sp{plan.vocab_size}'}"
         if plan.transform:
             name += f"_{plan.transform}"
-        return export.Export(corpora.demo_corpus(), plan, args.root, name, args.workers)
+        if args.tuning:
+            plan = with_tokenizer_of(args.root, name, plan)
+            name += "_tuning"
+        corpus = corpora.demo_corpus(args.tuning)
+        return export.Export(corpus, plan, args.root, name, args.workers)
     check(
         re.fullmatch(r"\w[\w.+-]*", args.name),
         f"--name {args.name!r}: expected a folder name below datasets/ of letters, digits and _ . "

@@ -104,6 +104,24 @@ def test_documents_are_held_out(ablate, rows, tmp_path, data):
     assert len(train) + len(held) == len(whole)
 
 
+def test_a_split_made_to_tune_on_is_what_is_held_out(ablate, rows, tmp_path, data, monkeypatch):
+    """Then a training sees the data as it is, and the bench holds out nothing of its own."""
+    seen = []
+
+    def run_unit(env):
+        seen.append(env["DATA_PATH"])
+        return {"bpb": 1.0, "seconds": 1.0, "status": "finished"}
+
+    monkeypatch.setattr(ablate, "run_unit", run_unit)
+    settings = ablate.read_rows(rows)["base"]
+    for given in ({"HELD_OUT": "split"}, {"HELD_OUT": "documents"}, {}):
+        ablate.train_missing({"base": settings | given}, [1], tmp_path / "r.jsonl", [])
+    assert seen[0] == str(data)
+    assert str(data) not in seen[1:]
+    with pytest.raises(SystemExit, match="HELD_OUT=half: expected documents or split"):
+        ablate.environment(settings | {"HELD_OUT": "half"}, 1)
+
+
 def test_the_interval_is_that_of_independent_documents(ablate, rng):
     """One seed, documents of equal size: 1.96 standard errors of a mean."""
     base, row = rng.normal(10, 1, 400), rng.normal(9, 1, 400)

