@@ -2064,11 +2064,6 @@ def unseen(done: float) -> None:
     """Progress that nobody looks at."""
 
 
-def eta(elapsed: float, done: float) -> str:
-    """How long the rest takes, if a share is done after so many seconds."""
-    return f"eta:{elapsed * max(0.0, 1 / max(done, 1e-9) - 1):.0f}s"
-
-
 class RunLog:
     """train.log, metrics.jsonl, result.json and the seconds of each phase, in one folder.
 
@@ -2130,24 +2125,22 @@ class RunLog:
         """A line of metrics.jsonl."""
         self._append("metrics.jsonl", as_json(values))
 
-    def show_progress(self, line: str, last: bool = False) -> None:
-        """One rewritten line on a terminal; elsewhere a line every ten seconds."""
+    def show_progress(
+        self, line: str, since: float = 0.0, done: float = 0.0, last: bool = False
+    ) -> None:
+        """One rewritten line on a terminal; elsewhere a line every ten seconds.
+
+        since: when the work began (time.perf_counter); with the share of it that is done, the line
+        says how long the rest takes.
+        """
+        if done:
+            left = (time.perf_counter() - since) * max(0.0, 1 / done - 1)
+            line += f" {100 * done:.0f}% eta:{left:.0f}s"
         if self.writes and sys.stdout.isatty():
             self._show(f"\r{line}\033[K", end="\n" if last else "")
         elif time.perf_counter() - self._last_progress > 10 and not last:
             self._last_progress = time.perf_counter()
             self.log(line)
-
-    def progress_of(self, work: str) -> Progress:
-        """Passing lines of work that begins now."""
-        begun = time.perf_counter()
-
-        def show(done: float) -> None:
-            self.show_progress(
-                f"{work}: {100 * done:.0f}% {eta(time.perf_counter() - begun, done)}"
-            )
-
-        return show
 
     def identify(self, identity: Callable[..., tuple[dict[str, Any], str]], *data: Any) -> None:
         """Logs and keeps what tells data apart: identity(*data) -> fields of result, log line."""
@@ -4771,7 +4764,7 @@ class Trainer:
             self.log.log(line)
         else:
             self.log.show_progress(
-                f"{line} {eta(report.elapsed, self.clock.progress(report.step))}"
+                line, time.perf_counter() - report.elapsed, self.clock.progress(report.step)
             )
 
     def reason_to_stop(self) -> str:
@@ -7729,9 +7722,7 @@ class TimeGuard:
     def adapted(self, share: float) -> bool:
         """After a step of what comes before scoring -> whether there is time for the rest."""
         self.adaptation_steps += 1
-        self.log.show_progress(
-            f"{self.name}: adapting {100 * share:.0f}% {eta(self.now() - self.start, share)}"
-        )
+        self.log.show_progress(f"{self.name}: adapting", self.start, share)
         if self.adaptation_steps == 4:
             self.pace_from(share)
         return self.adaptation_steps != 20 or self.fits(share)
@@ -7776,17 +7767,16 @@ def evaluate(
         validity=scorer.validity,
         complete=not cfg.val_tokens,
     )
-    check(
-        score.sizes.any(),
-        f"DATA_PATH={cfg.data_path!r}: the {targets} targets stand for no text",
-    )
+    if not score.sizes.any():
+        raise InputError(f"DATA_PATH={cfg.data_path!r}: the {targets} targets stand for no text")
     with log.phase(scorer.name):
         now = time.perf_counter
         guard = TimeGuard(scorer.name, cfg.max_eval_seconds, rt, log, now, now(), now())
         plan = scorer.network.plan(tokens, scorer.chunk_targets)
         for counts in scorer.counts:
-            counting = log.progress_of(f"{scorer.name}: counting n-grams")
-            counts.prepare(tokens, plan, progress=counting)
+            work = f"{scorer.name}: counting n-grams:"
+            progress = functools.partial(log.show_progress, work, now())
+            counts.prepare(tokens, plan, progress=progress)
         if scorer.global_step:
             scorer.global_step.warn(plan, log)
         if scorer.validity == "adapted_first":
@@ -7841,8 +7831,8 @@ def score_chunks(
                 count += len(index)
             batches += 1
             done += chunk.weight / total
-            figures = f"running_loss:{charged / max(count, 1):.4f} {eta(guard.now() - begun, done)}"
-            log.show_progress(f"{score.name}: {100 * done:.0f}% {figures}")
+            line = f"{score.name}: running_loss:{charged / max(count, 1):.4f}"
+            log.show_progress(line, begun, done)
             if batches == WARM_BATCHES:
                 guard.pace_from(done)
             elif batches == JUDGED_BATCH and not scorer.network.learns and not guard.fits(done):
@@ -8714,7 +8704,8 @@ def calibrate_if_asked(
     if not cfg.gptq_n_samples:
         return Calibration({})
     with log.phase("calibrate"):
-        return calibrate(model, cfg, rt, stream, log.progress_of("calibrate"))
+        progress = functools.partial(log.show_progress, "calibrate:", time.perf_counter())
+        return calibrate(model, cfg, rt, stream, progress)
 
 
 def raise_if_asked_to_end(requests: Requests, rt: Runtime) -> None:
@@ -8734,7 +8725,8 @@ def pack_to_disk(
     """Writes model.ptz, and the raw weights final_model.pt, these also if packing fails."""
     state = {name: w.cpu() for name, w in model.state_dict().items()}
     try:
-        blob = pack(state, cfg, calibration, code_bytes, notes, log.progress_of("pack"))
+        progress = functools.partial(log.show_progress, "pack:", time.perf_counter())
+        blob = pack(state, cfg, calibration, code_bytes, notes, progress)
         atomic_write(log.out_dir / "model.ptz", blob)
     finally:
         with log.optional("final_model.pt"):

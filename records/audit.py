@@ -270,18 +270,16 @@ def check_fresh_process(
 
 
 class Watched(tg.RunLog):
-    """No files; progress goes to stderr."""
+    """No files; what is logged, and progress every ten seconds, goes to stderr."""
 
     def __init__(self, rt: tg.Runtime):
         super().__init__(Path(os.devnull), rt, silent=True)
-        self.shown = Progress("scoring") if rt.main else None
+        self.shows = rt.main
 
-    def show_progress(self, line: str, last: bool = False) -> None:
-        """A passing line; after the last one it is taken away."""
-        if self.shown and last:
-            self.shown.clear()
-        elif self.shown:
-            self.shown.say(line)
+    def log(self, line: str, show: bool = True) -> None:
+        """A line."""
+        if self.shows and show:
+            print(line, file=sys.stderr, flush=True)
 
 
 def show(check: Check) -> None:

@@ -130,7 +130,7 @@ class AdaptFirst(tg.Mixer):
 
 
 class Epochs(tg.TestTimeTraining):
-    def prepare(self, tokens, plan, whole=True):
+    def prepare(self, tokens, plan, whole=True, progress=None):
         self.learn(tokens, 0.0)
 
 
@@ -205,7 +205,7 @@ class TwoPass(tg.Mixer):
     def __init__(self):
         self.counts = self
 
-    def prepare(self, tokens, plan, whole=True):
+    def prepare(self, tokens, plan, whole=True, progress=None):
         counts = np.bincount(tokens, minlength=VOCAB) + 0.5
         self.p = torch.from_numpy(counts / counts.sum())
 
@@ -495,13 +495,16 @@ def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
 
 
 def test_an_audit_says_how_far_it_is(trained, monkeypatch, capsys):
-    """The score, then the deep checks; on stderr."""
+    """On stderr: the score every ten seconds, and the deep checks."""
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     monkeypatch.setattr(audit, "check_fresh_process", lambda *arguments: tg.Check("fresh_process"))
+    late = iter(range(0, 10**9, 20))
+    monkeypatch.setattr(tg.time, "perf_counter", lambda: float(next(late)))
     folder = str(trained / "run")
-    assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 0
+    settings = settings_of(trained, VAL_TOKENS="700", MAX_EVAL_SECONDS="0")
+    assert audit.main([folder, *settings], {}) == 0
     told = capsys.readouterr()
-    assert re.search(r"^plain: 100% running_loss:\S+ eta:0s$", told.err, re.M)
+    assert re.search(r"^plain: running_loss:\S+ 100% eta:0s$", told.err, re.M)
     assert "deep checks: 9 of 9 done, about 0 s left" in told.err
     assert "eta:" not in told.out
 

@@ -135,9 +135,9 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
     passing = []
     show = tg.RunLog.show_progress
 
-    def noted(self, line, last=False):
+    def noted(self, line, *since_and_done, last=False):
         passing.append(line)
-        show(self, line, last)
+        show(self, line, *since_and_done, last=last)
 
     monkeypatch.setattr(tg.RunLog, "show_progress", noted)
     _, _, log = run(tmp_path, ITERATIONS="14")
@@ -149,17 +149,17 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
 
 def test_long_work_says_how_long_the_rest_takes(tmp_path, monkeypatch):
     """Training, calibrating, packing, counting and scoring, each from its own beginning."""
-    passing = []
-    monkeypatch.setattr(
-        tg.RunLog, "show_progress", lambda _, line, last=False: passing.append(line)
-    )
+    shown = []
+    monkeypatch.setattr(tg.RunLog, "_show", lambda _, line, end="": shown.append(line))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     packing = {"GPTQ_N_SAMPLES": "4", "FIT_ARTIFACT": "1", "QUANT_STEP": "0.001"}
     run(tmp_path, ITERATIONS="12", TILT="1", NGRAM="mix", COMPRESSOR="rans", **packing)
+    passing = [line[1:].removesuffix("\033[K") for line in shown if line.startswith("\r")]
     for work in ("step", "calibrate", "pack", "plain", "mixed", "mixed: counting n-grams"):
         lines = [line for line in passing if line.startswith(f"{work}:")]
         assert lines, work
-        assert all(re.search(r" eta:\d+s$", line) for line in lines), lines
-        assert lines[-1].endswith(" eta:0s") or work == "pack"  # which may fit sooner
+        assert all(re.search(r" \d+% eta:\d+s$", line) for line in lines), lines
+        assert lines[-1].endswith(" 100% eta:0s") or work == "pack"  # which may fit sooner
 
 
 def test_a_schedule_longer_than_the_run_is_warned_of(tmp_path):
