@@ -240,9 +240,9 @@ def train_missing(
         lines = [json.dumps(one) + "\n" for one in results]
         tg.atomic_write(path, "".join(lines).encode())
         told = f"{unit['bpb']:.4f} bpb, {unit['seconds']:.0f} s, {unit['status']}"
-        left = tg.eta(time.perf_counter() - begun, number / len(missing))
+        left = (time.perf_counter() - begun) / number * (len(missing) - number)
         print(
-            f"{number}/{len(missing)} {name} seed {seed}: {told} {left}",
+            f"{number}/{len(missing)} {name} seed {seed}: {told} eta:{left:.0f}s",
             file=sys.stderr,
             flush=True,
         )
