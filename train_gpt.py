@@ -2150,14 +2150,14 @@ class RunLog:
             self.log(line)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Books the block's seconds under a name, without what inner phases booked."""
+    def phase(self, name: str) -> Iterator[Progress]:
+        """Books the block's seconds under a name, without what inner phases booked -> progress."""
         outer = self._inner
         self._inner = 0.0
         start = time.perf_counter()
         self.began.setdefault(name, round(start - self.start, 3))
         try:
-            yield
+            yield functools.partial(self.show_progress, f"{name}:", start)
         finally:
             whole = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
@@ -8703,8 +8703,7 @@ def calibrate_if_asked(
     """What GPTQ needs, from training text; empty without GPTQ_N_SAMPLES."""
     if not cfg.gptq_n_samples:
         return Calibration({})
-    with log.phase("calibrate"):
-        progress = functools.partial(log.show_progress, "calibrate:", time.perf_counter())
+    with log.phase("calibrate") as progress:
         return calibrate(model, cfg, rt, stream, progress)
 
 
@@ -8721,11 +8720,11 @@ def pack_to_disk(
     calibration: Calibration,
     code_bytes: int,
     notes: dict[str, Any],
+    progress: Progress,
 ) -> bytes:
     """Writes model.ptz, and the raw weights final_model.pt, these also if packing fails."""
     state = {name: w.cpu() for name, w in model.state_dict().items()}
     try:
-        progress = functools.partial(log.show_progress, "pack:", time.perf_counter())
         blob = pack(state, cfg, calibration, code_bytes, notes, progress)
         atomic_write(log.out_dir / "model.ptz", blob)
     finally:
@@ -8746,10 +8745,10 @@ def pack_model(
     blob = None
     code = code_size()
     cap = size_cap(cfg, code)
-    with log.phase("pack"):
+    with log.phase("pack") as progress:
         with rt.together():
             if rt.main:
-                blob = pack_to_disk(cfg, log, model, calibration, code, notes)
+                blob = pack_to_disk(cfg, log, model, calibration, code, notes, progress)
                 log.log("\n".join(size_report(blob, code, cap)))
         blob = rt.broadcast_bytes(blob)
     total = code + len(blob)

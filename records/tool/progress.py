@@ -12,7 +12,7 @@ EVERY_SECONDS = 10.0  # a line, where it is no terminal
 class Progress:
     """One rewritten line on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(self, label: str, total: int = 0, unit: str = "tokens"):
+    def __init__(self, label: str, total: int, unit: str = "tokens"):
         self.label = label
         self.total = total
         self.unit = unit  # what is counted
@@ -25,25 +25,18 @@ class Progress:
 
     def show(self, done: int) -> None:
         """So many are done."""
-        seconds = (time.perf_counter() - self.start) / done * (self.total - done)
-        left = f"about {seconds:.0f} s left"
-        self.say(f"{self.label}: {done} of {self.total} {self.unit}, {left}")
-
-    def say(self, line: str) -> None:
-        """A line, if the last one was long enough ago."""
         now = time.perf_counter()
         if now - self.last < (0.2 if self.on_terminal else EVERY_SECONDS):
             return
         self.last = now
+        seconds = (now - self.start) / done * (self.total - done)
+        line = f"{self.label}: {done} of {self.total} {self.unit}, about {seconds:.0f} s left"
         if self.on_terminal:
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 
     def __exit__(self, *failure: Any) -> None:
-        self.clear()
-
-    def clear(self) -> None:
         """Takes the rewritten line away."""
         if self.on_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -13,11 +13,11 @@ split (the data's validation split, for data that was made to tune on, as by `da
 the same command goes on.
 
 So nothing here sees the validation text. What is held out is scored in plain windows with the
-unquantized weights, averaged where a row averages; settings of packing and scoring
-change nothing. Text with case markers, whose bytes stand in files of their own, is not for this
-bench. Rows take turns seed by seed, so that their times are comparable; a time is that of the
-training clock. The interval holds 95 % of 10,000 resamples of the documents and of the seeds: too
-narrow where documents are pieces of one text, as the demo's are, and with few seeds.
+unquantized weights, averaged where a row averages; settings of packing and scoring change nothing.
+Text with case markers, whose bytes stand in files of their own, is not for this bench. Rows take
+turns seed by seed, so that their times are comparable; a time is that of the training clock. The
+interval holds 95 % of 10,000 resamples of the documents and of the seeds: too narrow where
+documents are pieces of one text, as the demo's are, and with few seeds.
 """
 
 from __future__ import annotations
