@@ -424,7 +424,7 @@ def between_dropped_ends(table: ByteTable, marked: str) -> str:
 
 
 def check_published(data: Dataset) -> str:
-    """The whole fixed validation set (M1).
+    """The whole fixed validation set.
 
     Its documents and, whatever the tokenizer, its bytes of text.
     """
@@ -441,7 +441,7 @@ def check_published(data: Dataset) -> str:
 
 
 def check_disjoint(data: Dataset) -> str:
-    """No training document is a validation document, too (M3), by a hash of each one's tokens."""
+    """No training document is a validation document, too, by a hash of each one's tokens."""
     if not data.shards["train"]:
         raise NotTested("there are no training shards")
     bodies = (data.body(part) for part in data.split_documents("val"))

@@ -15,7 +15,7 @@ only then puts it under records/. Interrupted, the same command goes on after th
 seed. `check` executes nothing of the folder unless --run says so. `board` ranks a track's entries,
 in a table and a picture, where the track's page or the repository's has markers for them; with
 --check it only says whether they are up to date. All end with 0 if nothing failed, else 1; 64 means
-that a given input was unusable.
+that a given input was unusable, 143 that a signal interrupted it.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def add_arguments_of_new(new: argparse.ArgumentParser) -> None:
     new.add_argument(
         "--track",
         required=True,
-        help="folder records/track_<this>: 10min_16mb, non_record_16mb, cpu_1mb, ...",
+        help="folder records/track_<this>: 10min_16mb, 1gpu, cpu_1mb, ...",
     )
     new.add_argument(
         "--config", type=Path, help="file of NAME=value lines; empty = the script's defaults"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from tool.case import Case, Track
 from tool.finding import Problems, skipped
 from tool.logs import Run
+from tool.submission import spread
 from train_gpt import Check, read_shard
 
 SECONDS_SLACK = 0.5  # the loop checks after a step: up to 0.14 s over was universal and accepted
@@ -207,7 +207,7 @@ def _seconds(run: Run) -> dict[str, float | None]:
     if run.result and "seconds" in run.result:
         told = run.result["seconds"]
         named = told.get("train", 0.0) + told.get("calibrate", 0.0)
-        train = max(named, told["train_side"])
+        train = max(named, told["train_side"])  # equal, unless a log was changed
         return {"train": train, "eval": told["eval_side"], "wall": told["wall"]}
     loop = run.figures.get("train_time_ms")
     if loop is not None:
@@ -323,7 +323,7 @@ def check_seeds(case: Case) -> Check:
     else:
         problems.warn("submission.json does not list all runs that were made (all_runs)")
     scores = [run.final.bpb for run in runs if run.final]
-    std = statistics.stdev(scores) if len(scores) > 1 else None
+    std = spread(scores)
     deviation = "nan" if std is None else f"{std:.6f}"
     found = f"{len(seeds)} seeds, standard deviation {deviation} bpb, {left_out} runs left out"
     return problems.outcome("P8", found, seeds=seeds, std=std)

@@ -20,7 +20,7 @@ from tool.compare import load_sample
 from tool.finding import shown, text_of
 from tool.folder import Folder
 from tool.logs import Final, Run
-from tool.page import pyplot, table
+from tool.page import in_order, pyplot, table
 from tool.runs import RecordError, read_text
 from tool.submission import spread
 
@@ -140,7 +140,7 @@ def read_entry(path: Path, track: str) -> Entry:
         bpb=statistics.fmean(scores),
         std=spread(scores),
         seeds=len(scores),
-        evaluators=_different(run.score.get("stage") or _stage_of(run.final) for run in runs),
+        evaluators=in_order(run.score.get("stage") or _stage_of(run.final) for run in runs),
         others=_no_scores(runs),
         model_bytes=max(_of_all(runs, rows["P1"], "model"), default=None),
         total_bytes=max(_of_all(runs, rows["P1"], "total"), default=None),
@@ -149,16 +149,11 @@ def read_entry(path: Path, track: str) -> Entry:
         train_flops=_mean(
             _of_all(runs, {run.name: run.result or {} for run in runs}, "train_flops")
         ),
-        machines=_different(_machine(row) for row in rows["P7"].values() if row["device"]),
+        machines=in_order(_machine(row) for row in rows["P7"].values() if row["device"]),
         matmul_gflops=told.get("matmul_gflops"),
         date=str(told["date"])[:10] if told.get("date") else None,
-        text_bytes=_different(run.score.get("bytes") for run in runs),
+        text_bytes=in_order(run.score.get("bytes") for run in runs),
     )
-
-
-def _different(values: Any) -> list[Any]:
-    """The different ones, each where it first came."""
-    return list(dict.fromkeys(values))
 
 
 def _of_all(runs: Sequence[Run], rows: Mapping[str, Mapping[str, Any]], key: str) -> list[float]:
@@ -272,7 +267,7 @@ def block(board: Board, prefix: str) -> str:
 
 def _texts(entries: Sequence[Entry]) -> str:
     """Whether the scores are of one text, as far as the logs tell."""
-    texts = _different(size for entry in entries for size in entry.text_bytes)
+    texts = in_order(size for entry in entries for size in entry.text_bytes)
     if len(texts) == 1 and texts[0] is not None:
         return f"All scored {texts[0]:,.0f} bytes of validation text."
     told = []

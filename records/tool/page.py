@@ -102,7 +102,7 @@ def _draw_losses(axes: pyplot.Axes, curves: Mapping[int | None, Curves]) -> None
 
 def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     """A column a stage: a point a seed, beside them mean and standard deviation; from zero on."""
-    stages = _in_order(final.stage for run in runs for final in run.finals)
+    stages = in_order(final.stage for run in runs for final in run.finals)
     labels = []
     for place, stage in enumerate(stages):
         scores = [final.bpb for run in runs for final in run.finals if final.stage == stage]
@@ -119,9 +119,9 @@ def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     axes.set_xticks(range(len(stages)), labels, fontsize=8)
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """The different names, each where it first came."""
-    return list(dict.fromkeys(names))
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """The different ones, each where it first came."""
+    return list(dict.fromkeys(values))
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def results_table(runs: Sequence[Run], told: Mapping[str, Any]) -> str:
     """One row a seed, then mean and standard deviation; no column in which there is nothing."""
-    stages = _in_order(name for run in runs for name in run.result["stages"])
+    stages = in_order(name for run in runs for name in run.result["stages"])
     head = ["seed", "steps", "ms/step", "bpb before packing"]
     head += [f"{stage} bpb" for stage in stages]
     head += ["artifact bytes", "train s", "eval s"]
@@ -188,7 +188,7 @@ def seconds_table(runs: Sequence[Run]) -> str:
     """Where the seconds went, by phase of the ledger; phases that took none are left out."""
     head = ["phase", *(f"seed {run.seed}" for run in runs)]
     rows = []
-    for phase in _in_order(name for run in runs for name in run.result["seconds"]):
+    for phase in in_order(name for run in runs for name in run.result["seconds"]):
         seconds = [run.result["seconds"].get(phase, 0) for run in runs]
         if max(seconds) >= LEAST_SHOWN:
             rows.append([phase, *(f"{value:.1f}" for value in seconds)])

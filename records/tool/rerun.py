@@ -100,7 +100,7 @@ def warning(case: Case) -> str:
     network = "no network" if without_network() else "the network only watched, not cut off"
     return (
         f"{case.folder.script}: is now run several times with your rights, in empty folders, with "
-        f"{network}, limits on time, memory and output; --help says how to check without that"
+        f"{network}, limits on time, memory and output; without --run nothing of it is run"
     )
 
 

@@ -2,22 +2,22 @@
 
     python tests/bench/ablate.py ROWS RESULTS             # trains what is missing, then the table
     python tests/bench/ablate.py ROWS RESULTS --table     # the table only
-    python tests/bench/ablate.py ROWS RESULTS --only baseline,value-embeddings --seeds 1337
+    python tests/bench/ablate.py ROWS RESULTS --only best,value-embeddings --seeds 1337
 
 ROWS is a text of lines `name NAME=value ...`; the line `all` holds for every row, and the first of
 the others is what they are compared with. A value of so many % is a share of the steps:
 WARMDOWN_ITERS=60%. Two settings are this bench's own: TOKENS, what one training may take, and
 HELD_OUT, what is scored: documents (every 40th training document, which is then not trained on) or
-split (the data's validation split, for data that was made to tune on, as by `data/prepare.py demo
---tuning`). RESULTS is a file of JSON lines, one a training, written anew as each ends: interrupted,
-the same command goes on.
+split (the data's validation split, only for data that was made to tune on, as by `data/prepare.py
+demo --tuning`: no choice may see the text that a record is scored on). RESULTS is a file of JSON
+lines, one a training, written anew as each ends: interrupted, the same command goes on.
 
-So nothing here sees the validation text. What is held out is scored in plain windows with the
-unquantized weights, averaged where a row averages; settings of packing and scoring change nothing.
-Text with case markers, whose bytes stand in files of their own, is not for this bench. Rows take
-turns seed by seed, so that their times are comparable; a time is that of the training clock. The
-interval holds 95 % of 10,000 resamples of the documents and of the seeds: too narrow where
-documents are pieces of one text, as the demo's are, and with few seeds.
+What is held out is scored in plain windows with the unquantized weights, averaged where a row
+averages; settings of packing and scoring change nothing. Text with case markers, whose bytes stand
+in files of their own, is not for this bench. Rows take turns seed by seed, so that their times are
+comparable; a time is that of the training clock. The interval holds 95 % of 10,000 resamples of the
+documents and of the seeds: too narrow where documents are pieces of one text, as the demo's are,
+and with few seeds.
 """
 
 from __future__ import annotations
