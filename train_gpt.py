@@ -17,10 +17,10 @@ above it:
     3 run log      7 quantizers   11 checks
     4 data         8 training     12 plan
 
-A training run: `train_model` (13), `train`, `training_loop`, `Trainer.step` (8), `GPT.forward` (5),
-`Muon.step` (6). Axis letters in comments: B batch, T time, H heads, K key/value heads or n-gram
-orders, D model or head size, V vocabulary, S scored targets of a row, or keys that queries look at;
-R, C rows and columns of a matrix, G blocks of C queries to L keys each.
+A training run: `train_model` (13), `train`, `steps_until_the_end`, `Trainer.step` (8),
+`GPT.forward` (5), `Muon.step` (6). Axis letters in comments: B batch, T time, H heads, K key/value
+heads or n-gram orders, D model or head size, V vocabulary, S scored targets of a row, or keys that
+queries look at; R, C rows and columns of a matrix, G blocks of C queries to L keys each.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Config:
     )
     resume: str = _run("", "checkpoint to continue from", needs="MODE=train")
     save_every: int = _run(
-        0, "write a checkpoint every so many steps (also on SIGUSR1 and SIGTERM)", low=0
+        0, "write a checkpoint every so many steps (also on SIGUSR1, SIGTERM and SIGINT)", low=0
     )
     sample_tokens: int = _run(
         0, "length of text sample; 0 = none after training, 200 in MODE=sample", low=0
@@ -352,13 +352,13 @@ class Config:
         "xor",
         "xor: PR 489; linear: PR 740, without scale",
         choices=("xor", "linear"),
-        needs="BIGRAM_VOCAB_SIZE",
+        needs="BIGRAM_VOCAB_SIZE or HASH_ORDERS",
     )
     bigram_init: str = _model(
         "zero",
         "its start; dead: never trains",
         choices=("zero", "normal", "dead"),
-        needs="BIGRAM_VOCAB_SIZE",
+        needs="BIGRAM_VOCAB_SIZE or HASH_ORDERS",
     )
     smear: bool = _model(False, "SmearGate: a learned share of the previous token's embedding")
     smear_before_norm: bool = _model(
@@ -406,7 +406,7 @@ class Config:
         0.03,
         "Adam rate of a tied embedding and of the other tables",
         low=0,
-        needs="TIE_EMBEDDINGS or BIGRAM_VOCAB_SIZE or VE_LAYERS",
+        needs="TIE_EMBEDDINGS or BIGRAM_VOCAB_SIZE or HASH_ORDERS or VE_LAYERS",
     )
     matrix_lr: float = _optim(0.028, "Muon rate of the matrices", low=0)
     scalar_lr: float = _optim(0.02, "Adam rate of vectors and scalars", low=0)
@@ -540,7 +540,7 @@ class Config:
         4.0,
         "seconds of the training clock kept for calibration",
         low=0,
-        needs="SCHEDULE=clock",
+        needs="SCHEDULE=clock, and GPTQ_N_SAMPLES",
     )
     prune_pct: float = _pack(
         0.0,
@@ -1062,7 +1062,7 @@ def _unknown(assignment: Assignment) -> str:
 
 def ignored_names(env: Mapping[str, str]) -> list[str]:
     """Names of the environment that mean nothing here, nor to any system that is known here."""
-    other = FIELDS.keys() | {"CONFIG"}
+    other = FIELDS.keys() | ALIASES.keys() | {"CONFIG"}
     names = [name for name in env if re.fullmatch("[A-Z][A-Z0-9_]*", name) and name not in other]
     return sorted(name for name in names if not name.startswith(FOREIGN + SYSTEM))
 
@@ -1070,7 +1070,6 @@ def ignored_names(env: Mapping[str, str]) -> list[str]:
 def _sources(env: Mapping[str, str]) -> tuple[list[list[Assignment]], list[str]]:
     """What is written in SMOKE's settings, the config file and the environment; the last holds."""
     problems = []
-    smoke = env.get("SMOKE", "0").strip().lower() in ("1", "true")
     path = Path(env["CONFIG"]) if env.get("CONFIG") else SCRIPT.with_name("config.env")
     text = SETTINGS_INSIDE
     if path.is_file():
@@ -1079,12 +1078,13 @@ def _sources(env: Mapping[str, str]) -> tuple[list[list[Assignment]], list[str]]
             text = path.read_text(encoding="utf-8")
     elif env.get("CONFIG"):
         problems.append(f"CONFIG={env['CONFIG']!r}: no such file")
-    sources = [
-        read_config_lines(SMOKE_CONFIG if smoke else "", "SMOKE=1"),
-        read_config_lines(text, path.name),
-        [Assignment("", name, value) for name, value in env.items() if name != "CONFIG"],
+    in_file = read_config_lines(text, path.name)
+    in_environment = [
+        Assignment("", name, value) for name, value in env.items() if name != "CONFIG"
     ]
-    return sources, problems
+    switches = [one.text.strip().lower() for one in in_file + in_environment if one.name == "SMOKE"]
+    smoke = SMOKE_CONFIG if switches and switches[-1] in ("1", "true") else ""
+    return [read_config_lines(smoke, "SMOKE=1"), in_file, in_environment], problems
 
 
 def read_settings(
@@ -1699,7 +1699,8 @@ class PendingSum:
 class Runtime:
     """Where the program runs: device, number of processes (world), number format, kernels."""
 
-    def __init__(self, cfg: Config, env: Mapping[str, str]):
+    def __init__(self, cfg: Config, env: Mapping[str, str], settled: bool = True):
+        """settled: cfg is the model's own; if not yet, choose_attention is called when it is."""
         self.rank = launched(env, "RANK")
         self.world = launched(env, "WORLD_SIZE", 1)
         self.local_rank = launched(env, "LOCAL_RANK", self.rank)
@@ -1729,12 +1730,8 @@ class Runtime:
                 "WARNING: DTYPE=bfloat16: emulated on this CPU, and many times slower"
             )
         self._prepare_device()
-        self.attention = self._pick_attention(cfg)
-        self.packed_attention: PackedBackend = padded_attention
-        trains = cfg.mode == "train"
-        scores = cfg.mode in ("train", "eval")
-        if (trains and cfg.train_doc_mask) or (scores and cfg.ttt_global_docs):
-            self.packed_attention = self._pick_packed_attention(cfg)
+        if settled:
+            self.choose_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
@@ -1775,6 +1772,14 @@ class Runtime:
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
             keep_freed_memory()
 
+    def choose_attention(self, cfg: Config) -> None:
+        """The kernels that work here at the model's own heads; InputError if a needed one fails."""
+        self.attention = self._pick_attention(cfg)
+        self.packed_attention: PackedBackend = padded_attention
+        masks = cfg.mode == "train" and cfg.train_doc_mask
+        if masks or (cfg.mode in ("train", "eval") and cfg.ttt_global_docs):
+            self.packed_attention = self._pick_packed_attention(cfg)
+
     def _pick_attention(self, cfg: Config) -> AttentionBackend:
         wanted = cfg.attn
         reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
@@ -1803,10 +1808,9 @@ class Runtime:
         segments = self.put_segments(segments_of(np.array([0, 100, 228]), 256, 128))
         expected = functools.partial(padded_attention, segments=segments)
         kinds = {"fa3": fa3_packed_attention, "varlen": torch_packed_attention}
+        kinds.pop({"sdpa": "fa3", "fa3": "varlen"}.get(cfg.attn), None)
         reasons = []
         for name, make in kinds.items():
-            if cfg.attn == {"fa3": "sdpa", "varlen": "fa3"}[name]:
-                continue
             try:
                 attend = make()
                 probed = functools.partial(attend, segments=segments)
@@ -1817,7 +1821,7 @@ class Runtime:
                 reasons.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         raise InputError(
             "TRAIN_DOC_MASK, TTT_GLOBAL_DOCS: no attention with document bounds works on this GPU "
-            f"({'; '.join(reasons)}); TRAIN_DOC_MASK=0 TTT_GLOBAL_DOCS=0 needs none"
+            f"(ATTN={cfg.attn}; {'; '.join(reasons)}); both at 0 need none"
         )
 
     @property
@@ -2747,7 +2751,7 @@ def load_charges(cfg: Config, table: ByteTable, tokens: np.ndarray) -> np.ndarra
         return table.count(tokens)
     charges = np.concatenate([read_shard(path) for path in paths])
     name = paths[0].with_name(shard_name(CHARGES))
-    total = charged_by(paths)
+    total = int(charges.sum(dtype=np.int64))
     told = None
     with contextlib.suppress(*NOT_SAID):
         told = recorded_entries(cfg)[0]["charged_bytes"]["val"]
@@ -3734,9 +3738,8 @@ def training_flops(cfg: Config, model: GPT, looped: bool = False) -> float:
 
 def build_model(cfg: Config, rt: Runtime, weights: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on its device, at its start or with weights; InputError if these do not fit."""
-    with torch.device(
-        "cpu" if weights is None else "meta"
-    ):  # meta: allocates nothing, whatever shapes an artifact claims
+    # meta: allocates nothing, whatever shapes an artifact claims
+    with torch.device("cpu" if weights is None else "meta"):
         model = GPT(cfg, rt.profile.dtype, rt.attention, rt.packed_attention)
     if weights is not None:
         with input_error_from("artifact: its tensors do not fit its settings", RuntimeError):
@@ -3779,32 +3782,28 @@ def newton_schulz(
     return x.mT if tall else x
 
 
-def _on_one_process(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-    return function(stack)
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
 
-    Matrices of equal shape are stacked; given a runtime, its processes share the stack.
+    Matrices of equal shape are stacked, and the processes share the stack.
     row_normalize: rows of an update have length one before that (MuonEq-R, PR 1217).
     """
 
     def __init__(
         self,
         params: Any,
+        runtime: Runtime,
         lr: float,
         momentum: float,
         backend_steps: int = 5,
         weight_decay: float = 0.0,
-        runtime: Runtime | None = None,
         row_normalize: bool = False,
         polar_express: bool = False,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "backend_steps": backend_steps})
-        self.map_shares = runtime.map_shares if runtime else _on_one_process
-        self.newton_schulz = runtime.compile(newton_schulz) if runtime else newton_schulz
+        self.map_shares = runtime.map_shares
+        self.newton_schulz = runtime.compile(newton_schulz)
         self.row_normalize = row_normalize
         self.coefficients = POLAR_EXPRESS if polar_express else QUINTIC
 
@@ -3893,10 +3892,10 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
             groups[rule.optimizer].append(group)
     muon = Muon(
         groups["muon"],
+        rt,
         cfg.matrix_lr,
         cfg.muon_momentum,
         cfg.muon_backend_steps,
-        runtime=rt,
         row_normalize=cfg.muon_row_normalize,
         polar_express=cfg.muon_polar_express,
     )
@@ -4046,7 +4045,8 @@ class Calibration:
     def factor(self, name: str, damp: float) -> InverseFactor:
         """Of a matrix's Hessian; InputError, by name, if it cannot be factored."""
         if (name, damp) not in self.factors:
-            with input_error_from(f"{name}: its Hessian", torch.linalg.LinAlgError):
+            unusable = f"{name}: its Hessian cannot be factored at GPTQ_DAMP={damp}"
+            with input_error_from(unusable, torch.linalg.LinAlgError):
                 self.factors[name, damp] = inverse_factor(self.hessians[name], damp)
         return self.factors[name, damp]
 
@@ -4198,13 +4198,11 @@ class RowInt(Quantizer):
         scales = torch.zeros(w.size(0), 1)
         best = torch.full((w.size(0), 1), math.inf)
         for step in range(cfg.quant_clip_steps):
-            shrink = (
-                1 - 0.6 * step / cfg.quant_clip_steps
-            )  # from the row's maximum down to 40 % of it
+            # From the row's maximum down to 40 % of it.
+            shrink = 1 - 0.6 * step / cfg.quant_clip_steps
             scale = row_scales(w, self.qmax, False) * shrink
             scale = scale.clamp(least, 65504.0).half().float()
-            rounded = (w / scale).round().clamp(-self.qmax, self.qmax)
-            error = ((rounded * scale - w).square() * weights).sum(1, keepdim=True)
+            error = ((self._rounded(w / scale) * scale - w).square() * weights).sum(1, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
             scales = torch.where(better, scale, scales)
@@ -4257,13 +4255,6 @@ class StepInt(Quantizer):
         rows, columns = shape
         steps = Part("steps", "|i1", (columns,)), Part("steps", "|i1", (rows,))
         return Part("codes", self.dtype, (rows, columns)), *steps
-
-    def fit(
-        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
-    ) -> tuple[Tensor, ...]:
-        """One matrix w [R, C] at c = QUANT_STEP, all of its rows of importance 1; see fit_many."""
-        factor = inverse_factor(torch.eye(w.size(1)) if hessian is None else hessian, cfg.gptq_damp)
-        return self.fit_many(w[None], [factor], torch.ones(1, len(w)), cfg.quant_step)[0]
 
     def fit_many(
         self, w: Tensor, factors: Sequence[InverseFactor], importance: Tensor, c: float
@@ -4638,18 +4629,14 @@ class Trainer:
         self,
         batch_of: Callable[[int], tuple[np.ndarray, np.ndarray]],
         steps_left: float,
-        share: float | None = None,
+        share: float,
     ) -> Tensor:
         """One optimizer step -> this process's part of the mean loss, which waits on the device.
 
         batch_of(n): ids and targets [B, T] of micro-batch n, counted over steps and processes.
-        share: of the run that is over; None: of its steps, which are followed here.
+        share: of the run that is over.
         """
         cfg, rt = self.cfg, self.rt
-        if share is None:
-            share = self.steps_done / max(1, cfg.iterations)
-            if cfg.num_loops or cfg.context_schedule:
-                self.follow(share)
         now = Moment(self.steps_done, steps_left, share)
         values = {field: value(cfg, now) for field, value in SCHEDULES.items()}
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -4955,8 +4942,8 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
     """Takes over a checkpoint's state -> the settings that have changed since."""
     cfg, step, elapsed = trainer.cfg, state["step"], state["elapsed"]
     settings = cfg.group("model", "train", "optim")
-    defaults = {name: FIELDS[name.upper()].default for name in settings}
-    before = defaults | state["settings"]  # an older version's checkpoint lacks newer settings
+    older = default_config("baseline").group("model", "train", "optim")
+    before = older | state["settings"]  # what an older version did not know was off
     changed = sorted(name.upper() for name in settings if before[name] != settings[name])
     wrong = [name for name in changed if FIELDS[name].metadata["group"] == "model"]
     check(not wrong, f"made with other values of {', '.join(wrong)}")
@@ -5106,11 +5093,11 @@ def calibrate(
 
 # ==================================================================================================
 # 9. ARTIFACT - a state dict as one self-describing file, and back.
-#    Uses sections 1, 4, 5 and 7.
+#    Uses sections 1 to 5 and 7.
 # ==================================================================================================
 
-# The file: prefix, header (compressed JSON), payload. The payload is what the codec makes of three
-# streams, so that like lies next to like.
+# The file: prefix, header (compressed JSON), payload. The payload is what the codec makes of the
+# STREAMS one after the other, so that like lies next to like.
 MAGIC = b"PGOLF\r\n\x1a"
 FORMAT_VERSION = 1
 PREFIX = struct.Struct("<8sHIQ32s")  # magic, version, header and payload bytes, their SHA-256
@@ -5121,8 +5108,8 @@ STREAMS = ("codes", "scales", "floats", "steps")
 class EntropyCoder:
     """A codec: bytes to fewer bytes, and back to a known size.
 
-    expand must never produce more than size + 1 bytes. Quantized weights are one byte each: packed
-    bits would hide the repetitions that a codec finds.
+    expand must never produce more than size + 1 bytes. Quantized weights are one byte each (two of
+    water-filled ones): packed bits would hide the repetitions that a codec finds.
     """
 
     compress: Callable[[bytes], bytes]
@@ -5275,7 +5262,7 @@ def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
     lowest = min(int(part.codes.min()) for part in parts)
     size = max(int(part.codes.max()) for part in parts) - lowest + 1
     if size > RANS_CODES:
-        raise TooFine(f"COMPRESSOR=rans: {size} codes apart, {RANS_CODES} at most: too fine steps")
+        raise TooFine(f"COMPRESSOR=rans: {size} codes apart, {RANS_CODES} at most: QUANT_STEP")
     counts: dict[int, np.ndarray] = {}
     for part in parts:
         bins = part.contexts >> 1
@@ -5638,7 +5625,7 @@ def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
 
 def config_from(stored: Any) -> Config:
     """The settings in an artifact's header, checked like any others."""
-    defaults = {field.name: field.default for field in FIELDS.values()}
+    defaults = Config().group(*TOLD)
     known = isinstance(stored, dict) and stored.keys() <= defaults.keys()
     other_version = "its settings are not those of this program (made by another version?)"
     check(known, f"artifact: {other_version}")
@@ -5655,8 +5642,7 @@ def config_from(stored: Any) -> Config:
         shown = printable(f"{name.upper()}={value!r}")
         check(sound, f"artifact: setting {shown} has the wrong type")
         values[name] = value
-    told = Config().group(*TOLD)
-    off = {name: value for name, value in BASELINE.items() if name in told}
+    off = {name: value for name, value in BASELINE.items() if name in defaults}
     cfg = filled(off | values)
     problems = check_config(dataclasses.replace(cfg, mode="eval"))  # not as those of a training
     check(not problems, f"artifact: {'; '.join(problems)}")
@@ -5885,13 +5871,13 @@ def read_artifact(cfg: Config) -> bytes:
         return path.read_bytes()
 
 
-def noted(header: Mapping[str, Any], name: str) -> str:
-    """What an artifact's notes say under a name; empty if nothing.
+def notes_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact's header says beyond its settings; a foreign file may say nothing.
 
     tokenizer: the hash of the one that it was trained with; case_transform: of its text.
     """
     notes = header.get("notes")
-    return str(notes.get(name, "")) if isinstance(notes, dict) else ""
+    return notes if isinstance(notes, dict) else {}
 
 
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
@@ -5899,7 +5885,7 @@ def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     stored, header, tensors = expand(blob)
     model = build_model(stored, rt, weights_of(tensors, stored))
     here = tokenizer_hash(cfg)
-    made_with = noted(header, "tokenizer")
+    made_with = str(notes_of(header).get("tokenizer", ""))
     check(
         made_with in ("", here),
         f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
@@ -5925,10 +5911,12 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
     raise_if(problems)
     merged = load_config(env, stored)
     if cfg.mode == "pack" and "train_seq_len" not in given:
+        # An artifact does not tell the length of its training: calibrated at what it is scored at.
         merged = dataclasses.replace(merged, train_seq_len=stored.score_len)
-    places = find_data(noted(header, "tokenizer"), given.keys())
+    notes = notes_of(header)
+    places = find_data(str(notes.get("tokenizer", "")), given.keys())
     if "case_transform" not in given:
-        places["case_transform"] = noted(header, "case_transform")
+        places["case_transform"] = str(notes.get("case_transform", ""))
     return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id, **places)
 
 
@@ -6384,7 +6372,8 @@ def _sort_group_token(
     needed = int(group[-1]).bit_length() + vocab.bit_length() + bits
     check(
         needed < 64,
-        f"{len(tokens)} tokens of a vocabulary of {vocab}: too many to count n-grams in 64 bits",
+        f"TILT, TILT_BOOST, NGRAM: {len(tokens)} tokens of a vocabulary of {vocab} are too many to "
+        "count n-grams in 64 bits",
     )
     key = group.astype(np.int64)
     key *= vocab
@@ -7013,7 +7002,7 @@ def adapted_names(model: GPT, cfg: Config) -> set[str]:
     chosen = set()
     for name in names:
         in_blocks = name.startswith(blocks) and (not cfg.qttt or ".c_q." in name)
-        if in_blocks or any(part in name for part in ("norm", "scale", "lm_head", "alpha_head")):
+        if in_blocks or any(part in name for part in ("scale", "lm_head", "alpha_head")):
             chosen.add(name)
     return chosen
 
@@ -7920,7 +7909,8 @@ class Stage:
 
 
 def _plain_enabled(cfg: Config) -> bool:
-    return cfg.eval_plain or (cfg.stride == cfg.score_len and not cfg.eval_stream)
+    others = (stage.enabled(cfg) for name, stage in STAGES.items() if name != "plain")
+    return cfg.eval_plain or not any(others)
 
 
 def _build_plain(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
@@ -8476,10 +8466,10 @@ def planned_tokens(cfg: Config) -> tuple[np.ndarray, str]:
 def planned_steps(cfg: Config, plain: Cost, looped: Cost) -> tuple[int, float]:
     """How many steps a run takes, and their seconds; looped: with depth recurrence, if there is."""
     share = cfg.enable_looping_at if cfg.num_loops else 1.0
-    limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
-    if cfg.schedule == "clock" and cfg.max_wallclock_seconds:  # shares are of seconds
+    clock = Clock(cfg, lag=0)
+    if clock.drives:  # shares are of seconds
         pace = share / plain.seconds + (1 - share) / looped.seconds
-        steps = min(cfg.iterations, int(limit * pace))
+        steps = min(cfg.iterations, int(clock.limit * pace))
     else:
         pace = 1 / (share * plain.seconds + (1 - share) * looped.seconds)
         steps = cfg.iterations
@@ -8767,7 +8757,7 @@ def repack_model(cfg: Config, rt: Runtime, log: RunLog, old_blob: bytes, table: 
         stream = TokenStream(shard_paths(cfg, "train"), cfg) if cfg.gptq_n_samples else None
     model = build_model(cfg, rt, {name: w.clone() for name, w in raw.items()})
     calibration = calibrate_if_asked(model, cfg, rt, log, stream)
-    notes = {name: value for name, value in header["notes"].items() if name != "fit_scale"}
+    notes = {name: value for name, value in notes_of(header).items() if name != "fit_scale"}
     if cfg.gptq_n_samples:
         notes["repacked"] = "calibrated on training text after the run"
     requests = Requests()
@@ -8877,8 +8867,8 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
     resumed = ", resumed run" if result.get("resumed") else ""
     lines += [
         "seconds      " + "  ".join(f"{name} {value:.1f}" for name, value in phases.items()),
-        f"budgets      train {seconds['train_side']:.1f} of {cfg.max_wallclock_seconds:.0f} s, "
-        f"eval {seconds['eval_side']:.1f} of {cfg.max_eval_seconds:.0f} s",
+        f"budgets      train {seconds['train_side']:.1f} s of {train_limit(cfg) or 'no limit'}, "
+        f"eval {seconds['eval_side']:.1f} s of {cfg.max_eval_seconds or 'no limit'}",
         f"exit code    {code} ({result['status']}{resumed})",
         "-" * 72,
     ]
@@ -8914,10 +8904,15 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     return code
 
 
+def train_limit(cfg: Config) -> float:
+    """Seconds that training may take; 0 is no limit."""
+    return cfg.max_wallclock_seconds if cfg.schedule == "clock" else 0.0
+
+
 def over_budget(cfg: Config, log: RunLog) -> bool:
-    """Whether training or scoring took longer than its limit; a limit of 0 is none."""
-    train_limit = cfg.max_wallclock_seconds if cfg.schedule == "clock" else 0
-    return 0 < train_limit < log.train_seconds() or 0 < cfg.max_eval_seconds < log.eval_seconds()
+    """Whether training or scoring took longer than its limit."""
+    late = 0 < train_limit(cfg) < log.train_seconds()
+    return late or 0 < cfg.max_eval_seconds < log.eval_seconds()
 
 
 def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:
@@ -9034,7 +9029,7 @@ def run_mode(env: Mapping[str, str]) -> int:
     if cfg.mode == "plan":
         print("\n".join(plan_lines(cfg)))
         return OK
-    with contextlib.closing(Runtime(cfg, env)) as rt:
+    with contextlib.closing(Runtime(cfg, env, settled=cfg.mode == "train")) as rt:
         ignored = ", ".join(ignored_names(env))
         if ignored:
             rt.notes.append(f"names in the environment that mean nothing here: {ignored}")
@@ -9047,7 +9042,9 @@ def run_mode(env: Mapping[str, str]) -> int:
         blob = rt.broadcast_bytes(blob)
         raw = str(raw_path(cfg)) if cfg.mode == "pack" else ""
         cfg = dataclasses.replace(settings_of_artifact(cfg, env, blob), raw_model=raw)
-        if cfg.mode == "sample" and "SEED" not in env:
+        with rt.together():
+            rt.choose_attention(cfg)
+        if cfg.mode == "sample" and "seed" not in read_settings(env)[0]:
             drawn = rt.broadcast_bytes(os.urandom(4))
             cfg = dataclasses.replace(cfg, seed=int.from_bytes(drawn, "little"))
         return guarded_run(cfg, rt, blob)[0]

@@ -155,7 +155,10 @@ def with_lanes(lanes):
 
 def take_step(trainer, batch_of):
     """One optimizer step with the rates that the run's clock gives; it is not counted as done."""
-    return trainer.step(batch_of, trainer.clock.steps_left(trainer.steps_done))
+    done = trainer.steps_done
+    share = done / max(1, trainer.cfg.iterations)
+    trainer.follow(share)
+    return trainer.step(batch_of, trainer.clock.steps_left(done), share)
 
 
 class FakeClock:

@@ -563,7 +563,7 @@ CLAIMS = {
     "a number as text": config_claim("wrong type", num_layers="nine"),
     "a switch for a number": config_claim("wrong type", num_layers=True),
     "a number for a switch": config_claim("wrong type", smear=1),
-    "a switch for a rate": config_claim("wrong type", matrix_lr=False),
+    "a switch for a rate": config_claim("wrong type", rope_base=False),
     "a switch for a layer": config_claim("wrong type", ve_layers=[1, True]),
     "a header that is small only when compressed": Claim(
         "unreadable header", dict(notes="x" * (5 << 20))
@@ -585,6 +585,8 @@ CLAIMS["a table of 2^63 rows"] = config_claim("2147483647 at most", bigram_vocab
 CLAIMS["a base beyond all numbers"] = config_claim("wrong type", rope_base=10**400)
 CLAIMS["a batch beyond all memory"] = config_claim("16777216 at most", eval_batch_tokens=10**29)
 CLAIMS["documents beyond all memory"] = config_claim("65536 at most", ttt_docs=10**30)
+for name, value in (("smoke", True), ("data_path", "x"), ("val_tokens", 9), ("matrix_lr", 1.0)):
+    CLAIMS[f"a run's own {name}"] = config_claim(NOT_OURS, **{name: value})
 CLAIMS["a name that forges a line"] = config_claim(
     NOT_OURS, **{"a\nfinal_zstd_plain_exact val_loss:0.1 val_bpb:0.1": 1}
 )

@@ -183,7 +183,7 @@ def trainer_of(rt, log, rows=2, **settings):
 
 def whole_step(trainer):
     """Step, averages and report."""
-    loss = trainer.step(trainer.stream.batch, steps_left=3.0)
+    loss = trainer.step(trainer.stream.batch, steps_left=3.0, share=0.5)
     trainer.steps_done += 1
     if trainer.averager:
         trainer.averager.update(trainer.steps_done, share=1.0)

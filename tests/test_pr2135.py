@@ -27,6 +27,7 @@ from helpers import (
     run,
     run_in_processes,
     settings_in,
+    tiny_settings,
 )
 
 import train_gpt as tg
@@ -168,6 +169,11 @@ SHAPES = {
 STARTS = {"one document": [0], "documents": [0, 3, 4, 9]}
 
 
+def take_batch(trainer, ids, share):
+    """One step that predicts its own inputs."""
+    trainer.step(lambda unit: (ids, ids), 9.0, share)
+
+
 def model_of(text):
     """A small model with these settings, all its parameters random."""
     return randomized(tg.load_config({**SMALL, **settings_in(text)}))
@@ -265,11 +271,11 @@ def whole_run(tmp_path_factory):
 
 
 def test_a_run_turns_recurrence_on_and_scores_with_it(whole_run):
-    _, result, log = whole_run
+    out, result, log = whole_run
     assert "looping:enabled step:3 layers:5" in log
     assert "training_flops_per_token:" in log and "with_loops:" in log
     assert not any("FAIL" in str(stage["audit"]) for stage in result["stages"].values())
-    cfg = tg.config_from(result["settings"])
+    cfg = tg.load_config(tiny_settings(out, **TINY_FRONT))
     model = tg.GPT(cfg)
     a_token = [tg.training_flops(cfg, model, looped) for looped in (False, True)]
     expected = (3 * a_token[0] + 5 * a_token[1]) * cfg.train_batch_tokens
@@ -353,7 +359,7 @@ def test_two_graphs_whatever_changes(run_log, tmp_path):
         ids = rng.integers(2, 1024, (1, 512))
         ids[0, rng.integers(0, 512, 2 + step % 3)] = 1
         trainer.follow(step / 8)
-        trainer.step(lambda unit, ids=ids: (ids, ids), 8 - step, step / 8)
+        take_batch(trainer, ids, step / 8)
         graphs.append(counters[0].frame_count)
     assert graphs == [2] * 8
     assert trainer.model.looping
@@ -385,7 +391,7 @@ def test_a_switch_of_training_is_alive(switch, run_log):
         ids[0, 7] = cfg.bos_id
         trainer.follow(0.2)
         for _ in range(2):
-            trainer.step(lambda unit, ids=ids: (ids, ids), 9.0, 0.2)
+            take_batch(trainer, ids, 0.2)
         ended.append(model.state_dict())
     assert any(not torch.equal(w, ended[1][name]) for name, w in ended[0].items())
 
@@ -415,19 +421,6 @@ def test_batches_are_read_ahead_and_say_what_fails():
         batches(4)
     assert batches(7) == 70  # what nobody expected is read at once
     assert read[:3] == [0, 2, 4]
-
-
-def test_a_step_by_itself_follows_the_run(run_log):
-    """As somebody would take steps without the loop: recurrence begins by the count of steps."""
-    model = model_of("NUM_LAYERS=3 NUM_LOOPS=1 LOOP_START=1 LOOP_END=1 ITERATIONS=10 EVAL_STRIDE=0")
-    cfg = dataclasses.replace(model.cfg, train_seq_len=16, train_batch_tokens=128)
-    trainer = tg.Trainer(cfg, cpu_runtime(), run_log, model, None)
-    ids = np.zeros((1, 16), np.int64)
-    looping = []
-    for trainer.steps_done in (0, 3, 4):
-        trainer.step(lambda unit: (ids, ids), 1.0)
-        looping.append(model.looping)
-    assert looping == [False, False, True]
 
 
 # --- its artifact ---------------------------------------------------------------------------------

@@ -254,6 +254,36 @@ def test_a_sample_draws_a_seed_unless_one_is_given(base, tmp_path):
     seeds, texts = zip(*(sampled(base, tmp_path / name) for name in "abc"))
     assert len(set(seeds)) == 3
     assert len(set(texts)) > 1
+    given = tmp_path / "given.env"
+    given.write_text("SEED=7\n")
+    assert sampled(base, tmp_path / "d", CONFIG=str(given))[0] == "7"
+
+
+@pytest.mark.parametrize("mode", ["eval", "pack", "sample"])
+def test_attention_is_tried_at_the_heads_of_the_artifact(base, tmp_path, monkeypatch, mode):
+    """Which a run from an artifact alone learns only when it has read it."""
+    tried = []
+
+    def choose(rt, cfg):
+        tried.append((cfg.model_dim, cfg.num_heads, cfg.ttt_global_docs))
+        rt.attention, rt.packed_attention = tg.sdpa_attention, tg.padded_attention
+
+    monkeypatch.setattr(tg.Runtime, "choose_attention", choose)
+    raw = dict(RAW_MODEL=str(base[0] / "final_model.pt")) if mode == "pack" else {}
+    assert tg.main([], of_artifact(base, tmp_path / "out", MODE=mode, **raw)) == 0
+    stored, _ = tg.unpack((base[0] / "model.ptz").read_bytes())
+    assert tried == [(stored.model_dim, stored.num_heads, stored.ttt_global_docs)]
+
+
+def test_plain_windows_are_left_out_where_something_else_is_scored(base, tmp_path):
+    others = dict(EVAL_STREAM="64", EVAL_STRIDE="0", NGRAM="", TTT_EPOCHS="0", VAL_TOKENS="512")
+    for plain, stages in (("0", ["streaming"]), ("1", ["plain", "streaming"])):
+        out = tmp_path / plain
+        assert tg.main([], of_artifact(base, out, EVAL_PLAIN=plain, **others)) == 0
+        assert list(result_of(out)["stages"]) == stages
+    alone = dict(others, EVAL_STREAM="0", EVAL_PLAIN="0")
+    assert tg.main([], of_artifact(base, tmp_path / "alone", **alone)) == 0
+    assert list(result_of(tmp_path / "alone")["stages"]) == ["plain"]
 
 
 def manifest_of(root, *folders, tokenizer="byte260"):
@@ -709,6 +739,21 @@ def test_absurd_settings_in_an_artifact_cost_no_memory(base, tmp_path, rt):
 
 
 # --- packing again --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("notes", [None, [], "x"])
+def test_an_artifact_without_notes_is_packed_and_scored_again(base, tmp_path, notes):
+    blob = (base[0] / "model.ptz").read_bytes()
+    header, payload = tg.read_header(blob)
+    head = tg.zlib.compress(tg.json.dumps(header | {"notes": notes}).encode())
+    digest = tg.hashlib.sha256(head + payload).digest()
+    sizes = len(head), len(payload), digest
+    foreign = tmp_path / "foreign.ptz"
+    foreign.write_bytes(tg.PREFIX.pack(tg.MAGIC, tg.FORMAT_VERSION, *sizes) + head + payload)
+    raw = str(base[0] / "final_model.pt")
+    for mode in (dict(MODE="eval"), dict(MODE="pack", RAW_MODEL=raw)):
+        out = tmp_path / mode["MODE"]
+        assert tg.main([], of_artifact(base, out, ARTIFACT=str(foreign), **mode)) == 0
 
 
 def packed_again(base, out, **env):

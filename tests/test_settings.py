@@ -49,6 +49,13 @@ def test_smoke_is_below_file_and_environment(tmp_path):
     assert cfg.vocab_size == 260
 
 
+def test_smoke_in_a_file_is_all_of_it_and_the_environment_may_take_it_back(tmp_path):
+    cfg = load(tmp_path, "SMOKE=1\nMATRIX_LR=0.5\n")
+    assert (cfg.smoke, cfg.vocab_size, cfg.matrix_lr) == (True, 260, 0.5)
+    plain = load(tmp_path, "SMOKE=1\nMATRIX_LR=0.5\n", SMOKE="0")
+    assert (plain.smoke, plain.vocab_size) == (False, tg.Config.vocab_size)
+
+
 PROBLEMS = [
     "did you mean WARMDOWN_ITERS",
     "line 2: expected NAME=value",
@@ -282,6 +289,14 @@ IDLE = {
     "QUANT_CLIP_STEPS": "MATRIX_CLIP_SIGMAS=9",
     "QUANT_SCALE_FLOOR": "MATRIX_CLIP_SIGMAS=9",
 }
+# Alternatives of what is needed, each enough alone.
+ENOUGH = [
+    ("TIED_EMBED_LR=0.3", "TIE_EMBEDDINGS=0 HASH_ORDERS=3"),
+    ("TIED_EMBED_LR=0.3", "TIE_EMBEDDINGS=0 BIGRAM_VOCAB_SIZE=512"),
+    ("BIGRAM_INIT=normal", "HASH_ORDERS=3"),
+    ("BIGRAM_HASH=linear", "HASH_ORDERS=3"),
+    ("BIGRAM_DIM=64", "HASH_ORDERS=3"),
+]
 WATER_FILLED = "QUANT_BITS MATRIX_CLIP_SIGMAS PRUNE_PCT LATE_QAT_THRESHOLD CROWN_Q_LAMBDA".split()
 IDLE |= dict.fromkeys(WATER_FILLED, "QUANT_STEP=1 GPTQ_N_SAMPLES=1")
 NEEDY = [name for name, field in tg.FIELDS.items() if field.metadata["needs"]]
@@ -294,6 +309,19 @@ def made_to_act(name):
     on = dict(VE_LAYERS="1", MIXER_HEAD="1", EVAL_STREAM="64", NGRAM="mix", TTT_FREEZE_BLOCKS="1")
     pairs = [term.partition("=") for term in terms]
     return {term: value or on.get(term, "1") for term, _, value in pairs}
+
+
+@pytest.mark.parametrize("setting, enough", ENOUGH)
+def test_what_acts_with_another_technique_is_accepted(setting, enough):
+    cfg = tg.load_config(settings_in(f"{setting} {enough} DEFAULTS=baseline"))
+    (name, value) = setting.split("=")
+    assert str(getattr(cfg, name.lower())) == value
+
+
+def test_no_time_is_kept_for_a_calibration_that_is_off():
+    off = tg.load_config(settings_in("GPTQ_N_SAMPLES=0"))
+    assert tg.Config.gptq_reserve_seconds > 0 == off.gptq_reserve_seconds
+    assert tg.Clock(off, lag=0).limit == off.max_wallclock_seconds
 
 
 def given_and(name, text):
@@ -354,6 +382,7 @@ def test_names_that_were_meant_for_this_program(name, tmp_path):
 
 def test_other_names_are_listed_as_ignored():
     env = dict(settings_in(FOREIGN), NUM_LAYERS="3", FANCY_FLAG="1", MY_SWITCH="0", lower="1")
+    env |= dict.fromkeys(tg.ALIASES, "1")  # other names of settings mean something
     assert tg.ignored_names(env) == ["FANCY_FLAG", "MY_SWITCH"]
 
 

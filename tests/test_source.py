@@ -255,6 +255,6 @@ def test_a_training_step_is_short_to_follow(rt, run_log, tmp_path):
     train_gpt.write_shard(tmp_path / "fineweb_train_0.bin", np.arange(4000) % 260)
     stream = train_gpt.TokenStream([tmp_path / "fineweb_train_0.bin"], cfg)
     trainer = train_gpt.Trainer(cfg, rt, run_log, train_gpt.build_model(cfg, rt), stream)
-    entered = functions_entered(lambda: trainer.step(stream.batch, 9))
+    entered = functions_entered(lambda: trainer.step(stream.batch, 9, 0.0))
     assert "Attention.forward" in entered and "Muon.step" in entered
     assert len(entered) <= 20, sorted(entered)

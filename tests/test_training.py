@@ -197,7 +197,7 @@ def test_no_late_mechanism_before_the_pace_is_trusted(
     trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None)
     batch = rng.integers(0, 260, (2, 2, 32))
     trainer.steps_done = steps_done
-    trainer.step(lambda unit: batch, steps_left)
+    trainer.step(lambda unit: batch, steps_left, 0.5)
     assert trainer.faking == bool(faking)
 
 
@@ -213,7 +213,7 @@ def report_of(rank, world, cfg, run_log, batches):
     rt.map_shares = lambda function, stack: function(stack)
     trainer = tg.Trainer(cfg, rt, run_log, randomized(cfg), None, FakeClock(7.0))
     trainer.clock.origin = 2.0
-    trainer.send_report(trainer.step(lambda unit: batches[unit], 1))
+    trainer.send_report(trainer.step(lambda unit: batches[unit], 1, 0.0))
     _, pending = trainer.in_flight[0]
     seconds, loss, *_ = pending.result()
     return np.array([seconds, loss])

@@ -276,7 +276,7 @@ def look_into(trainer: tg.Trainer) -> dict[str, Any]:
 
     def three_steps() -> None:
         for _ in range(3):
-            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations)
+            loss = trainer.step(trainer.stream.batch, trainer.cfg.iterations, 0.5)
             trainer.steps_done += 1
             trainer.send_report(loss)
             trainer.in_flight.clear()
