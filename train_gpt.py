@@ -6251,16 +6251,15 @@ Plan = Windows | Documents
 COUNT_PIECE = 1 << 18  # positions that are sorted at once, about
 
 
-@dataclasses.dataclass
-class OrderCounts:
-    """Counts of one order at every position of a stream, int32 [n] each; see causal_counts."""
+class OrderCounts(NamedTuple):
+    """Counts of one order before every token of a stream, arrays [n], or before one place of it."""
 
-    n: np.ndarray
-    total: np.ndarray
-    distinct: np.ndarray
-    hint: np.ndarray | None = None
-    agree: np.ndarray | None = None
-    hints: str = ""  # which token that is, if there is one
+    order: int
+    n: Any  # how often context and token came before; before one place: of every token [V]
+    total: Any  # how often the context did
+    distinct: Any  # how many different tokens followed it
+    hint: Any = None  # one that did
+    agree: Any = None  # how often that one did
 
 
 def causal_counts(
@@ -6269,20 +6268,19 @@ def causal_counts(
     bos: int | None = None,
     hints: str = "",
     progress: Progress = unseen,
-) -> Iterator[tuple[Any, ...]]:
-    """Exact n-gram counts at every position, from earlier tokens only: (order, n, N, T), rising.
+) -> Iterator[OrderCounts]:
+    """Exact n-gram counts at every position, from earlier tokens only, of rising order.
 
-    Order k has a context of k - 1 tokens. int32 [len(tokens)]: n, how often context and token came
-    before; N, how often the context did; T, how many different tokens followed it. Zeros where the
-    context is incomplete (it begins before the stream or, given bos, in an earlier document).
-    hints: two arrays more, the token that followed the context "last" or "most", and its n; of
-    tokens that did equally often, the one that did first.
+    Order k has a context of k - 1 tokens. Arrays int32 [len(tokens)]; zeros where the context is
+    incomplete (it begins before the stream or, given bos, in an earlier document). hints: which
+    token is the hint, the one that followed the context "last" or "most"; of tokens that did
+    equally often, the one that did first.
 
     One sort an order. Positions stand in groups of equal context, in order of position inside a
     group. Sorted by (group, token, position), equal n-grams lie side by side, so that n is the
-    place in the run; N is the place in the group; T counts the runs that began before. The runs are
-    the next order's groups, one position later, and only those that occur elsewhere too go on.
-    Memory: under 40 bytes a token beyond what is yielded.
+    place in the run; total is the place in the group; distinct counts the runs that began before.
+    The runs are the next order's groups, one position later, and only those that occur elsewhere
+    too go on. Memory: under 40 bytes a token beyond what is yielded.
     """
     tokens = np.asarray(tokens)
     size = len(tokens)
@@ -6297,18 +6295,18 @@ def causal_counts(
         for order in range(1, max(orders) + 1):
             counts = None
             if order in orders:
-                arrays = [np.zeros(size, np.int32) for _ in range(5 if hints else 3)]
-                counts = OrderCounts(*arrays, hints=hints)
+                arrays = (np.zeros(size, np.int32) for _ in range(5 if hints else 3))
+                counts = OrderCounts(order, *arrays)
             heads = np.flatnonzero(first)  # groups are counted in pieces
             ends = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
             cuts = np.unique(heads[np.searchsorted(heads, ends)])
-            piece = functools.partial(_count_piece, tokens, vocab, room, order, counts)
+            piece = functools.partial(_count_piece, tokens, vocab, room, order, counts, hints)
             parts = [(at[:0], first[:0])]
             if len(at):
                 parts += pool.map(piece, np.split(at, cuts), np.split(first, cuts))
             if counts:
-                yield (order, *arrays)
-                del arrays, counts
+                yield counts
+                del counts, piece
             at, first = (np.concatenate(arrays) for arrays in zip(*parts))
             progress(order / max(orders))
 
@@ -6319,6 +6317,7 @@ def _count_piece(
     room: np.ndarray,
     order: int,
     counts: OrderCounts | None,
+    hints: str,
     at: np.ndarray,
     first: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -6338,10 +6337,10 @@ def _count_piece(
         runs = np.cumsum(new, dtype=np.int32)
         runs -= new
         counts.distinct[at] = runs - runs[group]
-        if counts.hint is not None:
+        if hints:
             later = np.flatnonzero(~first)
             hinted = later - 1
-            if counts.hints == "most":
+            if hints == "most":
                 hinted = _leaders(group, n, place)[hinted]
             counts.hint[at[later]] = tokens[at[hinted]]
             counts.agree[at[later]] = n[hinted] + 1
@@ -6393,8 +6392,8 @@ def counts_after(
     vocab: int,
     bos: int | None = None,
     unigram: np.ndarray | None = None,
-) -> Iterator[tuple[Any, ...]]:
-    """causal_counts with hints for every token that could follow a prefix, n [V], by searching it.
+) -> Iterator[OrderCounts]:
+    """causal_counts with hints "last" at the end of a prefix, by searching it.
 
     unigram: the prefix's own counts of order 1, if known.
     """
@@ -6411,7 +6410,7 @@ def counts_after(
             known = order == 1 and unigram is not None
             n = unigram if known else np.bincount(after, minlength=vocab)
             hint = int(after[-1]) if len(after) else 0
-            yield order, n, len(after), np.count_nonzero(n), hint, n[hint]
+            yield OrderCounts(order, n, len(after), np.count_nonzero(n), hint, n[hint])
 
 
 NGRAM_ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)  # of exact counts; the last reach back 12, 24 tokens
@@ -6428,7 +6427,7 @@ class NgramFacts(NamedTuple):
     agree: Any  # how often that token did
 
 
-def discounted(counts: Iterator[tuple[Any, ...]], vocab: int) -> tuple[list[Any], NgramFacts]:
+def discounted(counts: Iterator[OrderCounts], vocab: int) -> tuple[list[Any], NgramFacts]:
     """Interpolated absolute discounting: a list of q by order, each with the lower one as base.
 
     Below order 1 is the uniform distribution. Beside it the facts of the longest context.
@@ -6436,13 +6435,13 @@ def discounted(counts: Iterator[tuple[Any, ...]], vocab: int) -> tuple[list[Any]
     q = np.float64(1 / vocab)
     by_order = []
     facts = (0, 0, 0, 0)
-    for rank, (_, n, total, distinct, hint, agree) in enumerate(counts, 1):
-        seen = np.greater(total, 0)
-        lower = (CONCENTRATION + DISCOUNT * distinct) * q
-        mixed = (np.maximum(n - DISCOUNT, 0) + lower) / (np.asarray(total) + CONCENTRATION)
-        q = np.where(seen, mixed, q)
+    for rank, of_order in enumerate(counts, 1):
+        seen = np.greater(of_order.total, 0)
+        lower = (CONCENTRATION + DISCOUNT * of_order.distinct) * q
+        above = np.maximum(of_order.n - DISCOUNT, 0)
+        q = np.where(seen, (above + lower) / (np.asarray(of_order.total) + CONCENTRATION), q)
         by_order.append(q)
-        found = (rank, total, hint, agree)
+        found = (rank, of_order.total, of_order.hint, of_order.agree)
         facts = tuple(np.where(seen, new, old) for new, old in zip(found, facts))
     return by_order, NgramFacts(*facts)
 
@@ -6553,10 +6552,8 @@ class FrequentHints:
 
     def _all(self, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
         """Hint, and whether there is one, before every token."""
-        ((_, _, total, _, hint, agree),) = causal_counts(
-            self.tokens, [self.cfg.tilt_order], self.bos, "most", progress
-        )
-        return hint, self._sure(agree, total)
+        (counts,) = causal_counts(self.tokens, [self.cfg.tilt_order], self.bos, "most", progress)
+        return counts.hint, self._sure(counts.agree, counts.total)
 
     def _sure(self, agree: Any, total: Any) -> Any:
         return (agree > 0) & (agree >= self.cfg.tilt_share * total)
@@ -6573,9 +6570,9 @@ class FrequentHints:
     def _after(self, known: np.ndarray) -> tuple[int, bool]:
         """By searching the tokens before a target."""
         cfg = self.cfg
-        ((_, n, total, *_),) = counts_after(known, [cfg.tilt_order], cfg.vocab_size, self.bos)
-        hint = int(np.argmax(n))
-        return hint, bool(self._sure(n[hint], total))
+        (counts,) = counts_after(known, [cfg.tilt_order], cfg.vocab_size, self.bos)
+        hint = int(np.argmax(counts.n))
+        return hint, bool(self._sure(counts.n[hint], counts.total))
 
 
 def counts_before(

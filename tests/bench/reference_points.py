@@ -1,0 +1,64 @@
+"""Bits a byte that need no network: what counts and general compressors make of a validation text.
+
+    CONFIG=records/track_cpu_1mb/demo/config.env python tests/bench/reference_points.py
+
+Of the settings' data: a unigram and an interpolated bigram of the training tokens (absolute
+discounting, fixed once counted), on all validation targets; xz and bzip2, at their best, on the
+validation text itself.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_gpt as tg  # noqa: E402
+
+DISCOUNT = 0.75
+XZ_BEST = 9 | lzma.PRESET_EXTREME
+
+
+def unigram(train: np.ndarray, vocab: int) -> np.ndarray:
+    """p of every token [V]; what never came counts as half a time."""
+    counts = np.maximum(np.bincount(train, minlength=vocab), 0.5)
+    return counts / counts.sum()
+
+
+def bigram_nats(train: np.ndarray, val: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Nats of val[1:], each after the token before it; below: p of every token [V]."""
+    vocab = len(below)
+    keys = train[:-1].astype(np.int64) * vocab + train[1:]
+    pairs = np.bincount(keys, minlength=vocab * vocab).reshape(vocab, vocab)
+    total = pairs.sum(1)[val[:-1]]
+    different = (pairs > 0).sum(1)[val[:-1]]
+    came = pairs[val[:-1], val[1:]]
+    base = below[val[1:]]
+    p = np.maximum(came - DISCOUNT, 0) + DISCOUNT * different * base
+    return -np.log(np.where(total > 0, p / np.maximum(total, 1), base))
+
+
+def reference_points(cfg: tg.Config) -> Iterator[tuple[str, float]]:
+    """Name and bpb of each."""
+    table = tg.ByteTable.load(cfg)
+    train = np.concatenate([tg.read_shard(path) for path in tg.shard_paths(cfg, "train")])
+    val = tg.load_validation(cfg)
+    size = int(tg.load_charges(cfg, table, val).sum(dtype=np.int64))
+    p = unigram(train, cfg.vocab_size)
+    yield "token unigram", -np.log(p[val[1:]]).sum() / np.log(2) / size
+    yield "token bigram, interpolated", bigram_nats(train, val, p).sum() / np.log(2) / size
+    text = table.decode(val[val != cfg.bos_id])
+    yield "xz -9e", 8 * len(lzma.compress(text, preset=XZ_BEST)) / size
+    yield "bzip2 -9", 8 * len(bz2.compress(text, 9)) / size
+
+
+if __name__ == "__main__":
+    for name, bpb in reference_points(tg.load_config(os.environ)):
+        print(f"{name:28} {bpb:.3f}")
