@@ -615,7 +615,7 @@ class Config:
     ttt_batch_seqs: int = _score(32, "sequences of each part in a step", low=1, needs="TTT_EPOCHS")
     ttt_parts: int = _score(
         1,
-        "equal parts of the data that a step draws from (the seeds' GPUs)",
+        "equal parts of the data that a step draws from (the published runs' GPUs)",
         low=1,
         high=65536,
         needs="TTT_EPOCHS",
@@ -3147,6 +3147,11 @@ class ContextHash(BigramHash):
         return (key >> 33) % self.rows  # by high bits, which all tokens reach
 
 
+def inside_documents(gate: Tensor, ids: Tensor, bos: int | None) -> Tensor:
+    """A gate [D], [B, T, 1] or [B, T, D], closed where a document starts; bos None: as it is."""
+    return gate if bos is None else gate * (ids != bos).unsqueeze(-1).to(gate.dtype)
+
+
 class SmearGate(nn.Module):
     """out_t = (1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per dimension; can stop at a BOS."""
 
@@ -3156,9 +3161,7 @@ class SmearGate(nn.Module):
         self.gate = param(cfg.model_dim, init=zeros)
 
     def forward(self, x: Tensor, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        gate = torch.sigmoid(self.gate.to(x.dtype))
-        if self.bos is not None:
-            gate = gate * (ids != self.bos).unsqueeze(-1).to(x.dtype)
+        gate = inside_documents(torch.sigmoid(self.gate.to(x.dtype)), ids, self.bos)
         return torch.lerp(x, previous(x, cache, "smear"), gate.expand_as(x))
 
 
@@ -3177,9 +3180,7 @@ class InputSmearGate(nn.Module):
         self.weight = param(1, cfg.gate_window, init=zeros)
 
     def forward(self, x: Tensor, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        gate = input_gate(x, self.weight)  # [B, T, 1]
-        if self.bos is not None:
-            gate = gate * (ids != self.bos).unsqueeze(-1).to(x.dtype)
+        gate = inside_documents(input_gate(x, self.weight), ids, self.bos)  # [B, T, 1]
         return gate * previous(x, cache, "smear")
 
 
@@ -8408,18 +8409,18 @@ def plan_stage(stage: Stage, cfg: Config, tokens: np.ndarray) -> tuple[Cost, Cos
 
     teaching = [part for chunk in chunks if not chunk.ends_documents for part in chunk.work if part]
     usual = teaching or work[:2][-1:]
-    batch = cost_of_batch(min(usual, key=plan.inputs))
-    total = batch.of(inputs.sum(), len(work))
-    longest = max(usual, key=plan.inputs)
-    if plan.inputs(longest) > batch.tokens:
-        longest = cost_of_batch(longest)
-        share = (inputs.sum() / len(work) - batch.tokens) / (longest.tokens - batch.tokens)
-        total = (batch * (1 - share) + longest * share) * len(work)
+    shortest, longest = min(usual, key=plan.inputs), max(usual, key=plan.inputs)
+    least = cost_of_batch(shortest)
+    total = least.of(inputs.sum(), len(work))
+    if plan.inputs(longest) > plan.inputs(shortest):
+        most = cost_of_batch(longest)
+        share = (inputs.sum() / len(work) - least.tokens) / (most.tokens - least.tokens)
+        total = (least * (1 - share) + most * share) * len(work)
     if scorer.training:
         total += plan_adaptation(scorer.training, cfg, len(tokens) - 1)
     if scorer.global_step:
         total += plan_global_step(scorer.global_step, cfg, tokens)
-    return total, batch
+    return total, least
 
 
 def plan_adaptation(training: TestTimeTraining, cfg: Config, targets: int) -> Cost:
