@@ -5252,10 +5252,15 @@ def normalised(counts: np.ndarray) -> np.ndarray:
         total //= 2  # so many rare codes that the largest cannot make up for them
 
 
+def ideal_bits(counts: np.ndarray) -> float:
+    """What symbols of these counts cost a coder that knows the counts."""
+    seen = counts[counts > 0]
+    return float((seen * np.log2(counts.sum() / seen)).sum())
+
+
 def table_bits(counts: np.ndarray) -> float:
     """What coding with a table of these counts costs, the table included."""
-    seen = counts[counts > 0]
-    return float((seen * np.log2(counts.sum() / seen)).sum()) + 100 + 9 * len(seen)
+    return ideal_bits(counts) + 100 + 9 * np.count_nonzero(counts)
 
 
 def build_tables(parts: Sequence[CodedPart]) -> CodeTables:
@@ -5787,8 +5792,7 @@ def weights_of(tensors: Sequence[PackedTensor], cfg: Config) -> dict[str, Tensor
 def entropy_bytes(tensor: PackedTensor) -> float:
     """What a coder that knows the frequencies of its symbols would need for a tensor's bytes."""
     data = b"".join(array.tobytes() for array in tensor.arrays)
-    counts = np.unique(np.frombuffer(data, np.uint8), return_counts=True)[1]
-    return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
+    return ideal_bits(np.bincount(np.frombuffer(data, np.uint8))) / 8
 
 
 def tensor_bytes(tensor: PackedTensor) -> float:
@@ -5830,12 +5834,9 @@ def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
 
 def context_entropy(part: CodedPart) -> float:
     """Bits of an array of codes for a coder that knows how often each comes in a context."""
-    total = 0.0
     bins = part.contexts >> 1
-    for at in np.unique(bins):
-        counts = np.unique(part.codes[bins == at], return_counts=True)[1]
-        total += (counts * np.log2(counts.sum() / counts)).sum()
-    return float(total)
+    of_bins = (part.codes[bins == at] for at in np.unique(bins))
+    return sum(ideal_bits(np.unique(codes, return_counts=True)[1]) for codes in of_bins)
 
 
 def code_size() -> int:
