@@ -50,7 +50,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +79,9 @@ SETTINGS_INSIDE = globals().get("SETTINGS_INSIDE", "")  # the config.env inside 
 
 class InputError(ValueError):
     """Something given to the program (a setting, a shard, an artifact) is unusable; it is named."""
+
+
+ConfigError = InputError  # by the name that others' checks import
 
 
 class TooFine(InputError):
@@ -569,8 +572,10 @@ class Config:
     eval_seq_len: int = _score(
         2560, "tokens a scoring window; 0 = TRAIN_SEQ_LEN", low=0, high=1 << 20
     )
-    eval_plain: bool = _score(True, "score plain windows too, not only sliding ones")
-    eval_stride: int = _score(0, "sliding windows advance by this; 0 = plain windows only", low=0)
+    eval_plain: bool = _score(
+        True, "score plain windows too; 0 = only where no other stage gives a true score"
+    )
+    eval_stride: int = _score(0, "sliding windows advance by this; 0 = none", low=0)
     eval_batch_tokens: int = _score(
         0, "tokens a scoring batch; 0 = as the device likes", low=0, high=1 << 24
     )
@@ -1699,8 +1704,8 @@ class PendingSum:
 class Runtime:
     """Where the program runs: device, number of processes (world), number format, kernels."""
 
-    def __init__(self, cfg: Config, env: Mapping[str, str], settled: bool = True):
-        """settled: cfg is the model's own; if not yet, choose_attention is called when it is."""
+    def __init__(self, cfg: Config, env: Mapping[str, str], knows_model: bool = True):
+        """knows_model: cfg is the model's own; if not, choose_attention is called when it is."""
         self.rank = launched(env, "RANK")
         self.world = launched(env, "WORLD_SIZE", 1)
         self.local_rank = launched(env, "LOCAL_RANK", self.rank)
@@ -1730,7 +1735,7 @@ class Runtime:
                 "WARNING: DTYPE=bfloat16: emulated on this CPU, and many times slower"
             )
         self._prepare_device()
-        if settled:
+        if knows_model:
             self.choose_attention(cfg)
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
@@ -3683,8 +3688,7 @@ class GPT(nn.Module):
         cap = self.cfg.logit_softcap
         if scoring and self.softcap_pos is not None:
             cap = torch.where(logits < 0, self.softcap_neg, self.softcap_pos)
-            return cap * torch.tanh(logits / cap)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return cap * torch.tanh(logits / cap) if self.cfg.logit_softcap else logits
 
     def logits(
         self,
@@ -3783,28 +3787,32 @@ def newton_schulz(
     return x.mT if tall else x
 
 
+def _on_one_process(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    return function(stack)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalised updates, for matrices [R, C] only (Jordan 2024).
 
-    Matrices of equal shape are stacked, and the processes share the stack.
+    Matrices of equal shape are stacked; given a runtime, its processes share the stack.
     row_normalize: rows of an update have length one before that (MuonEq-R, PR 1217).
     """
 
     def __init__(
         self,
         params: Any,
-        runtime: Runtime,
         lr: float,
         momentum: float,
         backend_steps: int = 5,
         weight_decay: float = 0.0,
+        runtime: Runtime | None = None,
         row_normalize: bool = False,
         polar_express: bool = False,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "backend_steps": backend_steps})
-        self.map_shares = runtime.map_shares
-        self.newton_schulz = runtime.compile(newton_schulz)
+        self.map_shares = runtime.map_shares if runtime else _on_one_process
+        self.newton_schulz = runtime.compile(newton_schulz) if runtime else newton_schulz
         self.row_normalize = row_normalize
         self.coefficients = POLAR_EXPRESS if polar_express else QUINTIC
 
@@ -3893,10 +3901,10 @@ def build_optimizers(model: nn.Module, cfg: Config, rt: Runtime) -> list[torch.o
             groups[rule.optimizer].append(group)
     muon = Muon(
         groups["muon"],
-        rt,
         cfg.matrix_lr,
         cfg.muon_momentum,
         cfg.muon_backend_steps,
+        runtime=rt,
         row_normalize=cfg.muon_row_normalize,
         polar_express=cfg.muon_polar_express,
     )
@@ -4256,6 +4264,13 @@ class StepInt(Quantizer):
         rows, columns = shape
         steps = Part("steps", "|i1", (columns,)), Part("steps", "|i1", (rows,))
         return Part("codes", self.dtype, (rows, columns)), *steps
+
+    def fit(
+        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """One matrix w [R, C] at c = QUANT_STEP, all of its rows of importance 1; see fit_many."""
+        factor = inverse_factor(torch.eye(w.size(1)) if hessian is None else hessian, cfg.gptq_damp)
+        return self.fit_many(w[None], [factor], torch.ones(1, len(w)), cfg.quant_step)[0]
 
     def fit_many(
         self, w: Tensor, factors: Sequence[InverseFactor], importance: Tensor, c: float
@@ -5590,9 +5605,8 @@ def packed_file(
         layout = quantizer(tensor.kind, cfg).layout(tensor.shape)
         for part, array in zip(layout, tensor.arrays):
             streams[part.stream] += array.tobytes()
-    settings = cfg.group(*TOLD)
     header = {
-        "config": {**settings, "eval_seq_len": cfg.score_len},
+        "config": {**cfg.group(*TOLD), "eval_seq_len": cfg.score_len},
         "tensors": [[tensor.name, tensor.shape, tensor.kind] for tensor in fitted],
         "codec": cfg.compressor,
         "code_bytes": code_bytes,
@@ -6260,8 +6274,10 @@ class OrderCounts(NamedTuple):
     n: Any  # how often context and token came before; before one place: of every token [V]
     total: Any  # how often the context did
     distinct: Any  # how many different tokens followed it
-    hint: Any = None  # one that did
-    agree: Any = None  # how often that one did
+
+
+# Besides: a token that followed the context, and how often that one did.
+HintedCounts = namedtuple("HintedCounts", [*OrderCounts._fields, "hint", "agree"])
 
 
 def causal_counts(
@@ -6270,13 +6286,13 @@ def causal_counts(
     bos: int | None = None,
     hints: str = "",
     progress: Progress = unseen,
-) -> Iterator[OrderCounts]:
+) -> Iterator[Any]:
     """Exact n-gram counts at every position, from earlier tokens only, of rising order.
 
     Order k has a context of k - 1 tokens. Arrays int32 [len(tokens)]; zeros where the context is
-    incomplete (it begins before the stream or, given bos, in an earlier document). hints: which
-    token is the hint, the one that followed the context "last" or "most"; of tokens that did
-    equally often, the one that did first.
+    incomplete (it begins before the stream or, given bos, in an earlier document). OrderCounts; or
+    HintedCounts, if hints says which token is the hint: the one that followed the context "last" or
+    "most"; of tokens that did equally often, the one that did first.
 
     One sort an order. Positions stand in groups of equal context, in order of position inside a
     group. Sorted by (group, token, position), equal n-grams lie side by side, so that n is the
@@ -6297,8 +6313,8 @@ def causal_counts(
         for order in range(1, max(orders) + 1):
             counts = None
             if order in orders:
-                arrays = (np.zeros(size, np.int32) for _ in range(5 if hints else 3))
-                counts = OrderCounts(order, *arrays)
+                kind = HintedCounts if hints else OrderCounts
+                counts = kind(order, *(np.zeros(size, np.int32) for _ in kind._fields[1:]))
             heads = np.flatnonzero(first)  # groups are counted in pieces
             ends = np.arange(COUNT_PIECE, heads[-1] + 1 if len(at) else 0, COUNT_PIECE)
             cuts = np.unique(heads[np.searchsorted(heads, ends)])
@@ -6318,7 +6334,7 @@ def _count_piece(
     vocab: int,
     room: np.ndarray,
     order: int,
-    counts: OrderCounts | None,
+    counts: Any,
     hints: str,
     at: np.ndarray,
     first: np.ndarray,
@@ -6394,8 +6410,8 @@ def counts_after(
     vocab: int,
     bos: int | None = None,
     unigram: np.ndarray | None = None,
-) -> Iterator[OrderCounts]:
-    """causal_counts with hints "last" at the end of a prefix, by searching it.
+) -> Iterator[Any]:
+    """HintedCounts (hints "last") of causal_counts at the end of a prefix, by searching it.
 
     unigram: the prefix's own counts of order 1, if known.
     """
@@ -6412,7 +6428,7 @@ def counts_after(
             known = order == 1 and unigram is not None
             n = unigram if known else np.bincount(after, minlength=vocab)
             hint = int(after[-1]) if len(after) else 0
-            yield OrderCounts(order, n, len(after), np.count_nonzero(n), hint, n[hint])
+            yield HintedCounts(order, n, len(after), np.count_nonzero(n), hint, n[hint])
 
 
 NGRAM_ORDERS = (1, 2, 3, 4, 5, 6, 7, 13, 25)  # of exact counts; the last reach back 12, 24 tokens
@@ -6429,7 +6445,7 @@ class NgramFacts(NamedTuple):
     agree: Any  # how often that token did
 
 
-def discounted(counts: Iterator[OrderCounts], vocab: int) -> tuple[list[Any], NgramFacts]:
+def discounted(counts: Iterator[Any], vocab: int) -> tuple[list[Any], NgramFacts]:
     """Interpolated absolute discounting: a list of q by order, each with the lower one as base.
 
     Below order 1 is the uniform distribution. Beside it the facts of the longest context.
@@ -7908,8 +7924,8 @@ class Stage:
 
 
 def _plain_enabled(cfg: Config) -> bool:
-    others = (stage.enabled(cfg) for name, stage in STAGES.items() if name != "plain")
-    return cfg.eval_plain or not any(others)
+    learns = (_ttt_enabled(cfg) or _mixed_enabled(cfg)) and not cfg.ttt_before_scoring
+    return cfg.eval_plain or not (_sliding_enabled(cfg) or _streaming_enabled(cfg) or learns)
 
 
 def _build_plain(model: GPT, rt: Runtime, cfg: Config, table: ByteTable) -> Scorer:
@@ -9028,7 +9044,7 @@ def run_mode(env: Mapping[str, str]) -> int:
     if cfg.mode == "plan":
         print("\n".join(plan_lines(cfg)))
         return OK
-    with contextlib.closing(Runtime(cfg, env, settled=cfg.mode == "train")) as rt:
+    with contextlib.closing(Runtime(cfg, env, knows_model=cfg.mode == "train")) as rt:
         ignored = ", ".join(ignored_names(env))
         if ignored:
             rt.notes.append(f"names in the environment that mean nothing here: {ignored}")
@@ -9043,8 +9059,9 @@ def run_mode(env: Mapping[str, str]) -> int:
         cfg = dataclasses.replace(settings_of_artifact(cfg, env, blob), raw_model=raw)
         with rt.together():
             rt.choose_attention(cfg)
-        if cfg.mode == "sample" and "seed" not in read_settings(env)[0]:
-            drawn = rt.broadcast_bytes(os.urandom(4))
+        if cfg.mode == "sample":
+            drawn = b"" if "seed" in read_settings(env)[0] else os.urandom(4)
+            drawn = rt.broadcast_bytes(drawn) or cfg.seed.to_bytes(8, "little")
             cfg = dataclasses.replace(cfg, seed=int.from_bytes(drawn, "little"))
         return guarded_run(cfg, rt, blob)[0]
 

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 from conftest import FULL, TINY
-from helpers import config, cpu_runtime, names_of, randomized, take_step
+from helpers import config, names_of, randomized, take_step
 
 import train_gpt as tg
 
@@ -50,7 +50,7 @@ def test_muon_step_by_hand(rows, columns, size):
     p = torch.nn.Parameter(torch.randn(rows, columns, generator=generator))
     expected = p.detach().clone()
     buffer = torch.zeros(rows, columns)
-    muon = tg.Muon([p], cpu_runtime(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    muon = tg.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
     for _ in range(2):
         p.grad = torch.randn(rows, columns, generator=generator)
         buffer = 0.9 * buffer + p.grad

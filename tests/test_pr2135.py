@@ -431,10 +431,10 @@ def test_gptq_and_corrections_of_pr2135():
     """Codes, scales and restored weights of its own program, from its weights and Hessians."""
     found = np.load(REFERENCE / "pr2135_quant.npz")
     names = sorted({key.rpartition("/")[0] for key in found})
-    leaders = dict(quant_bits=6, quant_policy="embed:7", keep_float_max_numel=0)
-    leaders |= dict(matrix_clip_sigmas=12.85, attn_clip_sigmas=13.0, mlp_clip_sigmas=11.5)
-    leaders |= dict(embed_clip_sigmas=14.0, gptq_n_samples=1, gptq_embed=True)
-    cfg = tg.Config(**leaders, lqer_enabled=True, lqer_asym_group=32)
+    theirs = dict(quant_bits=6, quant_policy="embed:7", keep_float_max_numel=0)
+    theirs |= dict(matrix_clip_sigmas=12.85, attn_clip_sigmas=13.0, mlp_clip_sigmas=11.5)
+    theirs |= dict(embed_clip_sigmas=14.0, gptq_n_samples=1, gptq_embed=True)
+    cfg = tg.Config(**theirs, lqer_enabled=True, lqer_asym_group=32)
     state = {name: torch.from_numpy(found[f"{name}/w"]) for name in names}
     hessians = {name: torch.from_numpy(found[f"{name}/hessian"]) for name in names}
     for tensor in tg.fit_all(state, cfg, tg.Calibration(hessians)):

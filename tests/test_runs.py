@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, TINY_RUN, clean_env
 from helpers import (
     config,
+    in_processes,
     log_of,
     losses_of,
     python,
@@ -275,15 +276,28 @@ def test_attention_is_tried_at_the_heads_of_the_artifact(base, tmp_path, monkeyp
     assert tried == [(stored.model_dim, stored.num_heads, stored.ttt_global_docs)]
 
 
+def is_refused(env, settings, exit_code):
+    """In one of several processes."""
+    assert tg.main([], {**settings, **env}) == exit_code
+
+
+def test_a_kernel_that_is_missing_ends_every_process(base, tmp_path):
+    """Attention is chosen when the artifact is known: in a group that is there already."""
+    in_processes(2, tmp_path, is_refused, of_artifact(base, tmp_path / "out", ATTN="fa3"), 64)
+    said = (tmp_path / "rank0_of_2.txt").read_text()
+    assert "ATTN=fa3: FlashAttention 3 does not run here" in said
+
+
 def test_plain_windows_are_left_out_where_something_else_is_scored(base, tmp_path):
     others = dict(EVAL_STREAM="64", EVAL_STRIDE="0", NGRAM="", TTT_EPOCHS="0", VAL_TOKENS="512")
     for plain, stages in (("0", ["streaming"]), ("1", ["plain", "streaming"])):
         out = tmp_path / plain
         assert tg.main([], of_artifact(base, out, EVAL_PLAIN=plain, **others)) == 0
         assert list(result_of(out)["stages"]) == stages
-    alone = dict(others, EVAL_STREAM="0", EVAL_PLAIN="0")
-    assert tg.main([], of_artifact(base, tmp_path / "alone", **alone)) == 0
-    assert list(result_of(tmp_path / "alone")["stages"]) == ["plain"]
+    for name, ngram in (("alone", ""), ("untrue", "backoff")):
+        only = dict(others, EVAL_STREAM="0", EVAL_PLAIN="0", NGRAM=ngram)
+        assert tg.main([], of_artifact(base, tmp_path / name, **only)) == 0
+        assert list(result_of(tmp_path / name)["stages"]) == ["plain", "ngram"][: 1 + bool(ngram)]
 
 
 def manifest_of(root, *folders, tokenizer="byte260"):

@@ -107,10 +107,10 @@ def exact_memory(text: np.ndarray, orders: Sequence[int]) -> int:
     """Peak bytes beyond the arrays that are yielded."""
     peak = 0
     tracemalloc.start()
-    for counts in tg.causal_counts(text, orders):
-        yielded = counts.n.nbytes + counts.total.nbytes + counts.distinct.nbytes
+    for _, *arrays in tg.causal_counts(text, orders):
+        yielded = sum(array.nbytes for array in arrays)
         peak = max(peak, tracemalloc.get_traced_memory()[1] - yielded)
-        del counts
+        del arrays
         tracemalloc.reset_peak()
     tracemalloc.stop()
     return peak

@@ -9,7 +9,7 @@ as the model's scoring windows. First, by matrix, in dB between arithmetic and g
 U_jj^-2 (what column steps can win), of the rows' variances (what a step a row wins), of the rows'
 importance. Then each technique at three sizes: bytes of the file, bits a quantized weight, the loss
 that curvature predicts (mnat a token), the loss on validation text (mnat, with 95 % of 10,000
-resamples of the documents), seconds of fitting and coding. The leaders' form is PR 2135's: GPTQ
+resamples of the documents), seconds of fitting and coding. PR 2135's form is GPTQ
 with SD clip, at --clips times its published deviations, LQER, int7 embedding, zstd.
 """
 
@@ -38,7 +38,7 @@ RANS = dict(compressor="rans")
 BY_ROWS = {
     "rounding, SD clip, zstd": dict(ROWS, gptq_n_samples=0),
     "GPTQ, SD clip, zstd": ROWS,
-    "+ LQER, zstd (the leaders)": dict(ROWS, **LQER),
+    "+ LQER, zstd (PR 2135's form)": dict(ROWS, **LQER),
 }
 BY_STEPS = {
     "column steps, rans": dict(RANS, quant_row_steps=False),
