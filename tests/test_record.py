@@ -109,8 +109,12 @@ def test_the_commit_is_that_of_the_script_that_ran(tmp_path, monkeypatch):
     git("add", "train_gpt.py")
     git("commit", "-q", "-m", "first")
     assert runs.commit_of(tg.sha256(script)) == git("rev-parse", "HEAD")
+    first, ran = git("rev-parse", "HEAD"), tg.sha256(script)
     script.write_text("x = 2\n")
     assert runs.commit_of(tg.sha256(script)) is None
+    git("commit", "-q", "-a", "-m", "second")
+    assert runs.commit_of(tg.sha256(script)) == git("rev-parse", "HEAD")
+    assert runs.commit_of(ran) == first  # the work went on while the record was made
 
 
 def test_record_runs_and_rescores_from_inside_its_folder(made, tmp_path):

@@ -36,6 +36,7 @@ GRACE_SECONDS = 60.0  # for a training to write its checkpoint
 SNAPSHOT = ("train_gpt.py", "train_gpt.readable.py", "config.env")  # what a record may hold of it
 LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
 FINISHED = ("finished", "wallclock_cap")
+LOOKED_AT = 200  # commits of the script, the newest, that may have been the one that ran
 # Settings that are not copied into a collected config.env.
 LEFT_OUT = RUN_SETTINGS - {"DEVICE"}
 
@@ -375,15 +376,15 @@ def _listing_order(row: Mapping[str, Any]) -> tuple[bool, int, str]:
 
 
 def commit_of(code_sha256: str) -> str | None:
-    """The commit that is checked out here, if its train_gpt.py is the script that ran."""
-    git = ["git", "-C", str(ROOT)]
-    said = []
-    for command in (["rev-parse", "HEAD"], ["show", "HEAD:train_gpt.py"]):
-        try:
-            done = subprocess.run([*git, *command], capture_output=True, timeout=60, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        said.append(done.stdout)
-    commit, script = said
-    same = hashlib.sha256(script).hexdigest() == code_sha256
-    return commit.decode().strip() if same else None
+    """The newest commit here that made train_gpt.py the script that ran, of the last LOOKED_AT."""
+
+    def said(*command: str) -> bytes:
+        git = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(git, capture_output=True, timeout=60, check=True).stdout
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+        for commit in said("log", "--format=%H", f"-n{LOOKED_AT}", "--", SNAPSHOT[0]).decode().split():
+            script = said("show", f"{commit}:{SNAPSHOT[0]}")
+            if hashlib.sha256(script).hexdigest() == code_sha256:
+                return commit
+    return None
