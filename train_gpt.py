@@ -9060,9 +9060,9 @@ def run_mode(env: Mapping[str, str]) -> int:
         with rt.together():
             rt.choose_attention(cfg)
         if cfg.mode == "sample":
-            drawn = b"" if "seed" in read_settings(env)[0] else os.urandom(4)
-            drawn = rt.broadcast_bytes(drawn) or cfg.seed.to_bytes(8, "little")
-            cfg = dataclasses.replace(cfg, seed=int.from_bytes(drawn, "little"))
+            given = "seed" in read_settings(env)[0]
+            seed = cfg.seed if given else int.from_bytes(os.urandom(4), "little")
+            cfg = dataclasses.replace(cfg, seed=int(rt.broadcast_bytes(str(seed).encode())))
         return guarded_run(cfg, rt, blob)[0]
 
 

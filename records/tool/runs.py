@@ -383,8 +383,9 @@ def commit_of(code_sha256: str) -> str | None:
         return subprocess.run(git, capture_output=True, timeout=60, check=True).stdout
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        for commit in said("log", "--format=%H", f"-n{LOOKED_AT}", "--", SNAPSHOT[0]).decode().split():
-            script = said("show", f"{commit}:{SNAPSHOT[0]}")
+        commits = said("log", "--format=%H", f"-n{LOOKED_AT}", "--", "train_gpt.py")
+        for commit in commits.decode().split():
+            script = said("show", f"{commit}:train_gpt.py")
             if hashlib.sha256(script).hexdigest() == code_sha256:
                 return commit
     return None
