@@ -782,6 +782,11 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def train_limit(self) -> float:
+        """Seconds that training may take, calibration included; 0 is no limit."""
+        return self.max_wallclock_seconds if self.schedule == "clock" else 0.0
+
+    @property
     def stride(self) -> int:
         """What sliding windows advance by; the window's length = windows side by side."""
         return self.eval_stride or self.score_len
@@ -1305,7 +1310,7 @@ def _check_training(c: Config, relations: Relations) -> None:
         f"TOKENIZER_PATH={c.tokenizer_path!r}: expected a SentencePiece .model file or byte260",
     )
     require(c.beta1 < 1 and c.beta2 < 1, "BETA1 and BETA2 must be below 1")
-    timed = c.mode in TRAINING_MODES and c.schedule == "clock" and c.max_wallclock_seconds > 0
+    timed = c.mode in TRAINING_MODES and c.train_limit > 0
     require(
         not timed or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"{shown('gptq_reserve_seconds')} must be below {shown('max_wallclock_seconds')}",
@@ -4502,7 +4507,7 @@ class Clock:
         self.cfg = cfg
         self.lag = lag
         self.now = now
-        self.drives = cfg.schedule == "clock" and cfg.max_wallclock_seconds > 0
+        self.drives = cfg.train_limit > 0
         self.limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
         self.origin = now()
         self.before_first_step = 0.0  # seconds that no step took, so that they tell no pace
@@ -5888,12 +5893,17 @@ def read_artifact(cfg: Config) -> bytes:
 
 
 def notes_of(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What an artifact's header says beyond its settings; a foreign file may say nothing.
+    """What an artifact's header says beyond its settings; a foreign file may say nothing."""
+    notes = header.get("notes")
+    return notes if isinstance(notes, dict) else {}
+
+
+def noted(header: Mapping[str, Any], name: str) -> str:
+    """One of the notes as text, empty if it is not there.
 
     tokenizer: the hash of the one that it was trained with; case_transform: of its text.
     """
-    notes = header.get("notes")
-    return notes if isinstance(notes, dict) else {}
+    return str(notes_of(header).get(name, ""))
 
 
 def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
@@ -5901,7 +5911,7 @@ def load_artifact(cfg: Config, blob: bytes, rt: Runtime) -> GPT:
     stored, header, tensors = expand(blob)
     model = build_model(stored, rt, weights_of(tensors, stored))
     here = tokenizer_hash(cfg)
-    made_with = str(notes_of(header).get("tokenizer", ""))
+    made_with = noted(header, "tokenizer")
     check(
         made_with in ("", here),
         f"TOKENIZER_PATH={cfg.tokenizer_path!r}: the artifact was trained with another tokenizer "
@@ -5929,10 +5939,9 @@ def settings_of_artifact(cfg: Config, env: Mapping[str, str], blob: bytes | None
     if cfg.mode == "pack" and "train_seq_len" not in given:
         # An artifact does not tell the length of its training: calibrated at what it is scored at.
         merged = dataclasses.replace(merged, train_seq_len=stored.score_len)
-    notes = notes_of(header)
-    places = find_data(str(notes.get("tokenizer", "")), given.keys())
+    places = find_data(noted(header, "tokenizer"), given.keys())
     if "case_transform" not in given:
-        places["case_transform"] = str(notes.get("case_transform", ""))
+        places["case_transform"] = noted(header, "case_transform")
     return dataclasses.replace(merged, out_dir=cfg.out_dir, run_id=cfg.run_id, **places)
 
 
@@ -8882,7 +8891,7 @@ def result_card(cfg: Config, log: RunLog, code: int) -> None:
     resumed = ", resumed run" if result.get("resumed") else ""
     lines += [
         "seconds      " + "  ".join(f"{name} {value:.1f}" for name, value in phases.items()),
-        f"budgets      train {seconds['train_side']:.1f} s of {train_limit(cfg) or 'no limit'}, "
+        f"budgets      train {seconds['train_side']:.1f} s of {cfg.train_limit or 'no limit'}, "
         f"eval {seconds['eval_side']:.1f} s of {cfg.max_eval_seconds or 'no limit'}",
         f"exit code    {code} ({result['status']}{resumed})",
         "-" * 72,
@@ -8919,14 +8928,9 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     return code
 
 
-def train_limit(cfg: Config) -> float:
-    """Seconds that training may take; 0 is no limit."""
-    return cfg.max_wallclock_seconds if cfg.schedule == "clock" else 0.0
-
-
 def over_budget(cfg: Config, log: RunLog) -> bool:
     """Whether training or scoring took longer than its limit."""
-    late = 0 < train_limit(cfg) < log.train_seconds()
+    late = 0 < cfg.train_limit < log.train_seconds()
     return late or 0 < cfg.max_eval_seconds < log.eval_seconds()
 
 

@@ -165,6 +165,19 @@ def check_fields(header: dict[str, Any]) -> None:
     )
 
 
+def true_scorer(cfg: tg.Config, blob: bytes, rt: tg.Runtime, table: tg.ByteTable) -> tg.Scorer:
+    """A fresh one: the last true stage of a run with these settings."""
+    for stage in reversed(tg.STAGES.values()):
+        if stage.enabled(cfg):
+            model = tg.load_artifact(cfg, blob, rt)
+            scorer = stage.build(model, rt, cfg, table)
+            if scorer.validity == "valid":
+                return scorer
+    raise tg.InputError(
+        "these settings score nothing that is a true score: no code can be made of it"
+    )
+
+
 class Codec:
     """Artifact and scorer that the settings name, and the artifact's tokenizer."""
 
@@ -179,15 +192,7 @@ class Codec:
 
     def scorer(self) -> tg.Scorer:
         """A fresh one: the last true stage of a run with these settings."""
-        for stage in reversed(tg.STAGES.values()):
-            if stage.enabled(self.cfg):
-                model = tg.load_artifact(self.cfg, self.blob, self.rt)
-                scorer = stage.build(model, self.rt, self.cfg, self.table)
-                if scorer.validity == "valid":
-                    return scorer
-        raise tg.InputError(
-            "these settings score nothing that is a true score: no code can be made of it"
-        )
+        return true_scorer(self.cfg, self.blob, self.rt, self.table)
 
     def text(self, tokens: np.ndarray) -> bytes:
         return documents_of(tokens, self.table, self.cfg.bos_id)

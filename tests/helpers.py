@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
 import runpy
 import socket
+import struct
 import subprocess
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -465,6 +468,21 @@ def run_in_processes(out, processes, **env):
     """A tiny run of several processes -> result.json."""
     in_processes(processes, Path(out).parent, main_of_rank, tiny_settings(out, **env))
     return result_of(out)
+
+
+def sealed(header, payload, version=1, level=-1):
+    """An artifact of some header (JSON text) and payload, with a correct checksum."""
+    body = zlib.compress(header, level)
+    digest = hashlib.sha256(body + payload).digest()
+    prefix = struct.pack("<8sHIQ32s", tg.MAGIC, version, len(body), len(payload), digest)
+    return prefix + body + payload
+
+
+def resealed(blob, payload=None, **fields):
+    """A blob with other content and a correct checksum: only the content is wrong."""
+    header, old_payload = tg.read_header(blob)
+    text = json.dumps({**header, **fields}).encode()
+    return sealed(text, old_payload if payload is None else payload)
 
 
 def calibration_of(state, highest=1e-3):

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL, ROOT, TINY
-from helpers import calibration_of, config, randomized, with_lanes
+from helpers import calibration_of, config, randomized, resealed, sealed, with_lanes
 
 import train_gpt as tg
 
@@ -472,21 +471,6 @@ def test_size_report_names_the_largest_tensors():
 
 
 # --- damage ---------------------------------------------------------------------------------------
-
-
-def sealed(header, payload, version=1, level=-1):
-    """An artifact of some header (JSON text) and payload, with a correct checksum."""
-    body = zlib.compress(header, level)
-    digest = hashlib.sha256(body + payload).digest()
-    prefix = struct.pack("<8sHIQ32s", tg.MAGIC, version, len(body), len(payload), digest)
-    return prefix + body + payload
-
-
-def resealed(blob, payload=None, **fields):
-    """A blob with other content and a correct checksum: only the content is wrong."""
-    header, old_payload = tg.read_header(blob)
-    text = json.dumps({**header, **fields}).encode()
-    return sealed(text, old_payload if payload is None else payload)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from helpers import (
     run,
     run_in_processes,
     settings_in,
+    take_step,
     tiny_settings,
 )
 
@@ -167,11 +168,6 @@ SHAPES = {
     """,
 }
 STARTS = {"one document": [0], "documents": [0, 3, 4, 9]}
-
-
-def take_batch(trainer, ids, share):
-    """One step that predicts its own inputs."""
-    trainer.step(lambda unit: (ids, ids), 9.0, share)
 
 
 def model_of(text):
@@ -347,7 +343,7 @@ def test_two_graphs_whatever_changes(run_log, tmp_path):
     rt.compile = counted_compiler(counters)
     on_device_with(rt, fixed_rows=True)
     torch._dynamo.reset()
-    cfg = dataclasses.replace(cfg, warmup_steps=1)
+    cfg = dataclasses.replace(cfg, warmup_steps=1, iterations=8, schedule="tokens")
     trainer = tg.Trainer(cfg, rt, run_log, tg.build_model(cfg, rt), None)
     before = copy.deepcopy(trainer.model.state_dict())
     tg.warm_up(trainer)
@@ -355,11 +351,11 @@ def test_two_graphs_whatever_changes(run_log, tmp_path):
     assert all(torch.equal(w, before[name]) for name, w in trainer.model.state_dict().items())
     rng = np.random.default_rng(0)
     graphs = []
-    for step in range(8):
+    for trainer.steps_done in range(8):
         ids = rng.integers(2, 1024, (1, 512))
-        ids[0, rng.integers(0, 512, 2 + step % 3)] = 1
-        trainer.follow(step / 8)
-        take_batch(trainer, ids, step / 8)
+        documents = 2 + trainer.steps_done % 3
+        ids[0, rng.integers(0, 512, documents)] = 1
+        take_step(trainer, lambda unit, ids=ids: (ids, ids))
         graphs.append(counters[0].frame_count)
     assert graphs == [2] * 8
     assert trainer.model.looping
@@ -390,8 +386,12 @@ def test_a_switch_of_training_is_alive(switch, run_log):
         ids = np.random.default_rng(0).integers(0, 40, (trainer.rows, cfg.row_tokens))
         ids[0, 7] = cfg.bos_id
         trainer.follow(0.2)
+
+        def batch(unit, ids=ids):
+            return ids, ids
+
         for _ in range(2):
-            take_batch(trainer, ids, 0.2)
+            trainer.step(batch, 9.0, 0.2)
         ended.append(model.state_dict())
     assert any(not torch.equal(w, ended[1][name]) for name, w in ended[0].items())
 

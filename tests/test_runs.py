@@ -20,6 +20,7 @@ from helpers import (
     log_of,
     losses_of,
     python,
+    resealed,
     result_of,
     run,
     run_in_processes,
@@ -757,13 +758,8 @@ def test_absurd_settings_in_an_artifact_cost_no_memory(base, tmp_path, rt):
 
 @pytest.mark.parametrize("notes", [None, [], "x"])
 def test_an_artifact_without_notes_is_packed_and_scored_again(base, tmp_path, notes):
-    blob = (base[0] / "model.ptz").read_bytes()
-    header, payload = tg.read_header(blob)
-    head = tg.zlib.compress(tg.json.dumps(header | {"notes": notes}).encode())
-    digest = tg.hashlib.sha256(head + payload).digest()
-    sizes = len(head), len(payload), digest
     foreign = tmp_path / "foreign.ptz"
-    foreign.write_bytes(tg.PREFIX.pack(tg.MAGIC, tg.FORMAT_VERSION, *sizes) + head + payload)
+    foreign.write_bytes(resealed((base[0] / "model.ptz").read_bytes(), notes=notes))
     raw = str(base[0] / "final_model.pt")
     for mode in (dict(MODE="eval"), dict(MODE="pack", RAW_MODEL=raw)):
         out = tmp_path / mode["MODE"]

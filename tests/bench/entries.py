@@ -11,32 +11,22 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from scores import Bench, interval
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
+sys.path.insert(0, str(ROOT / "records"))
+from codec import true_scorer  # noqa: E402
 
 
 def score(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Bits and bytes by speech of an artifact's last true stage."""
     env = {"MODE": "eval", "DEVICE": "cpu", "MAX_EVAL_SECONDS": "0", "ARTIFACT": str(path)}
     bench = Bench(env, "speeches")
-    for stage in reversed(tg.STAGES.values()):
-        if not stage.enabled(bench.cfg):
-            continue
-        model = tg.load_artifact(bench.cfg, bench.blob, bench.rt)
-        scorer = stage.build(model, bench.rt, bench.cfg, bench.table)
-        if scorer.validity == "valid":
-            break
-    with tempfile.TemporaryDirectory() as folder:
-        log = tg.RunLog(Path(folder), bench.rt, silent=True)
-        data = (bench.tokens, bench.table, bench.cfg, bench.rt)
-        found = tg.evaluate(scorer, *data, log, bench.charges)
+    scorer = true_scorer(bench.cfg, bench.blob, bench.rt, bench.table)
+    found = bench.evaluated(scorer, bench.cfg, silent=True)
     print(f"{path}: {found.name} val_bpb {found.bpb:.6f}", flush=True)
     return bench.by_cluster(found.nats) / math.log(2), bench.sizes
 

