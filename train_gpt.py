@@ -915,7 +915,6 @@ ALIASES = {
     "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK",
     "TTT_LORA_LR": "TTT_LR",
     "TTT_CHUNK_SIZE": "TTT_LORA_CHUNK",
-    "TTT_BATCH_SIZE": "TTT_DOCS",
     "TTT_WEIGHT_DECAY": "TTT_LORA_WD",
     "PHASED_TTT_PREFIX_DOCS": "TTT_GLOBAL_DOCS",
     "GLOBAL_TTT_LR": "TTT_GLOBAL_LR",
@@ -961,11 +960,14 @@ OLD_NAMES = {
     "NGRAM_ENTROPY_ADAPTIVE": "NGRAM=backoff",
     "USE_MIXER": "NGRAM=gated",
     "CASEOPS_ENABLED": "CASE_TRANSFORM",
+    "LQER_ASYM_ENABLED": "LQER_ENABLED",
+    "TTT_BATCH_SIZE": "TTT_DOCS, of all GPUs: eight times as many",
 }
 
 # A name that begins with one of these words was meant for this program.
-FAMILIES = """ADAM BIGRAM CROWN EMA EVAL GPTQ GRAD LN LOGIT MATRIX MIXER MLP MUON NGRAM PRUNE QAT QK
-    QUANT ROPE SCALAR SMEAR SWA TIED TTT VAL VE WARMDOWN WARMUP XSA""".split()
+FAMILIES = """ADAM BIGRAM CROWN EMA EVAL GPTQ GRAD INDUCTION LN LOGIT LOOP LQER MATRIX MIXER MLP
+    MUON NGRAM PRUNE QAT QK QUANT ROPE SCALAR SMEAR SPARSE SWA TIED TILT TTT VAL VE WARMDOWN WARMUP
+    XSA""".split()
 
 # A name that begins with one of these was set by a launcher, a library or the system.
 FOREIGN = tuple(
@@ -1324,6 +1326,10 @@ def _check_training(c: Config, relations: Relations) -> None:
         f"{shown('seeds')}: expected different numbers from 0 on",
     )
     require(not c.seeds or not c.resume, "RESUME goes on with one run: not with SEEDS")
+    require(
+        not c.smoke or Path(c.data_path).name == "smoke_data",
+        f"SMOKE=1 makes its own text: {shown('data_path')} does nothing",
+    )
     policy = rf"(\s*(({'|'.join(ROLES)}):[2-8]|gate:16)\s*(,|$)|,)*"
     require(
         re.fullmatch(policy, c.quant_policy),
@@ -1356,6 +1362,10 @@ def _check_scoring(c: Config, relations: Relations) -> None:
             f"{shown('ttt_lora_early_chunks')}: expected size:until pairs, sizes from 1 to "
             f"{shown('score_len')}, until rising",
         )
+    require(
+        not c.ttt_before_scoring or c.ngram in ("", "mix"),
+        f"TTT_BEFORE_SCORING=1 and {shown('ngram')} have no label together: take one",
+    )
     relations.at_most("ngram_min_order", "ngram_order")
     relations.at_most("ttt_freeze_blocks", "num_layers")
     power_of_two = c.ngram_buckets & (c.ngram_buckets - 1) == 0
@@ -1398,9 +1408,9 @@ def relation_problems(cfg: Config, world: int) -> list[str]:
     return relations.problems
 
 
-def check_config(cfg: Config, world: int = 1) -> list[str]:
-    """All complaints about settings, one sentence each."""
-    return value_problems(cfg) or relation_problems(cfg, world)
+def check_config(cfg: Config) -> list[str]:
+    """All complaints about settings of one process, one sentence each."""
+    return value_problems(cfg) or relation_problems(cfg, world=1)
 
 
 def launched(env: Mapping[str, str], name: str, default: int = 0) -> int:
@@ -2177,13 +2187,9 @@ class RunLog:
             self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
             self._inner = outer + whole
 
-    def train_seconds(self) -> float:
-        """Seconds booked so far against MAX_WALLCLOCK_SECONDS."""
-        return sum(self.seconds.get(name, 0.0) for name in TRAIN_PHASES)
-
-    def eval_seconds(self) -> float:
-        """Seconds booked so far against MAX_EVAL_SECONDS."""
-        return sum(self.seconds.get(name, 0.0) for name in EVAL_PHASES)
+    def booked(self, phases: Sequence[str]) -> float:
+        """Seconds of these phases so far: TRAIN_PHASES, or EVAL_PHASES."""
+        return sum(self.seconds.get(name, 0.0) for name in phases)
 
     def save(self, **fields: Any) -> None:
         """Merges fields into result.json, with the seconds so far."""
@@ -2192,8 +2198,8 @@ class RunLog:
             **self.seconds,
             "other": wall - sum(self.seconds.values()),
             "wall": wall,
-            "train_side": self.train_seconds(),
-            "eval_side": self.eval_seconds(),
+            "train_side": self.booked(TRAIN_PHASES),
+            "eval_side": self.booked(EVAL_PHASES),
         }
         self.result.update(fields)
         self.result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
@@ -2316,9 +2322,7 @@ class TokenStream:
 
     def __init__(self, paths: Sequence[Path], cfg: Config):
         self.paths = list(paths)
-        self.vocab_size = cfg.vocab_size
-        self.row = cfg.row_tokens
-        self.micro_tokens = cfg.micro_tokens
+        self.cfg = cfg
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
@@ -2332,8 +2336,7 @@ class TokenStream:
             shard = self.shards[index]
             first = len(shard) - int(self.ends[index]) + at
             part = shard[first : first + count].astype(np.int64)
-            if part.max() >= self.vocab_size:
-                check_tokens(part, self.paths[index], self.vocab_size)
+            check_tokens(part, self.paths[index], self.cfg.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -2344,9 +2347,10 @@ class TokenStream:
 
         Every unit has a span of tokens of its own.
         """
-        size = self.micro_tokens + 1
+        size = self.cfg.micro_tokens + 1
         span = self.take(unit * size, size)
-        return span[:-1].reshape(-1, self.row), span[1:].reshape(-1, self.row)
+        row = self.cfg.row_tokens
+        return span[:-1].reshape(-1, row), span[1:].reshape(-1, row)
 
 
 class Prefetcher:
@@ -2829,9 +2833,9 @@ def charges_identity(cfg: Config, table: ByteTable) -> tuple[dict[str, Any], str
     return fields, f"{CHARGES}_files:{len(paths)} text_bytes:{total} first_sha256:{hashes[0]}"
 
 
-def synthetic_shards(folder: Path, seed: int = 0) -> None:
+def synthetic_shards(folder: Path) -> None:
     """Small byte-level shards of invented words with skewed frequencies, for SMOKE=1."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     letters = list("aeioubdklmnrst")
     words = ["".join(rng.choice(letters, rng.integers(2, 8))) for _ in range(200)]
     frequencies = 1 / np.arange(1, len(words) + 1)
@@ -3371,15 +3375,14 @@ class Block(nn.Module):
         if "attn" in adapters:  # beside all of attention
             attended = plus_adapter(attended, normed, adapters["attn"])
         attended = self.attn_scale.to(x.dtype) * attended
-        if lane is None:
-            x = mixed + attended
-        normed = norm(x if lane is None else lane, self.ln_scale)
+        read = mixed + attended if lane is None else lane
+        normed = norm(read, self.ln_scale)
         transformed = self.mlp(normed, adapters)
         if "mlp" in adapters:
             transformed = plus_adapter(transformed, normed, adapters["mlp"])
         transformed = self.mlp_scale.to(x.dtype) * transformed
         if lane is None:
-            return x + transformed, None
+            return read + transformed, None
         post, keep = lambdas
         from_attention, from_mlp = (row.to(x.dtype).unbind() for row in post.unbind())
         keep = keep.to(x.dtype).unbind()
@@ -3466,7 +3469,7 @@ class FrozenNgramTable:
 
 # --- the whole model ------------------------------------------------------------------------------
 
-# Matrices by shape that are gains by role: trained by Adam, kept in float32.
+# Matrices by shape that are gains by role: trained by Adam, and packed as floats.
 CONTROL_NAMES = (
     "resid_mix",
     "skip_weights",
@@ -3685,10 +3688,12 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor, scoring: bool = True, adapter: Adapter | None = None) -> Tensor:
         """[..., D] -> logits [..., V], float32, with the caps of scoring, or training's cap."""
-        weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype))
-        if adapter is not None:
-            logits = plus_adapter(logits, hidden, adapter)
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden, adapter)
+        else:
+            logits = F.linear(hidden, self.tok_emb.weight.to(hidden.dtype))
+            if adapter is not None:
+                logits = plus_adapter(logits, hidden, adapter)
         logits = logits.float()
         cap = self.cfg.logit_softcap
         if scoring and self.softcap_pos is not None:
@@ -4172,12 +4177,18 @@ class RowInt(Quantizer):
         return Part("codes", "|i1", (rows, columns)), Part("scales", "<f2", (rows, 1))
 
     def fit(
-        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
+        self,
+        w: Tensor,
+        cfg: Config,
+        hessian: Tensor | None = None,
+        sigmas: float = 0.0,
+        factor: InverseFactor | None = None,
     ) -> tuple[Tensor, ...]:
         """w [R, C] -> q int8 [R, C], scales float16 [R, 1].
 
         hessian [C, C]: its diagonal weighs the clip search, then GPTQ rounds; None: plain rounding.
-        sigmas: where to clip, in standard deviations of a row; 0 = the search.
+        sigmas: where to clip, in standard deviations of a row; 0 = the search. factor: the
+        Hessian's, if known.
         """
         if cfg.prune_pct:
             smallest = float(np.quantile(w.abs().numpy(), cfg.prune_pct))
@@ -4189,9 +4200,8 @@ class RowInt(Quantizer):
         if hessian is None:
             q = self._rounded(w / scales)
         else:
-            q = gptq(
-                w[None], scales[None], [inverse_factor(hessian, cfg.gptq_damp)], self._rounded
-            )[0]
+            factor = factor or inverse_factor(hessian, cfg.gptq_damp)
+            (q,) = gptq(w[None], scales[None], [factor], self._rounded)
             q = q * (w != 0)  # what is pruned stays so
         return q.to(torch.int8), scales.half()
 
@@ -4211,10 +4221,10 @@ class RowInt(Quantizer):
         least = 1 / self.qmax if cfg.quant_scale_floor else 2.0**-24
         scales = torch.zeros(w.size(0), 1)
         best = torch.full((w.size(0), 1), math.inf)
+        largest = row_scales(w, self.qmax, False)
         for step in range(cfg.quant_clip_steps):
             # From the row's maximum down to 40 % of it.
-            shrink = 1 - 0.6 * step / cfg.quant_clip_steps
-            scale = row_scales(w, self.qmax, False) * shrink
+            scale = largest * (1 - 0.6 * step / cfg.quant_clip_steps)
             scale = scale.clamp(least, 65504.0).half().float()
             error = ((self._rounded(w / scale) * scale - w).square() * weights).sum(1, keepdim=True)
             better = error < best
@@ -4447,16 +4457,18 @@ def clip_sigmas(name: str, cfg: Config) -> float:
 
 
 def quantizer_of(name: str, w: Tensor, cfg: Config) -> str:
-    """The quantizer of a tensor: gains float32, small matrices float16, the rest whole numbers."""
+    """The quantizer of a tensor: gains float32, small matrices float16, the rest whole numbers.
+
+    QUANT_POLICY's gate:16 makes gates float16, too.
+    """
     bits = integer_bits(name, w, cfg)
     if bits:
         return f"int{bits}"
     if is_large(name, w, cfg):
         return "step16"
-    is_gain = w.ndim != 2 or name.endswith(CONTROL_NAMES)
-    if tensor_role(name) == "gate" and "gate:16" in cfg.quant_policy:
-        is_gain = w.ndim != 2
-    return "f16" if not is_gain and w.abs().max() < 65504 else "f32"
+    small_gate = tensor_role(name) == "gate" and "gate:16" in cfg.quant_policy
+    half = w.ndim == 2 and (small_gate or not name.endswith(CONTROL_NAMES))
+    return "f16" if half and w.abs().max() < 65504 else "f32"
 
 
 def quantized_matrices(model: GPT, cfg: Config) -> list[tuple[Linear, int]]:
@@ -4510,7 +4522,7 @@ class Clock:
         self.drives = cfg.train_limit > 0
         self.limit = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds
         self.origin = now()
-        self.before_first_step = 0.0  # seconds that no step took, so that they tell no pace
+        self.before_first_step = 0.0  # seconds of them that no step took, so that they tell no pace
         self.durations: deque[float] = deque(maxlen=32)
         self.last = StepReport()
 
@@ -4534,15 +4546,18 @@ class Clock:
         self.durations.append(report.elapsed - self.last.elapsed)
         self.last = report
 
+    def pace(self) -> float:
+        """Seconds a step took so far; before the first is known, hardly any: full speed."""
+        stepping = max(self.last.elapsed - self.before_first_step, 0.0)
+        return stepping / max(self.last.step, 1) or 1e-9
+
     def steps_left(self, step: int) -> float:
         """Steps until the end, from what all processes know."""
         by_count = self.cfg.iterations - step
         if not self.drives:
             return by_count
-        last = self.last
-        pace = max(last.elapsed - self.before_first_step, 0.0) / max(last.step, 1)
-        pace = pace or 1e-9  # unknown yet: full speed
-        return min(by_count, (self.limit - last.elapsed) / pace - (step - last.step))
+        by_time = (self.limit - self.last.elapsed) / self.pace() - (step - self.last.step)
+        return min(by_count, by_time)
 
     def out_of_time(self) -> bool:
         """Whether one more step could end after the limit.
@@ -4550,11 +4565,10 @@ class Clock:
         Counted are the steps in flight at the last report, those since then, and the next: a tenth
         more than the slow ones of late took, and one as slow as the slowest (a stall).
         """
-        if not self.drives or not self.durations:
-            return False
-        slowest, slow = max(self.durations), sorted(self.durations)[len(self.durations) * 9 // 10]
+        durations = sorted(self.durations) or [self.pace()]  # after a resume none is known yet
+        slowest, slow = durations[-1], durations[len(durations) * 9 // 10]
         needed = 1.1 * slow * 2 * self.lag + 1.1 * slowest
-        return self.last.elapsed + needed > self.limit
+        return self.drives and self.last.elapsed + needed > self.limit
 
     def progress(self, step: int) -> float:
         """Share of the run that is over."""
@@ -4636,7 +4650,7 @@ class Trainer:
         self.averager = WeightAverager(model, cfg) if cfg.ema_decay or cfg.swa_every else None
         self.ngram_table = FrozenNgramTable(cfg, rt.device) if cfg.mixer_head else None
         self.steps_done = 0
-        self.looped_steps = 0  # of them, with depth recurrence
+        self.steps_looped = 0  # of them, with depth recurrence
         self.seconds = 0.0  # that training took
         self.faking = False  # fake quantization is on
         self.problem = ""  # why this process could not read its tokens
@@ -4644,7 +4658,7 @@ class Trainer:
         # Steps whose report is not read yet.
         self.in_flight: deque[tuple[int, PendingSum]] = deque()
         self.micro_batches = cfg.micro_batches  # of a step, over all processes
-        self.share = range(rt.rank, self.micro_batches, rt.world)  # this process's
+        self.own_micro_batches = range(rt.rank, self.micro_batches, rt.world)
 
     def step(
         self,
@@ -4674,7 +4688,7 @@ class Trainer:
 
         self.gradients.zero_()
         total = torch.zeros((), device=rt.device)
-        for micro in self.share:
+        for micro in self.own_micro_batches:
             try:
                 ids, targets = batch_of(self.steps_done * self.micro_batches + micro)
             except InputError as error:  # told with the report: nobody waits for this process
@@ -4705,8 +4719,7 @@ class Trainer:
         starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
         cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
-        padded = self.rt.pads_documents
-        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, padded)
+        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, self.rt.pads_documents)
         return self.model.context(self.row, documents=self.rt.put_segments(segments))
 
     def follow(self, share: float) -> None:
@@ -4839,10 +4852,10 @@ def fill_ngram_table(trainer: Trainer) -> None:
     rt.sum_(trainer.ngram_table.tables)
     rt.sync()
     elapsed = rt.sum_(torch.tensor([clock.elapsed() if rt.main else 0.0])).item()  # rank 0's
-    clock.before_first_step = elapsed - clock.last.elapsed
+    seconds = elapsed - clock.last.elapsed
+    clock.before_first_step += seconds
     clock.last = dataclasses.replace(clock.last, elapsed=elapsed)
-    took = f"{clock.before_first_step * 1000:.0f} ms (counted)"
-    trainer.log.log(f"prefilled {stream.total} tokens in {took}")
+    trainer.log.log(f"prefilled {stream.total} tokens in {seconds * 1000:.0f} ms (counted)")
 
 
 def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
@@ -4858,7 +4871,7 @@ def train(trainer: Trainer, validate: Callable[[int], None]) -> str:
             fill_ngram_table(trainer)
         status = training_loop(trainer, validate)
         trainer.model.set_looping(True)  # what is packed is the model of a finished run
-        if trainer.model.looping and not trainer.looped_steps:
+        if trainer.model.looping and not trainer.steps_looped:
             log.log("WARNING: training ended before ENABLE_LOOPING_AT: no step repeated layers")
         trainer.rt.sync()
         trainer.seconds = clock.elapsed()
@@ -4896,7 +4909,7 @@ def steps_until_the_end(
         step = trainer.steps_done
         loss = trainer.step(batches, clock.steps_left(step), clock.progress(step))
         trainer.steps_done += 1
-        trainer.looped_steps += trainer.model.looping
+        trainer.steps_looped += trainer.model.looping
         if averager:
             averager.update(trainer.steps_done, clock.progress(trainer.steps_done))
 
@@ -4930,9 +4943,10 @@ def save_checkpoint(trainer: Trainer) -> None:
             "model": trainer.model.state_dict(),
             "averages": averager and (averager.means, averager.swa_count),
             "step": trainer.steps_done,
-            "looped_steps": trainer.looped_steps,
+            "looped_steps": trainer.steps_looped,
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "elapsed": trainer.clock.elapsed(),
+            "before_first_step": trainer.clock.before_first_step,
         }
         with trainer.log.optional(path.name):
             save_torch(path, state)
@@ -4981,8 +4995,9 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> list[str]:
         check(state["averages"], "has no averages, which EMA_DECAY and SWA_EVERY go on with")
         trainer.averager.restore(*state["averages"])
     trainer.steps_done = trainer.last_shown = step
-    trainer.looped_steps = state.get("looped_steps", 0)
+    trainer.steps_looped = state.get("looped_steps", 0)
     trainer.clock.last = StepReport(step, elapsed)
+    trainer.clock.before_first_step = state.get("before_first_step", 0.0)
     return changed
 
 
@@ -5451,11 +5466,11 @@ def fit_steps(
     except TooFine as error:
         raise TooFine(f"{', '.join(group)}: {error}") from None
     fitted = {}
-    for (name, w), (q, *steps) in zip(group.items(), found):
+    for name, (q, *steps) in zip(group, found):
         narrow = -128 <= q.min() and q.max() < 128
         kind = "step8" if narrow else "step16"
         q = q.to(torch.int8 if narrow else torch.int16)
-        fitted[name] = packed_tensor(name, w.shape, kind, (q, *steps), cfg)
+        fitted[name] = packed_tensor(name, q.shape, kind, (q, *steps), cfg)
     return fitted
 
 
@@ -5464,6 +5479,7 @@ def fit_all(
 ) -> list[PackedTensor]:
     """Every tensor by its quantizer, steps times scale; with LQER_ENABLED the worst are corrected.
 
+    The scale is that of QUANT_STEP where that is on, else of the deviations where rows are clipped.
     Matrices of one shape that take GPTQ's column steps are fitted together, which is faster.
     """
     fitted: dict[str, PackedTensor] = {}
@@ -5477,7 +5493,9 @@ def fit_all(
             continue
         if kind.startswith("int"):
             hessian = calibration.hessians.get(name)
-            arrays = QUANTIZERS[kind].fit(w, cfg, hessian, clip_sigmas(name, cfg) * scale)
+            factor = None if hessian is None else calibration.factor(name, cfg.gptq_damp)
+            sigmas = clip_sigmas(name, cfg) * (1.0 if cfg.quant_step else scale)
+            arrays = QUANTIZERS[kind].fit(w, cfg, hessian, sigmas, factor)
         else:
             arrays = QUANTIZERS[kind].fit(w, cfg)
         fitted[name] = packed_tensor(name, w.shape, kind, arrays, cfg)
@@ -6417,7 +6435,7 @@ def counts_after(
     prefix: np.ndarray,
     orders: Sequence[int],
     vocab: int,
-    bos: int | None = None,
+    bos: int,
     unigram: np.ndarray | None = None,
 ) -> Iterator[Any]:
     """HintedCounts (hints "last") of causal_counts at the end of a prefix, by searching it.
@@ -7284,9 +7302,9 @@ class GlobalStep:
         """Of one packed row."""
         ids = tokens[:-1].astype(np.int64)
         starts = segment_starts(ids, self.cfg.bos_id, self.row)
-        segments = self.rt.put_segments(segments_of(starts, len(ids), self.row))
+        segments = segments_of(starts, len(ids), self.row, side_by_side=self.rt.pads_documents)
         on_device = self.rt.put(ids[None])
-        context = self.model.context(on_device, documents=segments)
+        context = self.model.context(on_device, documents=self.rt.put_segments(segments))
         targets = self.rt.put(tokens[1:].astype(np.int64)[None])
         return self.loss(self.model, on_device, targets, context=context)
 
@@ -7745,7 +7763,7 @@ class TimeGuard:
         needed = self.since - self.start
         if share > self.share:
             needed += (self.now() - self.since) * (1 - self.share) / (share - self.share)
-        left = self.limit - self.log.eval_seconds()
+        left = self.limit - self.log.booked(EVAL_PHASES)
         late = float(self.rt.rank == 0 and self.limit > 0 and share < 1 and needed > left)
         late = self.rt.sum_(torch.tensor([late])).item() > 0
         if late:
@@ -8172,12 +8190,15 @@ def check_distribution(
     p = distribution.at(rows, columns).prob(vocabulary)[:, 0].cpu()  # [m, V]
     entries = p.gather(1, targets.cpu()[rows, columns])[:, 0].log().numpy()
     off = p.sum(-1).log().abs().max().item()
+    least = p.min().item()
     gap = float(np.abs(entries - charged).max())
     score.mass = p.sum(-1).mean().item()
-    told = f"log of the sum over the vocabulary is off by {off:.2g}"
-    told += f", the charge from its entry by {gap:.2g} nats"
+    told = (
+        f"log of the sum over the vocabulary is off by {off:.2g}, the charge from its entry by "
+        f"{gap:.2g} nats; the least probability is {least:.2g}"
+    )
     agrees = gap <= rt.profile.tolerance
-    sound = agrees and off <= rt.profile.tolerance
+    sound = agrees and off <= rt.profile.tolerance and least >= 0
     figures = {"positions": len(rows), "log_sum": off, "entry_gap": gap, "mass": score.mass}
     known = score.validity == "unnormalised" and agrees
     return Check("distribution", "" if sound else told, figures, "EXPECTED" if known else "FAIL")
@@ -8391,7 +8412,7 @@ def plan_training(cfg: Config, share: float = 0.0) -> tuple[Trainer, Cost]:
             trainer.averager.update(1, 1.0)
 
     cost = cost_of(rt, step)
-    cost.tokens = len(trainer.share) * batch.size
+    cost.tokens = len(trainer.own_micro_batches) * batch.size
     return trainer, cost
 
 
@@ -8698,7 +8719,7 @@ def save_training(trainer: Trainer) -> None:
     """The run's training in figures, into result.json."""
     cfg, model = trainer.cfg, trainer.model
     tokens = trainer.steps_done * cfg.train_batch_tokens
-    looped = trainer.looped_steps * cfg.train_batch_tokens
+    looped = trainer.steps_looped * cfg.train_batch_tokens
     flops = training_flops(cfg, model) * (tokens - looped)
     flops += training_flops(cfg, model, looped=True) * looped
     trainer.log.save(
@@ -8821,12 +8842,12 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
         if not (tokens == cfg.bos_id).any():
             log.log(f"note: no validation token is BOS_ID={cfg.bos_id}: it is all one document")
     true_scores: dict[str, float] = {}
+    weights = copy.deepcopy(model.state_dict())
     code = OK
     for stage in STAGES.values():
         if not stage.enabled(cfg):
             continue
         scorer = stage.build(model, rt, cfg, table)
-        state = scorer.state_dict()  # what a stage learns ends with it
         score = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
         if score is None:
             log.result["stages"][stage.name] = {"skipped": "MAX_EVAL_SECONDS"}
@@ -8840,7 +8861,7 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
                 log.result["result"] = {"stage": stage.name, **score.record()}
             if any(check.failed for check in checks):
                 code = AUDIT_FAILED
-        scorer.load_state_dict(state)
+        model.load_state_dict(weights)  # what a stage learns ends with it
         log.save()
     with log.phase("sample"):
         if cfg.sample_tokens:
@@ -8905,8 +8926,9 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     with rt.together():
         table = ByteTable.load(cfg)
         log.identify(tokenizer_identity, cfg, table)
-        if cfg.mode != "sample":
-            charge_paths(cfg, table)  # what scoring will need is missed now
+        if cfg.mode != "sample":  # what scoring will need is missed now
+            shard_paths(cfg, "val")
+            charge_paths(cfg, table)
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)
@@ -8930,8 +8952,8 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
 
 def over_budget(cfg: Config, log: RunLog) -> bool:
     """Whether training or scoring took longer than its limit."""
-    late = 0 < cfg.train_limit < log.train_seconds()
-    return late or 0 < cfg.max_eval_seconds < log.eval_seconds()
+    late = 0 < cfg.train_limit < log.booked(TRAIN_PHASES)
+    return late or 0 < cfg.max_eval_seconds < log.booked(EVAL_PHASES)
 
 
 def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:

@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
+from tool.arguments import Parser, positive
 from tool.arithmetic import Decoder, Encoder, OtherCode, frequencies, most_symbols
 from tool.progress import Progress
 from tool.spelling import documents_of, tokens_of
@@ -50,7 +51,6 @@ from tool.spelling import documents_of, tokens_of
 import train_gpt as tg
 
 MAGIC = b"PGOLFTXT"  # a file begins with it
-INTERRUPTED = 130
 # What a header has beyond what must be the same for the decoder, and its type in JSON.
 OWN_FIELDS = {"machine": str, "targets": int, "first": int, "text_sha256": str}
 NAMED = 5  # fields that a complaint names at most
@@ -122,7 +122,7 @@ class Packed:
     def from_bytes(blob: bytes) -> Packed:
         """InputError if it is none, or damaged."""
         start = blob[: len(MAGIC)]
-        tg.check(start == MAGIC, f"not a compressed text: begins with {start!r}")
+        tg.check(start == MAGIC, f"not a compressed text: begins with {start!r}, not {MAGIC!r}")
         rest = blob[len(MAGIC) :]
         with tg.input_error_from("unreadable header", struct.error):
             (size,) = struct.unpack_from("<I", rest)
@@ -310,7 +310,6 @@ def compress_file(codec: Codec, source: Path, target: Path, force: bool) -> None
 
 def sampled_documents(codec: Codec, count: int, limit: int) -> np.ndarray:
     """Tokens of so many validation documents, spread over the set; at most `limit` targets."""
-    tg.check(count > 0 and limit > 0, "--documents and --tokens: expected 1 or more")
     bos = codec.cfg.bos_id
     tg.ByteTable.load(codec.cfg)  # which says if another tokenizer made them
     stream = tg.load_validation(codec.cfg)
@@ -358,10 +357,8 @@ def verify(codec: Codec, env: Mapping[str, str], documents: int, limit: int) -> 
     return fits and same
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     for name in ("compress", "decompress"):
         command = commands.add_parser(name)
@@ -369,8 +366,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("-o", "--output", type=Path)
         command.add_argument("--force", action="store_true", help="overwrite a file that is there")
     command = commands.add_parser("verify")
-    command.add_argument("--documents", type=int, default=4)
-    command.add_argument("--tokens", type=int, default=2000, help="at most so many")
+    command.add_argument("--documents", type=positive, default=4)
+    command.add_argument("--tokens", type=positive, default=2000, help="at most so many")
     return top
 
 
@@ -420,15 +417,14 @@ def run(options: argparse.Namespace, env: Mapping[str, str]) -> bool:
 
 
 def main(arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    options = parser().parse_args(arguments)
     try:
-        return 0 if run(options, env) else 1
+        return 0 if run(parser().parse_args(arguments), env) else 1
     except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)
         return tg.BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return tg.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tool import ROOT, page
+from tool.arguments import Parser
 from tool.board import files_of, read_board
 from tool.case import TRACKS, Case, Track
 from tool.checks import check_case
@@ -59,12 +60,9 @@ from tool.strip import readable_of
 from tool.submission import Typed, summarize
 from tool.wrapper import unpack_source
 
-from train_gpt import InputError, atomic_write
+from train_gpt import BAD_INPUT, INTERRUPTED, OK, InputError, atomic_write
 
-OK = 0
 FAILED = 1
-BAD_INPUT = 64
-INTERRUPTED = 143
 RECORDS = Path(__file__).resolve().parent
 
 
@@ -157,7 +155,8 @@ def publish(final: Path, work: Path, outs: Sequence[Path], args: argparse.Namesp
     """Assembles, checks, and gives the folder its name if nothing failed."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in final.parent.glob(f".{final.name}.*"):  # by a call that was killed
-        shutil.rmtree(left)
+        if "." not in left.name.removeprefix(f".{final.name}."):  # else another record's
+            shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as name:
         draft = Path(name) / final.name
         draft.mkdir()
@@ -234,6 +233,8 @@ def command_pack(args: argparse.Namespace) -> int:
     wrapper = packed_text(args.file, args.config, args.strip).encode()
     original = args.file.read_bytes()
     out = args.output or args.file.with_suffix(".packed.py")
+    if out.exists() and out.samefile(args.file):
+        raise RecordError(f"-o {out}: that is the script itself; name another file")
     how = f"unpacks to the same bytes (sha256 {hashlib.sha256(original).hexdigest()[:16]})"
     if args.strip:
         atomic_write(readable_of(out), original)
@@ -248,10 +249,10 @@ def command_pack(args: argparse.Namespace) -> int:
 
 
 def seed_list(text: str) -> list[int]:
-    seeds = [int(part) for part in text.split(",") if part.strip()]
-    if not seeds or len(set(seeds)) < len(seeds):
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) < len(parts) or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers with commas")
-    return seeds
+    return [int(part) for part in parts]
 
 
 def record_name(text: str) -> str:
@@ -267,13 +268,6 @@ def iso_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a date like 2026-01-31") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with this project's exit code for bad input."""
-
-    def error(self, message: str) -> None:
-        raise RecordError(f"{self.format_usage()}{self.prog}: {message}")
 
 
 def parser() -> Parser:

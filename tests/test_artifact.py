@@ -243,6 +243,30 @@ def test_steps_of_what_is_not_finite_are_refused(name, value):
         packed_with(state, cfg)
 
 
+def test_a_hessian_that_cannot_be_factored_is_named():
+    """Rounding rows by GPTQ; of what is not positive definite there is no factor."""
+    cfg, state = small_weights(keep_float_max_numel=100)
+    known = calibration_of(state)
+    known.hessians["blocks.0.attn.c_q.weight"].copy_(-torch.eye(32))
+    with pytest.raises(tg.InputError, match="c_q.weight: its Hessian cannot be factored"):
+        tg.fit_all(state, cfg, known)
+
+
+def test_a_scale_of_steps_leaves_rows_with_deviations_alone():
+    """Else FIT_ARTIFACT would clip the embedding to make the other matrices' steps finer."""
+    cfg, state = small_weights(**STEPS, quant_policy="embed:7", embed_clip_sigmas=14.0)
+    fine, coarse = (
+        {t.name: t for t in tg.fit_all(state, cfg, calibration_of(state), scale)}
+        for scale in (0.25, 1.0)
+    )
+    embedding = [tensors["tok_emb.weight"] for tensors in (fine, coarse)]
+    assert embedding[0].kind == "int7"
+    for one, other in zip(embedding[0].arrays, embedding[1].arrays, strict=True):
+        assert np.array_equal(one, other)
+    name = "blocks.0.mlp.fc.weight"
+    assert np.abs(fine[name].arrays[0]).sum() > 2 * np.abs(coarse[name].arrays[0]).sum()
+
+
 @pytest.mark.parametrize("lacks", ["hessians", "importance"])
 def test_steps_need_a_calibration_of_every_matrix(lacks):
     cfg, state = small_weights(**STEPS)

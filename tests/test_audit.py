@@ -193,6 +193,13 @@ def spread(base, ids):
     return torch.where(ids % 2 == 0, p.sqrt(), p)
 
 
+def signed(base, ids):
+    """A measure that sums to one: what never occurs pays for what does."""
+    p = base.prob(ids)
+    never = base.prob(torch.zeros_like(ids[..., :1]))
+    return torch.where(ids == 0, -0.5, 1.5 * p / (1 - never))
+
+
 def hardest_dropped(base, ids):
     """Charges nothing for the dearest of what is asked."""
     p = base.prob(ids)
@@ -370,6 +377,11 @@ CONTROLS = {
     "tail dropped (#50)": (toy(TailDropped), {"coverage"}, {}),
     "blind to the text": (toy(Blind), {"other_text"}, {}),
     "hardest dropped": (changing(hardest_dropped), {"distribution"}, {}),
+    "a signed measure": (
+        changing(signed),
+        {"distribution", "every_token", "random_stream"},
+        {},
+    ),
 }
 
 
@@ -378,6 +390,17 @@ def test_illegal_scorers_are_caught(name, tokens, rt, run_log):
     build, checks, settings = CONTROLS[name]
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **settings)
     assert checks <= caught_by(build, tokens, rt, run_log, cfg)
+
+
+def test_a_hashed_cache_counts_within_the_audits_short_streams(tokens, rt):
+    """Also if its own chunks are longer than these: else only the network would be checked."""
+    cfg = dataclasses.replace(CFG, ngram="backoff", ngram_chunk_tokens=32768)
+
+    def charges(build):
+        scores = audit.Rescorer(build, mild(cfg), rt, cfg, TABLE)
+        return scores(np.resize(tokens, 6 * scores.size + 1))
+
+    assert np.abs(charges(tg.STAGES["ngram"].build) - charges(toy(tg.WindowNetwork))).max() > 0.1
 
 
 FAULTS = {
@@ -402,10 +425,14 @@ def test_each_check_finds_its_fault(name, tokens, rt):
     assert check().failed
 
 
-def test_what_is_not_claimed_is_not_passed(tokens, rt):
+@pytest.mark.parametrize(
+    "name, why",
+    [("isolation", "not claimed"), ("processes", "one process: compared under torchrun")],
+)
+def test_what_is_not_compared_is_not_passed(name, why, tokens, rt):
     scores = audit.Rescorer(toy(tg.WindowNetwork), mild(CFG), rt, CFG, TABLE)
-    check = audit.Audit(scores, tokens, "valid", isolates=False).isolation()
-    assert check.verdict == "SKIPPED: not claimed"
+    check = getattr(audit.Audit(scores, tokens, "valid", isolates=False), name)()
+    assert check.verdict == f"SKIPPED: {why}"
     assert not check.failed
 
 
@@ -494,6 +521,13 @@ def test_one_failed_stage_is_exit_code_6(trained, monkeypatch):
     assert audit.main([folder, *settings_of(trained, VAL_TOKENS="700")], {}) == 6
 
 
+def test_a_stage_that_was_not_scored_is_not_sound(trained, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "check_fresh_process", lambda *arguments: tg.Check("fresh_process"))
+    settings = settings_of(trained, VAL_TOKENS="700", MAX_EVAL_SECONDS="0.000001")
+    assert audit.main([str(trained / "run"), *settings], {}) == 6
+    assert "not audited: it takes more than MAX_EVAL_SECONDS=1e-06" in capsys.readouterr().out
+
+
 def test_an_audit_says_how_far_it_is(trained, monkeypatch, capsys):
     """On stderr: the score every ten seconds, and the deep checks."""
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
@@ -505,7 +539,7 @@ def test_an_audit_says_how_far_it_is(trained, monkeypatch, capsys):
     assert audit.main([folder, *settings], {}) == 0
     told = capsys.readouterr()
     assert re.search(r"^plain: running_loss:\S+ 100% eta:0s$", told.err, re.M)
-    assert "deep checks: 9 of 9 done, about 0 s left" in told.err
+    assert re.search(r"deep checks: 5\d\d of 535 scorings, about \d+ s left", told.err)
     assert "eta:" not in told.out
 
 

@@ -137,8 +137,8 @@ def test_unusable_input_is_named(refused, tmp_path):
     refused("full.txt: no .pgolf to take off", "decompress", full)
     refused("not a compressed text", "decompress", full, "-o", tmp_path / "x")
     refused("ARTIFACT='none.ptz'", "compress", full, ARTIFACT="none.ptz")
-    refused("expected 1 or more", "verify", "--documents", 0)
-    refused("expected 1 or more", "verify", "--tokens", 0)
+    refused("expected a whole number from 1", "verify", "--documents", 0)
+    refused("expected a whole number from 1", "verify", "--tokens", 0)
     refused("nothing was started", "compress", full, EVAL_STREAM="24")
 
 

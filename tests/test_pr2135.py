@@ -127,7 +127,7 @@ def test_ten_steps_of_the_original(run_log, tmp_path):
     assert tg.train(trainer, lambda step: None) == "finished"
     expected = told()["ten_steps"]
     np.testing.assert_allclose(losses_of(run_log.out_dir), expected["train_loss"], atol=1e-3)
-    assert trainer.looped_steps == 6
+    assert trainer.steps_looped == 6
 
     def loss_now():
         scorer = tg.Scorer("after", tg.WindowNetwork(model, rt, cfg, 128, 128))

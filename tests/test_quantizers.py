@@ -227,6 +227,16 @@ def levels_far_from_ties(rng, top, small):
     return levels
 
 
+def test_fake_quantization_reaches_an_output_matrix_of_its_own(rng):
+    cfg = config(TINY, tie_embeddings=False)
+    model = tg.GPT(cfg)
+    model.lm_head.weight.data.normal_()
+    hidden = torch.from_numpy(rng.standard_normal((5, cfg.model_dim))).float()
+    exact = model.head(hidden)
+    model.lm_head.fake_qmax = 3
+    assert (model.head(hidden) - exact).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("bits, floor", [(5, False), (6, True), (8, False)])
 def test_fake_quantized_weights_are_what_packing_gives(bits, floor, rng):
     """Up to float16 rounding of the scales; the gradient passes as if nothing had been rounded."""

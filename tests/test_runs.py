@@ -633,6 +633,15 @@ BAD_VALIDATION = {
 }
 
 
+def test_missing_validation_is_seen_before_training(tmp_path):
+    env = validation_of(tmp_path / "data")
+    (tmp_path / "data" / tg.shard_name("val", 0)).unlink()
+    assert tg.main([], {**env, "VAL_LOSS_EVERY": "0", "OUT_DIR": str(tmp_path / "out")}) == 64
+    log = log_of(tmp_path / "out")
+    assert "fineweb_val_" in log
+    assert "step:" not in log
+
+
 @pytest.mark.parametrize("kind", BAD_VALIDATION)
 def test_validation_that_cannot_be_scored(kind, tmp_path):
     shards, message = BAD_VALIDATION[kind]

@@ -147,6 +147,7 @@ BAD_VALUES = {
     "TTT_LORA_EARLY_CHUNKS=8:64,4:32 TTT_LORA_RANK=4": "until rising",
     "TTT_LORA_EARLY_CHUNKS=0:64 TTT_LORA_RANK=4": "sizes from 1",
     "TILT=1 TILT_BOOST=2": "TILT and TILT_BOOST exclude each other",
+    "SMOKE=1 DATA_PATH=mine": "SMOKE=1 makes its own text: DATA_PATH=mine does nothing",
     "GPTQ_RESERVE_SECONDS=0": "takes training time: GPTQ_RESERVE_SECONDS must be above 0",
     "CONFIG=/no/such/file": "no such file",
 }
@@ -192,6 +193,10 @@ TOGETHER = {
     "a context longer than the longest": (
         dict(train_doc_mask=True, context_schedule="4096:0.5"),
         "lengths must be 1 to TRAIN_SEQ_LEN",
+    ),
+    "adaptation first and a hashed cache, which is neither label alone": (
+        dict(ttt_epochs=1, ttt_before_scoring=True, ngram="fixed"),
+        "TTT_BEFORE_SCORING=1 and NGRAM=fixed have no label together",
     ),
     "head over too many orders": (
         dict(ngram="mix", mixer_head=True, ngram_order=9),
@@ -370,6 +375,11 @@ MEANT = {
     "num_layers": "did you mean NUM_LAYERS",
     "Num_Layers": "did you mean NUM_LAYERS",
     "ITERATOINS": "did you mean ITERATIONS",
+    "TTT_BATCH_SIZE": "TTT_DOCS, of all GPUs",  # the published one is of each GPU
+    "LQER_ASYM_ENABLED": "LQER_ENABLED",
+    "TILT_ALPHA": "--help lists all",
+    "LOOP_COUNT": "--help lists all",
+    "SPARSE_GATE": "--help lists all",
 }
 
 

@@ -66,6 +66,15 @@ def test_pace_by_hand(clock):
     assert clock.progress(5) == 10 / 96
 
 
+@pytest.mark.parametrize("limit, over", [(95.1, False), (94.9, True)])
+def test_the_end_is_foreseen_before_the_first_step_of_a_resumed_run(limit, over, clock):
+    """From the pace before, two seconds after a start of four: five steps of 2.2 seconds."""
+    clock.limit = limit
+    clock.before_first_step = 4.0
+    clock.last = tg.StepReport(40, 84.0)
+    assert clock.out_of_time() == over
+
+
 @pytest.mark.parametrize("elapsed, over", [(84.9, False), (85.1, True)])
 def test_the_end_is_foreseen(elapsed, over, clock):
     """In flight at the report, two since then and one more: five steps of 2.2 seconds."""

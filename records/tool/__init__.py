@@ -8,7 +8,7 @@ AUDIT), `source` (S5 to S10), `heuristics` (S1 to S4), `static` (the ten of them
 (what cannot become a record), `runs` (seeds in processes of their own), `submission` (its JSON),
 `page` (README and plot). Several records: `compare` (is one better than another), `board` (a
 track's leaderboard). For the codec: `arithmetic` (the coder), `spelling` (exact text as tokens).
-For all that takes long: `progress`.
+For all that takes long: `progress`; for command lines: `arguments`.
 
 Importing the package puts the repository root on the path, where train_gpt.py is.
 """

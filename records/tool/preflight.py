@@ -28,6 +28,8 @@ class Preflight:
         self.settings = _settings_of(self.folder)
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        if track not in TRACKS:
+            self.warnings.append(f"track {track}: no limits are known, as of {', '.join(TRACKS)}")
         self._check_kind()
         self._check_data()
         self._check_size()
