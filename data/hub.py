@@ -104,12 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def folder_of_settings(env: Mapping[str, str]) -> Path:
-    """DATA_PATH's folder (default < config file < environment, as for train_gpt.py)."""
+    """DATA_PATH's folder, as train_gpt.py finds it: DEFAULTS < config file < environment."""
     values, problems = tg.read_settings(env)
     for problem in problems:
         check(not problem.startswith("CONFIG="), problem)
-    data_path = values.get("data_path", tg.Config.data_path)
-    return tg.SCRIPT.parent / data_path
+    return tg.SCRIPT.parent / tg.filled(values).data_path
 
 
 def variant_of(folder: Path) -> str:
@@ -268,7 +267,8 @@ def recorded(request: Request) -> Settings | None:
     tokenizer = manifest.entry(tokenizers, "tokenizers", dataset.get("tokenizer_name"))
     if tokenizer is None:
         return None
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a damaged record is none
+    damaged = (InputError, KeyError, TypeError, AttributeError)
+    with contextlib.suppress(*damaged):  # a damaged record is none
         if not complete(request, dataset, tokenizer):
             return None
         needed = manifest.settings(request.root, dataset, tokenizer)
@@ -355,8 +355,9 @@ def entries(
             "stats.files_train or a tokenizer",
         )
     check(
-        request.variant == "byte260" or tokenizer.get("model_path"),
-        f"{where}: the manifest's tokenizer {shown(tokenizer.get('name'))} has no model_path",
+        manifest.in_bytes(tokenizer) or tokenizer.get("model_path"),
+        f"{where}: the manifest's tokenizer {shown(tokenizer.get('name'))} has no model_path, "
+        "expected one, or kind byte",
     )
     return dataset, tokenizer
 

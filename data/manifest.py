@@ -42,7 +42,6 @@ FIELDS = {
         "tokenizer_name": str,
         "vocab_size": int,
         "bos_id": int,
-        "val_bytes_glob": str,
         "stats": dict,
         "files": dict,
         "charged_bytes": dict,
@@ -115,22 +114,39 @@ def entry(manifest: Entry, kind: str, name: str | None) -> Entry | None:
     return None
 
 
+def in_bytes(tokenizer: Entry) -> bool:
+    """Whether a tokenizer's entry stands for byte260, by train_gpt.py's own rule."""
+    return tokenizer.get("kind") == "byte"
+
+
 def model_of(root: Path, tokenizer: Entry) -> str:
-    """What TOKENIZER_PATH must be for a tokenizer's entry; KeyError if it names no model."""
-    in_bytes = tokenizer.get("kind", "byte") == "byte" and "model_path" not in tokenizer
-    if in_bytes and tokenizer["vocab_size"] == 260:
+    """What TOKENIZER_PATH must be for a tokenizer's entry; InputError if it names no model."""
+    if in_bytes(tokenizer):
         return "byte260"
+    check(
+        tokenizer.get("model_path"),
+        f"{root / 'manifest.json'}: tokenizer {shown(tokenizer.get('name'))} has no model_path, "
+        "expected one, or kind byte",
+    )
     return str(root / tokenizer["model_path"])
 
 
+def document_start(dataset: Entry, tokenizer: Entry) -> int:
+    """The token of a document start: what the first entry says, else the second, else 1."""
+    return dataset.get("bos_id", tokenizer.get("bos_id", 1))
+
+
 def settings(root: Path, dataset: Entry, tokenizer: Entry) -> dict[str, Any]:
-    """What train_gpt.py needs to use a dataset; KeyError if its entries lack something."""
+    """What train_gpt.py needs to use a dataset.
+
+    KeyError or, without a model, InputError if its entries lack something.
+    """
     needed = {
         "DATA_PATH": root / "datasets" / dataset["name"],
         "TOKENIZER_PATH": model_of(root, tokenizer),
         "VOCAB_SIZE": tokenizer["vocab_size"],
     }
-    bos = dataset["bos_id"] if "bos_id" in dataset else tokenizer.get("bos_id", 1)
+    bos = document_start(dataset, tokenizer)
     if bos != 1:
         needed["BOS_ID"] = bos
     return needed

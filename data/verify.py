@@ -22,7 +22,8 @@ from pathlib import Path
 
 import manifest
 import numpy as np
-from corpora import Corpus, file_corpus
+from bars import progress_bar
+from corpora import Corpus, check_files, file_corpus
 from export import (
     MOST_CHARGED,
     TokenizerPlan,
@@ -103,7 +104,7 @@ class Dataset:
     @functools.cached_property
     def bos(self) -> int:
         """The token of a document start."""
-        return self.entry["bos_id"] if self.entry else 1
+        return manifest.document_start(self.entry or {}, self.tokenizer_entry or {})
 
     def paths(self, split: str) -> list[Path]:
         """The shards of a split, in order of name."""
@@ -160,7 +161,8 @@ class Dataset:
         """Split -> number of document starts."""
         found = {}
         for split, shards in self.shards.items():
-            found[split] = sum(int((tokens == self.bos).sum()) for tokens in shards)
+            read = progress_bar(f"{split} document starts", len(shards), "shard", shards)
+            found[split] = sum(int((tokens == self.bos).sum()) for tokens in read)
         return found
 
     @functools.cached_property
@@ -264,9 +266,11 @@ def check_hashes(data: Dataset) -> str:
     if cut:
         size = shown(known[cut[0]]["size"])
         raise Fault(f"{shown(cut[0], 100)}: missing, or not of the recorded {size} bytes")
-    with ThreadPoolExecutor() as pool:
+    total = sum(told["size"] for told in known.values())
+    with progress_bar("hashes", total) as bar, ThreadPoolExecutor() as pool:
         found = pool.map(sha256, [data.root / path for path in known])
         for path, digest in zip(known, found):
+            bar.update(known[path]["size"])
             recorded = known[path]["sha256"]
             if digest != recorded:
                 told = f"SHA-256 {digest}, the manifest says {shown(recorded, 64)}"
@@ -282,7 +286,8 @@ def check_tokens(data: Dataset) -> str:
         size = data.table.vocab_size
     for split, shards in data.shards.items():
         paths = data.paths(split)
-        for path, tokens in zip(paths, shards):
+        read = progress_bar(f"{split} tokens", len(shards), "shard", shards)
+        for tokens, path in zip(read, paths):
             largest = tokens.max()
             if largest >= size:
                 raise Fault(f"{path}: token {largest}, but the vocabulary has {size}")
@@ -305,11 +310,12 @@ def check_tokenizer(data: Dataset) -> str:
         )
     size = table.vocab_size
     bos = bos_of(table)
-    for entry in (data.entry, told):
-        if (size, bos) != (entry["vocab_size"], entry["bos_id"]):
+    for entry, other in ((data.entry, told), (told, data.entry)):
+        start = manifest.document_start(entry, other)
+        if (size, bos) != (entry["vocab_size"], start):
             raise Fault(
                 f"{path}: {size} tokens, document start {bos}; "
-                f"the manifest says {shown(entry['vocab_size'])}, {shown(entry['bos_id'])}"
+                f"the manifest says {shown(entry['vocab_size'])}, {shown(start)}"
             )
     here = tg.tokenizer_hash(tg.Config(tokenizer_path=path))
     for recorded in recorded_hashes(data, told):
@@ -333,6 +339,21 @@ def recorded_hashes(data: Dataset, told: manifest.Entry) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class BookedTable:
+    """A byte table that books the tokens which it decodes on a bar."""
+
+    table: ByteTable
+    bar: tqdm
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        return self.table.count(tokens)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        self.bar.update(len(tokens))
+        return self.table.decode(tokens)
+
+
 def check_bytes(data: Dataset) -> str:
     """Bytes charged by the byte table against decoded text, by document.
 
@@ -340,7 +361,9 @@ def check_bytes(data: Dataset) -> str:
     """
     for split, limit in (("val", None), ("train", TRAIN_SAMPLE)):
         tokens = data.spelled(split, limit)
-        outcome = tg.check_bytes(tokens, data.table, data.bos, len(tokens))
+        with progress_bar(f"{split} bytes", len(tokens), "token") as bar:
+            table = BookedTable(data.table, bar)
+            outcome = tg.check_bytes(tokens, table, data.bos, len(tokens))
         if len(tokens) and outcome.problem:  # training shards may be elsewhere
             raise Fault(f"{split} {outcome.problem}")
         refuse_marks_in_bytes(tokens, data.table, split)
@@ -448,13 +471,14 @@ def check_disjoint(data: Dataset) -> str:
     seen = {document_hash(body) for body in bodies if len(body)}
     if not seen:
         raise NotTested("there is no validation document with text")
-    documents = data.split_documents("train")
     shared = []
     count = 0
-    for part in tqdm(documents, desc="documents", unit="doc", mininterval=1):
-        if document_hash(data.body(part)) in seen:
-            shared.append(count)
-        count += 1
+    with progress_bar("training documents", data.tokens_in["train"], "token") as bar:
+        for part in data.split_documents("train"):
+            if document_hash(data.body(part)) in seen:
+                shared.append(count)
+            count += 1
+            bar.update(len(part))
     if shared:
         raise Fault(
             f"{len(shared)} training documents are also validation documents (the first: document "
@@ -492,7 +516,9 @@ def check_documents(data: Dataset) -> str:
     at = 0  # in the validation tokens
     told = np.concatenate(([0], data.charges))
     parts = data.split_documents("val")
-    for number, text in enumerate(source_of(data).documents("val"), 1):
+    texts = source_of(data).documents("val")
+    read = progress_bar("documents", data.documents_in["val"], "document", texts)
+    for number, text in enumerate(read, 1):
         part = next(parts, None)
         expected, charges = charged_document(data.table, text, exactly=True)
         if part is None or part.tolist() != expected.tolist():
@@ -547,7 +573,9 @@ def identities(data: Dataset) -> list[str]:
         cfg = data.settings
         _, line = tg.tokenizer_identity(cfg, data.table)
         lines = [line]
-        for split, tokens in data.tokens_in.items():
+        splits = data.tokens_in
+        for split in progress_bar("identities", len(splits), "split", splits):
+            tokens = splits[split]
             if tokens:
                 _, line = tg.shards_identity(cfg, split, tokens)
                 lines.append(line)
@@ -593,8 +621,7 @@ def verify(
     )
     if tokenizer:
         TokenizerPlan(tokenizer, transform=transform).table()
-    if documents:
-        file_corpus(documents, val_docs=1)
+    check_files(documents)
     data = dataset_at(folder, tokenizer, documents, transform)
     for line in identities(data):
         print(printable(line, LONGEST_LINE))

@@ -86,6 +86,7 @@ def published(variant="sp1024", val=VAL_SIZES, train=TRAIN_SIZES, **changes):
             files[path] = shard(size, seed=1000 * len(split) + number)
     tokenizer = {"name": f"tok_{variant}", "bos_id": 1, "eos_id": 2}
     if variant == "byte260":
+        tokenizer["kind"] = "byte"
         tokenizer["vocab_size"] = 260
         tokenizer["path"] = "tokenizers/pure_byte_260.json"
         files[tokenizer["path"]] = b"{}\n"

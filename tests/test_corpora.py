@@ -46,6 +46,31 @@ def test_every_nth_document_validates(tmp_path):
     assert list(corpus.documents("train")) == ["b", "c", "e", "f"]
 
 
+@pytest.mark.parametrize("split", [dict(val_docs=5), dict(val_every=3)], ids=str)
+def test_the_bar_of_an_export_reaches_its_end(split, tmp_path):
+    """It counts bytes of files, which are more than those of the texts."""
+    files = [
+        jsonl(tmp_path / "a.jsonl", [number * '\n\u00e9 "' for number in range(9000, 9020)]),
+        jsonl(tmp_path / "b.jsonl", "defg"),
+        tmp_path / "c.txt",
+    ]
+    files[2].write_text("\ufeffa \u00e9 line\r\n" * 1000)
+    corpus = corpora.file_corpus(files, **split)
+    counts = [size for split in ("val", "train") for _, size in corpus.sized(split)]
+    assert sum(counts) == corpus.size
+    assert min(counts) >= 0
+
+
+def test_a_corpus_is_hashed_once_and_when_it_is_asked(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", "abc")
+    corpus = corpora.file_corpus([path], val_docs=1)
+    text = jsonl(path, "ab").read_bytes()
+    files = [["a.jsonl", hashlib.sha256(text).hexdigest()]]
+    assert corpus.source()["files"] == files
+    path.unlink()
+    assert corpus.source()["files"] == files
+
+
 def test_the_demos_wheel_must_have_its_hash(monkeypatch):
     def other_wheel():
         raise tg.InputError("SHA-256")

@@ -221,6 +221,17 @@ def test_byte260(world):
     assert len(world.here) == 2 + TRAIN + 1
 
 
+def test_bytes_are_not_guessed(world):
+    """A tokenizer without model and kind is byte260 for nobody: train_gpt.py needs the kind."""
+    files = published("byte260")
+    told = json.loads(files["manifest.json"])
+    del told["tokenizers"][0]["kind"]
+    world.serve({**files, "manifest.json": json.dumps(told).encode()})
+    message = world.refused(variant="byte260")
+    assert "tokenizer tok_byte260 has no model_path, expected one, or kind byte" in message
+    assert world.here == {}
+
+
 def test_documents(world):
     world.run(train_shards=1)
     world.run(train_shards=1, with_docs=True)
@@ -884,13 +895,16 @@ def place(monkeypatch):
 
 
 def test_default_place(place, tmp_path):
-    """DATA_PATH names folder and variant, in the environment before the config file."""
+    """DATA_PATH names folder and variant: in the environment, the config file, or by DEFAULTS."""
     assert place() == (ROOT / "data", "sp8192_caseops")
     assert place(DATA_PATH="/x/datasets/fineweb10B_byte260") == (Path("/x"), "byte260")
     file = tmp_path / "config.env"
     file.write_text("DATA_PATH=./data/datasets/fineweb10B_sp8192\n")
     config = str(file)
     assert place(CONFIG=config) == (ROOT / "data", "sp8192")
+    file.write_text("DEFAULTS=baseline\n")
+    assert place(CONFIG=config) == place(DEFAULTS="baseline") == (ROOT / "data", "sp1024")
+    assert place(CONFIG=config, DEFAULTS="") == (ROOT / "data", "sp8192_caseops")
     data_path = "y/datasets/fineweb10B_sp4096"
     assert place(CONFIG=config, DATA_PATH=data_path) == (ROOT / "y", "sp4096")
     assert place(DATA_PATH=f"/x/{CASE_FOLDER}") == (Path("/x"), "sp8192_caseops")

@@ -11,6 +11,7 @@ import manifest
 import numpy as np
 import pytest
 import shown
+import verify
 from data_tool import (
     DOCUMENTS,
     MINE,
@@ -149,6 +150,33 @@ def test_damaged_entries_are_named(kind, key, value, prepared, corpus, tmp_path)
     assert re.search(complaint, done.err)
     checked = call("verify", root / "datasets/mine")
     assert checked.code in (0, 6, 64)
+
+
+@pytest.mark.parametrize("kind", [None, "byte", "char", "sentencepiece_bpe"])
+@pytest.mark.parametrize("more", [{}, {"model_path": "tokenizers/x.model", "sha256": "0"}])
+def test_the_script_and_the_tool_agree_which_tokenizer_is_bytes(kind, more, tmp_path):
+    entry = {"name": "x", "vocab_size": 260, **({"kind": kind} if kind else {}), **more}
+    try:
+        model = manifest.model_of(tmp_path, entry)
+    except tg.InputError as refused:
+        assert not more
+        assert "manifest.json: tokenizer x has no model_path, expected one" in str(refused)
+        model = ""
+    assert (model == "byte260") == (tg._digest_in(entry) == "byte260")
+
+
+@pytest.mark.parametrize(
+    "dataset, tokenizer, start",
+    [({"bos_id": 7}, {"bos_id": 5}, 7), ({}, {"bos_id": 5}, 5), ({}, {}, 1)],
+)
+def test_the_document_start_is_one_for_all(dataset, tokenizer, start, tmp_path):
+    """The dataset's, else the tokenizer's, else 1: for train_gpt.py's settings and for verify."""
+    dataset = {"name": "mine", "tokenizer_name": "x", **dataset}
+    tokenizer = {"name": "x", "kind": "byte", "vocab_size": 260, **tokenizer}
+    told = {"datasets": [dataset], "tokenizers": [tokenizer]}
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    assert manifest.settings(tmp_path, dataset, tokenizer).get("BOS_ID", 1) == start
+    assert verify.Dataset(tmp_path / "datasets/mine", "", []).bos == start
 
 
 def entries(number):

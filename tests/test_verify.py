@@ -125,6 +125,29 @@ def test_a_good_dataset_passes(folder, made):
     assert disjoint == "no one of 34 training documents is among 6 validation documents"
 
 
+def test_one_document_start_of_two_is_enough(folder):
+    """Not every exporter writes it in both entries."""
+    edit_manifest(folder, lambda dataset: dataset.pop("bos_id"))
+    code, found = outcomes(folder)
+    assert code == 0
+    assert with_word(found, "PASS") == set(verify.CHECKS) - {"published", "documents"}
+
+
+def test_documents_are_read_once(folder, made, monkeypatch):
+    """And not hashed: they may be 48 GB."""
+    opened = []
+    real = open
+
+    def spy(path, *rest, **more):
+        opened.append(str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr("builtins.open", spy)
+    text = made / "docs.jsonl"
+    code, _ = outcomes(folder, documents=text)
+    assert (code, opened.count(str(text))) == (0, 1)
+
+
 def test_without_a_manifest_only_that_is_skipped(folder):
     code, found = outcomes(folder, **forget(folder))
     assert code == 0
