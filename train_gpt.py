@@ -2322,7 +2322,9 @@ class TokenStream:
 
     def __init__(self, paths: Sequence[Path], cfg: Config):
         self.paths = list(paths)
-        self.cfg = cfg
+        self.vocab_size = cfg.vocab_size
+        self.row = cfg.row_tokens
+        self.micro_tokens = cfg.micro_tokens
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
@@ -2336,7 +2338,8 @@ class TokenStream:
             shard = self.shards[index]
             first = len(shard) - int(self.ends[index]) + at
             part = shard[first : first + count].astype(np.int64)
-            check_tokens(part, self.paths[index], self.cfg.vocab_size)
+            if part.max() >= self.vocab_size:
+                check_tokens(part, self.paths[index], self.vocab_size)
             parts.append(part)
             start += len(part)
             count -= len(part)
@@ -2347,10 +2350,9 @@ class TokenStream:
 
         Every unit has a span of tokens of its own.
         """
-        size = self.cfg.micro_tokens + 1
+        size = self.micro_tokens + 1
         span = self.take(unit * size, size)
-        row = self.cfg.row_tokens
-        return span[:-1].reshape(-1, row), span[1:].reshape(-1, row)
+        return span[:-1].reshape(-1, self.row), span[1:].reshape(-1, self.row)
 
 
 class Prefetcher:
@@ -2727,14 +2729,14 @@ PLAUSIBLE = 0.05  # by which a side file that nothing records may differ from th
 def charge_paths(cfg: Config, table: ByteTable) -> list[Path]:
     """The byte side files of the validation shards, one each; none without case markers.
 
-    InputError unless each is there, and as long as its shard.
+    InputError unless there are shards, and each side file is there, and as long as its shard.
     """
+    shards = shard_paths(cfg, "val")
     if not table.markers:
         return []
-    folder = find_path(cfg.data_path)
     paths = []
-    for shard in shards_in(folder, "val"):
-        path = folder / shard.name.replace("_val_", f"_{CHARGES}_")
+    for shard in shards:
+        path = shard.with_name(shard.name.replace("_val_", f"_{CHARGES}_"))
         check(
             path.is_file(),
             f"{path}: no such file; it says how many bytes of text each validation token stands "
@@ -4548,16 +4550,15 @@ class Clock:
 
     def pace(self) -> float:
         """Seconds a step took so far; before the first is known, hardly any: full speed."""
-        stepping = max(self.last.elapsed - self.before_first_step, 0.0)
-        return stepping / max(self.last.step, 1) or 1e-9
+        return max(self.last.elapsed - self.before_first_step, 0.0) / max(self.last.step, 1) or 1e-9
 
     def steps_left(self, step: int) -> float:
         """Steps until the end, from what all processes know."""
         by_count = self.cfg.iterations - step
         if not self.drives:
             return by_count
-        by_time = (self.limit - self.last.elapsed) / self.pace() - (step - self.last.step)
-        return min(by_count, by_time)
+        last = self.last
+        return min(by_count, (self.limit - last.elapsed) / self.pace() - (step - last.step))
 
     def out_of_time(self) -> bool:
         """Whether one more step could end after the limit.
@@ -8926,9 +8927,8 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     with rt.together():
         table = ByteTable.load(cfg)
         log.identify(tokenizer_identity, cfg, table)
-        if cfg.mode != "sample":  # what scoring will need is missed now
-            shard_paths(cfg, "val")
-            charge_paths(cfg, table)
+        if cfg.mode != "sample":
+            charge_paths(cfg, table)  # what scoring will need is missed now
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)

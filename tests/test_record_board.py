@@ -145,7 +145,7 @@ def test_a_row_has_the_figures_of_the_logs(track):
         "std": "0.250000",
         "seeds": "3",
         "evaluator": "sliding",
-        "prints besides, no score": "`unnormalised_score` 0.500000 (ngram); "
+        "other figures, not scores": "`unnormalised_score` 0.500000 (ngram); "
         "`adapted_before_scoring` 1.125000 (ttt)",
         "model bytes": "970,000",
         "training s": "301.0",
@@ -164,7 +164,7 @@ def test_what_is_not_told_is_a_dash(track):
     assert run(track) == 0
     (row,) = rows_of(track / "README.md")
     dashes = [name for name, cell in row.items() if cell == "-"]
-    assert dashes == ["std", "prints besides, no score", "train FLOPs", "machine", "date"]
+    assert dashes == ["std", "other figures, not scores", "train FLOPs", "machine", "date"]
 
 
 def test_logs_without_a_result_tell_what_they_print(track):

@@ -228,7 +228,7 @@ def _cells(board: Board, place: int, entry: Entry, prefix: str) -> dict[str, Any
         "std": _figure(entry.std, f".{DIGITS}f"),
         "seeds": entry.seeds,
         "evaluator": cell(", ".join(entry.evaluators)),
-        "prints besides, no score": "; ".join(others) or ABSENT,
+        "other figures, not scores": "; ".join(others) or ABSENT,
         "model bytes": _figure(entry.model_bytes, ",.0f"),
     }
     if board.counts_code:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def rescore(
     validation: tokens in place of those that were scored.
     """
     artifact = artifact_of(case, run)
+    seconds = run.result["seconds"]
+    told = f"scoring {run.name} again, {world} processes: its own took {seconds['eval_side']:.0f} s"
+    print(told, file=sys.stderr, flush=True)
     splits = ["val"] if validation is None else []
     with sandbox(case, splits, script, validation) as box:
         model = box.root / "run" / "model.ptz"
@@ -68,7 +72,7 @@ def rescore(
         command = [*dies_with_parent("KILL"), *launcher(world), str(box.script)]
         if world == 1:
             command = box.watched("fineweb_train")
-        limit = 300 + 6 * run.result["seconds"]["wall"]
+        limit = 300 + 6 * seconds["wall"]
         done = box.run(command, limit, MODE="eval", ARTIFACT=str(model), MAX_EVAL_SECONDS="0")
         result = box.root / "out" / "result.json"
         found = json.loads(result.read_text()) if result.is_file() else {}
