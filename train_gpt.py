@@ -1802,10 +1802,9 @@ class Runtime:
 
     def _pick_attention(self, cfg: Config) -> AttentionBackend:
         wanted = cfg.attn
-        reason = "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA"
-        if wanted != "sdpa" and self.profile.dtype != torch.bfloat16:
-            reason += " and DTYPE=bfloat16"
-        elif wanted != "sdpa" and self.cuda:
+        needs = "FlashAttention 3 needs CUDA and DTYPE=bfloat16"
+        reason = "ATTN=sdpa" if wanted == "sdpa" else needs
+        if wanted != "sdpa" and self.cuda and self.profile.dtype == torch.bfloat16:
             try:
                 attend = fa3_attention()
                 probe_attention(attend, cfg, self.device, self.compile)
@@ -2729,13 +2728,12 @@ PLAUSIBLE = 0.05  # by which a side file that nothing records may differ from th
 def charge_paths(cfg: Config, table: ByteTable) -> list[Path]:
     """The byte side files of the validation shards, one each; none without case markers.
 
-    InputError unless there are shards, and each side file is there, and as long as its shard.
+    InputError unless each is there, and as long as its shard.
     """
-    shards = shard_paths(cfg, "val")
     if not table.markers:
         return []
     paths = []
-    for shard in shards:
+    for shard in shards_in(find_path(cfg.data_path), "val"):
         path = shard.with_name(shard.name.replace("_val_", f"_{CHARGES}_"))
         check(
             path.is_file(),
@@ -8632,6 +8630,8 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
     with log.phase("load"), rt.together():
         stream = TokenStream(shard_paths(cfg, "train"), cfg)
         log.identify(shards_identity, cfg, "train", stream.total)
+        if not shards_in(find_path(cfg.data_path), "val"):  # may be on purpose: training reads none
+            log.log(f"WARNING: no {shard_name('val')} in DATA_PATH: nothing will be scored")
         needed = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
         if cfg.schedule == "tokens" and needed > stream.total:
             log.log(

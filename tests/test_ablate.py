@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -56,11 +57,14 @@ def test_what_is_missing_is_trained(ablate, rows, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     ablate.main([str(rows), str(results), "--seeds", "1,2"])
     told = capsys.readouterr()
-    assert [line.split()[1:4] for line in told.err.splitlines()] == [
+    lines = told.err.splitlines()
+    assert [line.split()[1:4] for line in lines if " seed " in line] == [
         ["averaged", "seed", "1:"],
         ["base", "seed", "2:"],
         ["averaged", "seed", "2:"],
     ]
+    assert re.fullmatch(r"0/10 steps, loss \d\.\d+", lines[0])
+    assert re.fullmatch(r"9/10 steps, loss \d\.\d+ eta:\d+s", lines[9])
     table = [line.split(" | ")[0] for line in told.out.splitlines()]
     assert table[0] == "| row"
     assert table[2:] == ["| base", "| averaged"]
@@ -145,6 +149,28 @@ def test_seeds_that_disagree_widen_the_interval(ablate):
     assert high > 2.6
 
 
+def made_by(script, device, row, seed=1):
+    """A training as a line of results has it; older lines name no script."""
+    unit = {"row": row, "seed": seed, "settings": {}, "nats": [7.0, 9.0], "bytes": [2, 3]}
+    unit |= {"bpb": 1.5, "tokens": 9, "seconds": 1.0, "parameters": 5, "curve": [(0, 0.0, 2.0)]}
+    unit |= {"script": script} if script else {}
+    return unit | {"device": device}
+
+
+def test_trainings_of_two_programs_or_devices_are_warned_of(ablate):
+    rows = {"base": {}, "wide": {}}
+    alike = [made_by("abc", "CPU", "base"), made_by("abc", "CPU", "wide")]
+    assert "WARNING" not in ablate.table(rows, alike)
+    old = [made_by("", "CPU", "base"), made_by("", "CPU", "wide")]
+    assert "WARNING" not in ablate.table(rows, old)
+    mixed = [alike[0], old[1], made_by("abc", "GPU", "base", 2), made_by("abc", "GPU", "wide", 2)]
+    *_, script, device = ablate.table(rows, mixed).splitlines()
+    assert script == "WARNING: trainings of more than one script: abc (3), unknown (1)"
+    assert device == "WARNING: trainings of more than one device: CPU (2), GPU (2)"
+    unused = [*alike, made_by("def", "GPU", "wide", 2)]  # the base has no such seed
+    assert "WARNING" not in ablate.table(rows, unused)
+
+
 def test_when_a_curve_reaches_a_loss(ablate):
     curve = [(0, 0.0, 5.0), (10, 10.0, 4.0), (20, 30.0, 3.0)]
     assert ablate.seconds_to(curve, 3.5) == pytest.approx(20.0)
@@ -159,6 +185,7 @@ REFUSED = {
     "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not NUM_LAYERS"),
     "no budget": ("base DEFAULTS=baseline", "TOKENS is missing"),
     "a small budget": ("base TOKENS=9", "are less than a batch"),
+    "no whole number": ("base TOKENS=3e6", "TOKENS=3e6: expected a whole number"),
     "a row that is refused": ("base TOKENS=999999\nwide TOKENS=999999 NUM_HEADS=7", "NUM_HEADS=7"),
 }
 
@@ -178,6 +205,11 @@ def test_other_files_are_no_results(ablate, rows):
     with pytest.raises(SystemExit, match="no file of results"):
         ablate.main([str(rows), str(rows)])
     assert rows.read_text() == before
+
+
+def test_seeds_are_whole_numbers(ablate, rows, tmp_path):
+    with pytest.raises(tg.InputError, match="--seeds=a: expected a whole number"):
+        ablate.main([str(rows), str(tmp_path / "results"), "--seeds", "1,a"])
 
 
 def test_some_rows_only(ablate, rows, tmp_path, monkeypatch, capsys):

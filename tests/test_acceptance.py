@@ -197,6 +197,32 @@ def test_projection(case, parts):
     assert seconds == pytest.approx(5 + 100 * microseconds)
 
 
+FULL = {"2026-03-17_baseline": 62_021_632, "2026-05-01_pr2135": 47_851_520}
+SCORED = """{"result": {"stages": {"plain": {"tokens": 1000, "seconds": 0.001}}},
+    "figures": {"stages": {"plain": {"targets": 1000, "seconds": 0.001, "one_process": true,
+    "learners": 1, "adapters": false, "seconds_a_target": {"score": 1e-6}}}}}"""
+
+
+@pytest.mark.parametrize("system", FULL)
+def test_projection_is_to_fineweb_in_the_systems_vocabulary(system, parts, tmp_path):
+    acceptance, _, pod = parts
+    args = acceptance.parse(["--dry", "--out", str(tmp_path)])
+    session = acceptance.open_session(args)
+    scored = json.loads(SCORED)
+    session.pod.finished["run"] = pod.Finished(0, **scored)
+    acceptance.judge_stages(session, "run", {"plain"}, "some", system)
+    row = session.stages["some plain"]
+    assert row["projected"] == pytest.approx(FULL[system] / 10**6)
+
+
+@pytest.mark.parametrize("given", ["--data x", "--tokenizer x.model"])
+def test_data_and_tokenizer_go_together(given, parts, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parts[0].parse(given.split())
+    assert ended.value.code == 2
+    assert "--data and --tokenizer go together" in capsys.readouterr().err
+
+
 def test_pace_of_a_step_is_a_median(parts):
     rows = [dict(step=n, train_seconds=0.1 * n) for n in range(1, 10)]
     rows[-1]["train_seconds"] += 5  # somebody else had the GPU

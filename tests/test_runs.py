@@ -633,13 +633,16 @@ BAD_VALIDATION = {
 }
 
 
-def test_missing_validation_is_seen_before_training(tmp_path):
+def test_missing_validation_is_said_before_training(tmp_path):
+    """Training needs none, so the artifact is made; then scoring is refused."""
     env = validation_of(tmp_path / "data")
     (tmp_path / "data" / tg.shard_name("val", 0)).unlink()
-    assert tg.main([], {**env, "VAL_LOSS_EVERY": "0", "OUT_DIR": str(tmp_path / "out")}) == 64
-    log = log_of(tmp_path / "out")
-    assert "fineweb_val_" in log
-    assert "step:" not in log
+    out = tmp_path / "out"
+    assert tg.main([], {**env, "VAL_LOSS_EVERY": "0", "OUT_DIR": str(out)}) == 64
+    before, after = log_of(out).split("step:1/")
+    assert "WARNING: no fineweb_val_*.bin in DATA_PATH: nothing will be scored" in before
+    assert "no fineweb_val_*.bin in" in after
+    assert (out / "model.ptz").is_file()
 
 
 @pytest.mark.parametrize("kind", BAD_VALIDATION)

@@ -17,12 +17,14 @@ averages; settings of packing and scoring change nothing. Text with case markers
 in files of their own, is not for this bench. Rows take turns seed by seed, so that their times are
 comparable; a time is that of the training clock. The interval holds 95 % of 10,000 resamples of the
 documents and of the seeds: too narrow where documents are pieces of one text, as the demo's are,
-and with few seeds.
+and with few seeds. A table of trainings by several programs or on several devices ends with a
+warning.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import json
@@ -36,11 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scores import interval
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
+from command import ROOT, run, show_progress, tg, whole_number
+from scores import by_document, interval
 
 ONE_OF = 40  # documents is held out
 OFFSET = 17  # the first of them
@@ -85,7 +84,7 @@ def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
     held_out = env.pop("HELD_OUT", "documents")
     if held_out not in ("documents", "split"):
         raise SystemExit(f"HELD_OUT={held_out}: expected documents or split")
-    tokens = int(env.pop("TOKENS"))
+    tokens = whole_number("TOKENS", env.pop("TOKENS"))
     batch = tg.load_config({n: v for n, v in env.items() if "%" not in v}).train_batch_tokens
     steps = tokens // batch
     if not steps:
@@ -123,6 +122,7 @@ class Held:
         self.tokens = tg.load_validation(cfg)
         self.sizes = tg.load_charges(cfg, self.table, self.tokens)
         self.curve: list[tuple[int, float, float]] = []  # step, seconds, nats a target
+        self.begun = time.perf_counter()
 
     @contextlib.contextmanager
     def averaged(self):
@@ -145,10 +145,11 @@ class Held:
             return tg.evaluate(self.scorer, *data).nats
 
     def note(self, step: int) -> None:
-        """A point of the curve."""
+        """A point of the curve, which is shown."""
         seconds = self.trainer.clock.elapsed()
         loss = float(self.score(self.tokens[: CURVE_TARGETS + 1]).mean())
         self.curve.append((step, round(seconds, 2), round(loss, 5)))
+        show_progress(f"steps, loss {loss:.4f}", step, self.trainer.cfg.iterations, self.begun)
 
     def result(self) -> dict[str, Any]:
         """The final score, by document, and the curve to it."""
@@ -157,14 +158,10 @@ class Held:
         found: dict[str, Any] = {"bpb": round(float(bits / self.sizes.sum()), 6)}
         found["loss"] = round(float(nats.mean()), 6)
         found["curve"] = self.curve
-        found["nats"] = self.by_document(nats).round(2).tolist()
-        found["bytes"] = self.by_document(self.sizes).astype(int).tolist()
+        bos = self.trainer.cfg.bos_id
+        found["nats"] = by_document(nats, self.tokens, bos).round(2).tolist()
+        found["bytes"] = by_document(self.sizes, self.tokens, bos).astype(int).tolist()
         return found
-
-    def by_document(self, values: np.ndarray) -> np.ndarray:
-        """Sums over each document."""
-        starts = tg.document_starts(self.tokens[:-1], self.trainer.cfg.bos_id)
-        return np.add.reduceat(values.astype(np.float64), starts)
 
 
 def train_unit(env: dict[str, str]) -> dict[str, Any]:
@@ -240,12 +237,7 @@ def train_missing(
         lines = [json.dumps(one) + "\n" for one in results]
         tg.atomic_write(path, "".join(lines).encode())
         told = f"{unit['bpb']:.4f} bpb, {unit['seconds']:.0f} s, {unit['status']}"
-        left = (time.perf_counter() - begun) / number * (len(missing) - number)
-        print(
-            f"{number}/{len(missing)} {name} seed {seed}: {told} eta:{left:.0f}s",
-            file=sys.stderr,
-            flush=True,
-        )
+        show_progress(f"{name} seed {seed}: {told}", number, len(missing), begun)
 
 
 def gain_of(base: dict[int, dict], row: dict[int, dict]) -> tuple[float, float, float]:
@@ -287,17 +279,30 @@ def line_of(name: str, base: dict[int, dict], row: dict[int, dict]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def mixtures(units: Sequence[dict]) -> list[str]:
+    """Warnings that trainings of one table are of several programs or devices."""
+    found = []
+    for field in ("script", "device"):
+        counts = collections.Counter(unit.get(field, "unknown") for unit in units)
+        told = ", ".join(f"{value:.40} ({count})" for value, count in counts.items())
+        if len(counts) > 1:
+            found.append(f"WARNING: trainings of more than one {field}: {told}")
+    return found
+
+
 def table(rows: dict[str, dict[str, str]], results: Sequence[dict]) -> str:
     """One line a row; the first is what the others are compared with."""
     first, *_ = rows
     base = of_row(results, first, rows[first])
     heads = ["row", "bpb", "gain, 95 %", "by seed", "parameters", "tokens/s", "time to its loss"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    compared = []
     for name, settings in rows.items():
         row = of_row(results, name, settings)
         if base.keys() & row.keys():
             lines.append(line_of(name, base, row))
-    return "\n".join(lines)
+            compared += [unit for seed, unit in row.items() if seed in base]
+    return "\n".join(lines + mixtures(compared))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -307,7 +312,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--seeds", default="1337,42,2024")
+    parser.add_argument("--seeds", default="1337,42,2024", help="whole numbers with commas")
     parser.add_argument("--only", help="names of rows, beside the first")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args(arguments)
@@ -321,10 +326,10 @@ def main(arguments: Sequence[str]) -> None:
         rows = {name: settings for name, settings in rows.items() if name in (first, *chosen)}
     results = read_results(options.results)
     if not options.table:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        seeds = [whole_number("--seeds", seed) for seed in options.seeds.split(",")]
         train_missing(rows, seeds, options.results, results)
     print(table(rows, results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

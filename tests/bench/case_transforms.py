@@ -16,23 +16,22 @@ demo: of its speeches), seeds averaged. What is in FOLDER already is not made ag
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from scores import interval, speeches
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import corpora  # noqa: E402
-import export  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
+from command import ROOT, followed, run, tg  # data/ is on the path from here on
+from corpora import demo_documents, read_documents
+from export import bos_of, train_tokenizer
+from scores import OFF, Bench, interval
 
 FORMS = ("", *tg.CASE_TRANSFORMS)
 SHAPE = ROOT / "records/track_cpu_1mb/demo/config.env"
@@ -43,17 +42,17 @@ def texts_in(source: str) -> list[str]:
     """Documents of a .jsonl or .txt file, or of SHARD@TOKENIZER."""
     path, _, model = source.partition("@")
     if not model:
-        return list(corpora.read_documents(Path(path)))
+        return list(read_documents(Path(path)))
     table = tg.ByteTable.from_sentencepiece(model)
     tokens = np.asarray(tg.read_shard(path))
-    parts = np.split(tokens, np.flatnonzero(tokens == export.bos_of(table)))
+    parts = np.split(tokens, np.flatnonzero(tokens == bos_of(table)))
     return [table.decode(part).decode() for part in parts if len(part) > 1]
 
 
 def documents(sources: list[str]) -> dict[str, list[str]]:
     """Split -> documents: of the demo, or of held-out and training files."""
     if sources == ["demo"]:
-        return corpora.demo_documents()
+        return demo_documents()
     val, *train = sources
     return {"val": texts_in(val), "train": [text for name in train for text in texts_in(name)]}
 
@@ -63,14 +62,14 @@ def counts(texts: dict[str, list[str]]) -> None:
     raw = sum(len(text.encode()) for text in texts["val"])
     print(f"{len(texts['val'])} held-out documents of {raw} bytes")
     print("pieces  form     tokens   bytes a token")
-    for size in (1024, 8192):
-        for form in FORMS:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "t.model")
-                export.train_tokenizer(texts["train"], size, path, LONGEST, form)
-                table = tg.ByteTable.from_sentencepiece(path, form)
-            tokens = sum(len(table.encode(text)) for text in texts["val"])
-            print(f"{size:6}  {form or 'plain':7}  {tokens:7}  {raw / tokens:.4f}", flush=True)
+    rows = list(itertools.product((1024, 8192), FORMS))
+    for size, form in followed(rows, "tokenizers"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "t.model")
+            train_tokenizer(texts["train"], size, path, LONGEST, form)
+            table = tg.ByteTable.from_sentencepiece(path, form)
+        tokens = sum(len(table.encode(text)) for text in texts["val"])
+        print(f"{size:6}  {form or 'plain':7}  {tokens:7}  {raw / tokens:.4f}", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +90,8 @@ class Trial:
 
     def settings(self) -> dict[str, str]:
         """The shape's settings but for scoring, on the form's shards."""
-        lines = [line.partition("=") for line in SHAPE.read_text().splitlines() if "=" in line]
-        shape = {name: value for name, _, value in lines if name in tg.FIELDS}
-        kept = {n: v for n, v in shape.items() if tg.FIELDS[n].metadata["group"] != "score"}
+        shape = tg.read_config_lines(SHAPE.read_text(), str(SHAPE))
+        kept = {one.name: one.text for one in shape if one.name.lower() not in OFF}
         data = {
             "DATA_PATH": str(self.work / "datasets" / self.name),
             "TOKENIZER_PATH": str(self.work / "tokenizers" / f"{self.name}_bpe.model"),
@@ -109,24 +107,13 @@ class Trial:
             command = [sys.executable, str(tg.SCRIPT)]
             subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
 
-    def bits_and_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each held-out document."""
+    def bits_and_bytes(self, clusters: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each held-out document, or of each speech."""
         env = {**self.settings(), "MODE": "eval", "ARTIFACT": str(self.out / "model.ptz")}
-        cfg = tg.settings_of_artifact(tg.load_config(env), env)
-        rt = tg.Runtime(cfg, {})
-        table = tg.ByteTable.load(cfg)
-        tokens = tg.load_validation(cfg)
-        sizes = tg.load_charges(cfg, table, tokens)
-        model = tg.load_artifact(cfg, tg.read_artifact(cfg), rt)
-        scorer = tg.STAGES["streaming"].build(model, rt, cfg, table)
-        with tempfile.TemporaryDirectory() as folder:
-            log = tg.RunLog(Path(folder), rt, silent=True)
-            score = tg.evaluate(scorer, tokens, table, cfg, rt, log, sizes)
-        # A target that is a document start is the next document's, as its text is.
-        starts = np.flatnonzero(tokens == cfg.bos_id)
-        edges = np.maximum(starts - 1, 0)
-        bits = score.nats.astype(np.float64) / np.log(2)
-        return np.add.reduceat(bits, edges), np.add.reduceat(sizes.astype(np.float64), edges)
+        bench = Bench(env, clusters)
+        scorer = bench.scorer("streaming", bench.cfg)
+        score = bench.evaluated(scorer, bench.cfg, silent=True)
+        return bench.by_cluster(score.nats) / math.log(2), bench.sizes
 
 
 def export_form(texts: dict[str, list[str]], form: str, work: Path) -> None:
@@ -144,30 +131,30 @@ def export_form(texts: dict[str, list[str]], form: str, work: Path) -> None:
 
 
 def models(
-    texts: dict[str, list[str]], work: Path, seeds: list[int], jobs: int, demo: bool
+    texts: dict[str, list[str]], work: Path, seeds: list[int], jobs: int, clusters: str
 ) -> None:
     """Trains and scores every form with every seed; prints bpb and gains."""
     work.mkdir(parents=True, exist_ok=True)
-    for form in FORMS:
+    for form in followed(FORMS, "forms exported"):
         export_form(texts, form, work)
     trials = [Trial(work, form, seed) for seed in seeds for form in FORMS]
     threads = max(1, os.cpu_count() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(lambda trial: trial.train(threads), trials):
+        trained = pool.map(lambda trial: trial.train(threads), trials)
+        for _ in followed(trained, "trainings", len(trials)):
             pass
     bits = {form: [] for form in FORMS}
-    sizes = {}  # form -> bytes charged by document
-    for trial in trials:
-        found, sizes[trial.form] = trial.bits_and_bytes()
+    sizes = {}  # form -> bytes charged by cluster
+    for trial in followed(trials, "scores"):
+        found, sizes[trial.form] = trial.bits_and_bytes(clusters)
         bits[trial.form].append(found)
-    group = speeches(len(texts["val"])) if demo else np.arange(len(texts["val"]))
-    clustered = {form: np.bincount(group, np.mean(bits[form], 0)) for form in FORMS}
-    text = np.bincount(group, sizes["caseops"])  # original bytes: of the plain form, normalised
+    means = {form: np.mean(bits[form], 0) for form in FORMS}
+    text = sizes["caseops"]  # original bytes: of the plain form, normalised
     print("form     bpb of each seed            mean      against plain, its interval")
     for form in FORMS:
         each = [found.sum() / text.sum() for found in bits[form]]
         told = " ".join(f"{bpb:.5f}" for bpb in each)
-        gains = clustered[""] - clustered[form]
+        gains = means[""] - means[form]
         low, high = interval(gains, text)
         print(
             f"{form or 'plain':7}  {told}  {np.mean(each):.5f}  {gains.sum() / text.sum():+.5f} "
@@ -175,7 +162,7 @@ def models(
         )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,13 +171,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("logs/case_transforms"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     texts = documents(args.sources)
     if args.what == "counts":
         counts(texts)
     else:
-        models(texts, args.work.resolve(), args.seeds, args.jobs, args.sources == ["demo"])
+        clusters = "speeches" if args.sources == ["demo"] else "documents"
+        models(texts, args.work.resolve(), args.seeds, args.jobs, clusters)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,24 +1,28 @@
 """How much better one entry of the CPU track is than others, with intervals over speeches.
 
-    python tests/bench/entries.py BETTER OTHER [OTHER ...]    # folders below records/track_cpu_1mb
+    TRACK=records/track_cpu_1mb
+    python tests/bench/entries.py $TRACK/2026-11-27_best $TRACK/2026-11-27_baseline
 
-Every artifact (model_seed<N>.ptz) is scored again, by its last true stage. The validation pieces
-come from 13 speeches and are no independent documents: the interval holds 95 % of 10,000 resamples
-of the speeches, and of the seeds that both entries have.
+The first folder is compared with each of the others. Every artifact (model_seed<N>.ptz) is scored
+again, by its last true stage. The validation pieces come from 13 speeches and are no independent
+documents: the interval holds 95 % of 10,000 resamples of the speeches, and of the seeds that both
+entries have.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from command import ROOT, followed, run, tg
 from scores import Bench, interval
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "records"))
-from codec import true_scorer  # noqa: E402
+from codec import true_scorer
 
 
 def score(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -31,27 +35,39 @@ def score(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return bench.by_cluster(found.nats) / math.log(2), bench.sizes
 
 
-def scores_of(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name of the artifact -> bits and bytes by speech."""
-    paths = sorted(folder.glob("model_seed*.ptz"))
-    if not paths:
-        raise SystemExit(f"{folder}: no model_seed<N>.ptz (artifacts are not in git)")
-    return {path.name: score(path) for path in paths}
+def artifacts_in(folder: Path) -> set[str]:
+    """Their names; InputError if there are none."""
+    tg.check(folder.is_dir(), f"{folder}: no such folder")
+    names = {path.name for path in folder.glob("model_seed*.ptz")}
+    tg.check(names, f"{folder}: no model_seed<N>.ptz (artifacts are not in git)")
+    return names
 
 
-def main(folders: list[str]) -> None:
-    first, *others = (Path(folder) for folder in folders)
-    own = scores_of(first)
-    for other in others:
-        theirs = scores_of(other)
-        both = sorted(own.keys() & theirs.keys())
-        gains = np.array([theirs[name][0] - own[name][0] for name in both])
-        sizes = own[both[0]][1]
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("first", type=Path, help="folder of an entry")
+    parser.add_argument("others", type=Path, nargs="+", help="folders that it is compared with")
+    args = parser.parse_args(arguments)
+    folders = [args.first, *args.others]
+    names = {folder: artifacts_in(folder) for folder in folders}
+    for other in args.others:
+        alike = names[args.first] & names[other]
+        tg.check(alike, f"{args.first} and {other}: no seed in common")
+    paths = [folder / name for folder in names for name in sorted(names[folder])]
+    found = {path: score(path) for path in followed(paths, "artifacts")}
+    for other in args.others:
+        both = sorted(names[args.first] & names[other])
+        own = [found[args.first / name][0] for name in both]
+        theirs = [found[other / name][0] for name in both]
+        gains = np.subtract(theirs, own)
+        _, sizes = found[other / both[0]]
         low, high = interval(gains, sizes)
         gain = gains.mean(0).sum() / sizes.sum()
         told = f"{gain:.4f} [{low:.4f}, {high:.4f}] bpb"
-        print(f"{first.name} is better than {other.name} by {told}, {len(both)} seeds")
+        print(f"{args.first.name} is better than {other.name} by {told}, {len(both)} seeds")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -14,7 +14,7 @@ by the uniform distribution over 1,024 tokens. "mass" is what the charged values
 vocabulary (1 for a probability), at 64 positions of the last tenth.
 """
 
-import sys
+import functools
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -22,13 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
+from command import followed, options_of, run, tg, whole_number
 
 VOCAB = 1024
+COUNTED = (range(1, 8), tg.NGRAM_ORDERS)  # exactly
 PRIMES_859 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
-SYSTEMS = {  # windows of 2,048 as published; stride, buckets, chunk of each system
+SYSTEMS = {  # name -> settings, and the stride of windows of 2,048, as published
     "PR 740 v1 (order 5, weight 0.2)": (
         dict(ngram="fixed", ngram_order=5, ngram_min_order=5, ngram_alpha=0.2),
         128,
@@ -125,38 +124,51 @@ def hashed(cfg: tg.Config, stream: np.ndarray, stride: int) -> tuple[tg.HashedCo
     return counts, n / (time.perf_counter() - start)
 
 
+def show_exact(orders: Sequence[int], text: np.ndarray) -> None:
+    """How fast exact counts are, and what memory they take."""
+    rate = exact_rate(text, orders)
+    beyond = exact_memory(text, orders) / len(text)
+    print(
+        f"exact, orders {', '.join(map(str, orders)):30} {rate / 1e6:5.2f} M tokens/s on text, "
+        f"{beyond:4.1f} bytes a token beyond what is yielded",
+        flush=True,
+    )
+
+
+def show_cache(name: str, zipf: np.ndarray, noise: np.ndarray) -> None:
+    """How fast a system's cache counts, and what it charges for noise."""
+    settings, stride = SYSTEMS[name]
+    cfg = tg.Config(**settings)
+    _, on_text = hashed(cfg, zipf, stride)
+    counts, on_noise = hashed(cfg, noise, stride)
+    bits = charged(counts.own, cfg)
+    tenth = len(bits) // 10
+    first = bits[:tenth].mean()
+    last = bits[-tenth:].mean()
+    print(
+        f"{name:36} {on_text / 1e6:5.2f} M tokens/s on Zipf text, {on_noise / 1e6:5.2f} on "
+        f"random tokens; random tokens: {bits.mean():6.3f} bits (first tenth {first:6.3f}, "
+        f"last {last:6.3f}), mass {mass(counts, cfg):6.1f}",
+        flush=True,
+    )
+
+
 def main(arguments: list[str]) -> None:
-    options = dict(argument.split("=", 1) for argument in arguments)
-    n = int(options.get("TOKENS", 10_000_000))
+    options = options_of(arguments, ("TOKENS", "TEXT"), __doc__)
+    n = whole_number("TOKENS", options.get("TOKENS", "10000000"), least=1000)
     machine = tg.Runtime(tg.Config(device="cpu"), {}).device_name()
     print(f"{machine} numpy {np.__version__}; {n} tokens")
     demo = "data/datasets/sotu_sp1024/fineweb_train_000000.bin"
     text = noisy(Path(options.get("TEXT") or tg.find_path(demo)), n)
-    for orders in (range(1, 8), tg.NGRAM_ORDERS):
-        rate = exact_rate(text, orders)
-        beyond = exact_memory(text, orders) / n
-        print(
-            f"exact, orders {', '.join(map(str, orders)):30} {rate / 1e6:5.2f} M tokens/s on text, "
-            f"{beyond:4.1f} bytes a token beyond what is yielded"
-        )
     noise = np.random.default_rng(0).integers(0, VOCAB, n + 1).astype(np.uint16)
     ranks = np.random.default_rng(1).zipf(1.3, n + 1) - 1
     zipf = np.minimum(ranks, VOCAB - 1).astype(np.uint16)
-    for name, (settings, stride) in SYSTEMS.items():
-        cfg = tg.Config(**settings)
-        _, on_text = hashed(cfg, zipf, stride)
-        counts, on_noise = hashed(cfg, noise, stride)
-        bits = charged(counts.own, cfg)
-        tenth = n // 10
-        first = bits[:tenth].mean()
-        last = bits[-tenth:].mean()
-        print(
-            f"{name:36} {on_text / 1e6:5.2f} M tokens/s on Zipf text, {on_noise / 1e6:5.2f} on "
-            f"random tokens; random tokens: {bits.mean():6.3f} bits (first tenth {first:6.3f}, "
-            f"last {last:6.3f}), mass {mass(counts, cfg):6.1f}"
-        )
+    shown = [functools.partial(show_exact, orders, text) for orders in COUNTED]
+    shown += [functools.partial(show_cache, name, zipf, noise) for name in SYSTEMS]
+    for show in followed(shown, "measurements"):
+        show()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main(sys.argv[1:])
+    run(main)

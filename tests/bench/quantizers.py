@@ -16,17 +16,14 @@ with SD clip, at --clips times its published deviations, LQER, int7 embedding, z
 import argparse
 import dataclasses
 import math
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from scores import interval
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-import train_gpt as tg  # noqa: E402
+from command import followed, run, tg
+from scores import by_document, interval
 
 SD_CLIP = dict(matrix_clip_sigmas=12.85, attn_clip_sigmas=13.0, mlp_clip_sigmas=11.5)
 SD_CLIP |= dict(embed_clip_sigmas=14.0)
@@ -34,7 +31,7 @@ ROWS = dict(quant_bits=6, quant_policy="embed:7", gptq_embed=True)
 LQER = dict(lqer_enabled=True, lqer_asym_group=32)
 RANS = dict(compressor="rans")
 
-# Name -> settings, and whether calibration is used.
+# Name -> settings.
 BY_ROWS = {
     "rounding, SD clip, zstd": dict(ROWS, gptq_n_samples=0),
     "GPTQ, SD clip, zstd": ROWS,
@@ -77,8 +74,8 @@ class Bench:
         self.model = tg.build_model(self.cfg, self.rt)
         self.table = tg.ByteTable.load(self.cfg)
         self.tokens = tg.load_validation(self.cfg)
-        starts = tg.document_starts(self.tokens[:-1], self.cfg.bos_id)
-        self.starts = starts.astype(np.int64)
+        targets = np.ones(len(self.tokens) - 1)
+        self.sizes = by_document(targets, self.tokens, self.cfg.bos_id)
         self.raw_nats = self.nats(self.raw)
         self.model.load_state_dict(self.raw)
         stream = tg.TokenStream(tg.shard_paths(self.cfg, "train"), self.cfg)
@@ -92,7 +89,7 @@ class Bench:
         network = tg.WindowNetwork(self.model, self.rt, self.cfg, length, length)
         scorer = tg.Scorer("bench", network)
         score = tg.evaluate(scorer, self.tokens, self.table, self.cfg, self.rt, self.log)
-        return np.add.reduceat(score.nats.astype(np.float64), self.starts)
+        return by_document(score.nats, self.tokens, self.cfg.bos_id)
 
     def curvature_loss(self, weights: dict[str, torch.Tensor]) -> float:
         """Half of the importance-weighted squared error of all outputs, mnat a token."""
@@ -128,10 +125,8 @@ class Bench:
         size = sum(map(tg.tensor_bytes, tensors))
         count = sum(self.raw[name].numel() for name in self.large)
         gains = self.nats(weights) - self.raw_nats
-        ends = np.append(self.starts, len(self.tokens) - 1)
-        sizes = np.diff(ends)
-        low, high = 1000 * interval(gains, sizes)
-        lost = 1000 * gains.sum() / sizes.sum()
+        low, high = 1000 * interval(gains, self.sizes)
+        lost = 1000 * gains.sum() / self.sizes.sum()
         bits = 8 * size / count
         predicted = self.curvature_loss(weights)
         line = f"{name:28} {len(blob):9} bytes "
@@ -140,7 +135,7 @@ class Bench:
         print(line, flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,17 +147,20 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=0, help="KEEP_FLOAT_MAX_NUMEL")
     parser.add_argument("--steps", type=float, nargs="+", default=[0.0002, 0.0003, 0.0004])
     parser.add_argument("--clips", type=float, nargs="+", default=[1.0, 1.25, 1.5])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     bench = Bench(args)
     bench.show_matrices()
+    rows = []
     for name, settings in BY_ROWS.items():
         for scale in args.clips:
             clips = {role: scale * sigmas for role, sigmas in SD_CLIP.items()}
-            bench.show(name, {**settings, **clips, "quant_step": 0.0})
+            rows.append((name, {**settings, **clips, "quant_step": 0.0}))
     for name, settings in BY_STEPS.items():
         for step in args.steps:
-            bench.show(name, {**settings, "quant_step": step})
+            rows.append((name, {**settings, "quant_step": step}))
+    for name, settings in followed(rows, "files"):
+        bench.show(name, settings)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

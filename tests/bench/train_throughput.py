@@ -10,7 +10,6 @@ of attention, and Newton-Schulz.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt as tg
+from command import options_of, run, tg
 
 DEFAULTS = dict(
     DEFAULTS="baseline",
@@ -67,7 +64,7 @@ def shards(folder: Path, cfg: tg.Config) -> tg.TokenStream:
     """Zipf-distributed tokens: the loader reads a real file."""
     path = folder / tg.shard_name("train", 0)
     ranks = np.random.default_rng(0).zipf(1.2, 4_000_000)
-    tg.write_shard(path, np.minimum(ranks - 1, 1023))
+    tg.write_shard(path, np.minimum(ranks - 1, cfg.vocab_size - 1))
     return tg.TokenStream([path], cfg)
 
 
@@ -112,7 +109,7 @@ def measured(trainer: tg.Trainer, flops: float) -> Iterator[tuple[float, float, 
     cfg = trainer.cfg
     for step in range(STEPS + UNMEASURED):
         peak = matmul_rate()
-        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations)
+        seconds = timed(trainer.step, trainer.stream.batch, cfg.iterations, 0.0)
         trainer.steps_done += 1
         if step >= UNMEASURED:
             rate = cfg.train_batch_tokens / seconds
@@ -126,7 +123,7 @@ def show(name: str, values: Sequence[float], form: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = options_of(arguments, (), __doc__, settings=True)
     cfg = tg.load_config({**DEFAULTS, **given})
     rt = tg.Runtime(cfg, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -151,4 +148,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -28,7 +28,6 @@ import inside
 from pod import BASELINE, FRONT, PARTS, VOCAB, Finished, Job, Pod, step_ms, tg
 from report import (
     EVAL_SECONDS,
-    FULL_TARGETS,
     Session,
     all_systems,
     published_systems,
@@ -79,7 +78,12 @@ WANTED = {
 # --- scores and their time ------------------------------------------------------------------------
 
 
-def projected(stage: dict, targets: int = FULL_TARGETS, gpus: int = 8) -> float:
+def full_targets(cfg: tg.Config) -> int:
+    """FineWeb's validation targets in a system's vocabulary."""
+    return tg.FINEWEB_TARGETS.get(cfg.vocab_size, tg.FINEWEB_TARGETS[VOCAB])
+
+
+def projected(stage: dict, targets: int, gpus: int = 8) -> float:
     """Seconds of a stage over so many targets on so many GPUs, from its warm pace on one.
 
     What happens once (compilation, first calls) is added. Batches are shared by all GPUs, unless
@@ -95,9 +99,12 @@ def projected(stage: dict, targets: int = FULL_TARGETS, gpus: int = 8) -> float:
     return max(once, 0.0) + targets * pace
 
 
-def judge_stages(session: Session, job: str, wanted: set[str], label: str) -> None:
+def judge_stages(
+    session: Session, job: str, wanted: set[str], label: str, system: str = BASELINE
+) -> None:
     """All wanted stages ran, no check of a score failed, and each would end within its time."""
     finished = session.pod.finished[job]
+    targets = full_targets(session.pod.config(system))
     stages = finished.result.get("stages", {})
     missing = sorted(wanted - stages.keys())
     do = advice.diagnose(finished, session.driver_advice)
@@ -115,7 +122,7 @@ def judge_stages(session: Session, job: str, wanted: set[str], label: str) -> No
         session.stages[f"{label} {name}"] = row
         measured = finished.figures.get("stages", {}).get(name)
         if measured:
-            row |= measured | {"projected": projected(measured)}
+            row |= measured | {"projected": projected(measured, targets)}
             judge_time(session, f"{label} {name}", row)
 
 
@@ -366,7 +373,7 @@ def judge_system(session: Session, system: str, exact: str) -> None:
             new = row["recompiles"]
             session.expect(f"{system} recompiles", new, "0", new == 0, advice.GRAPHS)
             judge_run(session, finished)
-        judge_stages(session, name, stages_of(pod.config(system)), system)
+        judge_stages(session, name, stages_of(pod.config(system)), system, system)
     judge_losses(session, system, finished, pod.finished[exact])
 
 
@@ -489,6 +496,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if unknown:
             listed = ", ".join(sorted(unknown))
             parser.error(f"--{name}: there is no {listed}; there are {', '.join(known)}")
+    if bool(args.data) != bool(args.tokenizer):
+        parser.error("--data and --tokenizer go together: give both or neither")
     return args
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import advice
 from pod import SYSTEMS, Finished, Pod, tg
 
-FULL_TARGETS = 62_021_632
 EVAL_SECONDS = 600
 
 
@@ -109,9 +108,11 @@ def table_of(session: Session) -> list[str]:
         cells.append(shown(row.get("projected"), 0))
         cells.append("passed" if row.get("checks") else "FAILED")
         lines.append("{:32}{:>9}{:>9}{:>13}{:>14}{:>8}".format(name, *cells))
+    full = " or ".join(f"{targets:,}" for targets in tg.FINEWEB_TARGETS.values())
+    pieces = " or ".join(f"{vocab:,}" for vocab in tg.FINEWEB_TARGETS)
     lines.append(
-        f"full: {FULL_TARGETS:,} targets at the warm pace of one GPU; batches over 8 GPUs unless "
-        f"the stage learns from one to the next; against {EVAL_SECONDS} s"
+        f"full: {full} targets (of {pieces} pieces) at the warm pace of one GPU; batches over 8 "
+        f"GPUs unless the stage learns from one to the next; against {EVAL_SECONDS} s"
     )
     return lines
 
