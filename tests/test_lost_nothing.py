@@ -192,7 +192,7 @@ def test_the_artifact_comes_before_the_raw_weights(tmp_path, monkeypatch):
 def test_files_of_limited_size(limit, tmp_path):
     """The limit that `ulimit -f` sets; a run's own log is among the files."""
     bounded = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    env = tiny_env(tmp_path / "out", DATA_PATH=str(tmp_path))
+    env = tiny_env(tmp_path / "out")
     codes, said = forked(Program([SCRIPT], env, first=bounded))
     assert codes == [64]
     assert "Traceback" not in said

@@ -86,7 +86,7 @@ def test_what_cannot_become_a_record_is_refused_before_the_first_seed(
     assert not list(work.glob("seed_*"))
 
 
-def preflight(folder, track="t", settings="", script=None):
+def preflight(folder, track="cpu_1mb", settings="", script=None):
     """What is said of the tiny configuration with other settings."""
     (folder / "config.env").write_text(f"{CONFIG}DATA_PATH=./tiny\n{settings}\n")
     (folder / "train_gpt.py").write_text(script or (ROOT / "train_gpt.py").read_text())
@@ -120,9 +120,14 @@ def test_the_size_of_readable_code_is_warned_of_where_it_counts(tmp_path):
     assert not preflight(tmp_path, "non_record_16mb", script=packed).warnings
 
 
+def test_a_track_without_known_limits_is_warned_of(tmp_path):
+    (warning,) = preflight(tmp_path, "cpu_1m").warnings
+    assert warning.startswith("track cpu_1m: no limits are known, as of 10min_16mb, ")
+
+
 def test_a_script_of_somebody_else_may_lack_all_of_these_settings(tmp_path):
     (tmp_path / "train_gpt.py").write_text("print(1)\n")
-    found = Preflight(tmp_path, "non_record_cpu")
+    found = Preflight(tmp_path, "cpu_1mb")
     assert (found.problems, found.warnings) == ([], [])
 
 
