@@ -121,7 +121,7 @@ def test_the_size_of_readable_code_is_warned_of_where_it_counts(tmp_path):
 
 
 def test_a_track_without_known_limits_is_warned_of(tmp_path):
-    (warning,) = preflight(tmp_path, "cpu_1m").warnings
+    warning, *_ = preflight(tmp_path, "cpu_1m").warnings
     assert warning.startswith("track cpu_1m: no limits are known, as of 10min_16mb, ")
 
 
