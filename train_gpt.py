@@ -142,6 +142,7 @@ def _setting(
 
 HASHED_NGRAM = "NGRAM=fixed or NGRAM=backoff or NGRAM=gated"
 NGRAM_TABLES = f"{HASHED_NGRAM} or MIXER_HEAD"
+PACKS_ROWS = "QUANT_STEP=0.0 or QUANT_POLICY"  # some matrix in whole numbers by rows
 
 _run = functools.partial(_setting, "run")
 _data = functools.partial(_setting, "data")
@@ -281,13 +282,13 @@ class Config:
         0.0,
         "fake quantization at rate factors below this; 0 = never",
         low=0,
-        needs="QUANT_STEP=0.0 or QUANT_POLICY",
+        needs=PACKS_ROWS,
     )
     crown_q_lambda: float = _train(
         0.0,
         "quantization penalty (CROWN-Q) at rate factors below 0.5",
         low=0,
-        needs="QUANT_STEP=0.0 or QUANT_POLICY",
+        needs=PACKS_ROWS,
     )
 
     defaults: str = _model(
@@ -363,7 +364,9 @@ class Config:
         choices=("zero", "normal", "dead"),
         needs="BIGRAM_VOCAB_SIZE or HASH_ORDERS",
     )
-    smear: bool = _model(False, "SmearGate: a learned share of the previous token's embedding")
+    smear: bool = _model(
+        False, "SmearGate by dimension: a learned share of the previous token's embedding"
+    )
     smear_before_norm: bool = _model(
         False, "SmearGate acts before the embedding's norm (PR 740), not after", needs="SMEAR=1"
     )
@@ -491,7 +494,7 @@ class Config:
         "clip each row at so many of its standard deviations; 0 = search",
         low=0,
         high=1e4,
-        needs="QUANT_STEP=0.0 or QUANT_POLICY",
+        needs=PACKS_ROWS,
     )
     attn_clip_sigmas: float = _pack(
         13.0,
@@ -550,7 +553,7 @@ class Config:
         "share of each quantized tensor's smallest weights set to 0",
         low=0,
         high=1,
-        needs="QUANT_STEP=0.0 or QUANT_POLICY",
+        needs=PACKS_ROWS,
     )
     keep_float_max_numel: int = _pack(65536, "tensors up to this size stay float", low=0)
     compressor: str = _pack(
@@ -763,7 +766,8 @@ class Config:
     def context_rows(self) -> list[tuple[int, float]]:
         """Largest segments of training, and the share of the run until which each holds."""
         found = re.findall(r"(\d+):([\d.]+)", self.context_schedule)
-        return [(int(length), float(until)) for length, until in found]
+        rows = [(int(length), float(until)) for length, until in found]
+        return [*rows, (self.train_seq_len, math.inf)]
 
     @property
     def early_chunks(self) -> list[tuple[int, int]]:
@@ -1282,8 +1286,11 @@ def _check_model(c: Config, relations: Relations) -> None:
         all(order >= 1 for order in orders) and list(orders) == sorted(set(orders), reverse=True),
         f"{shown('induction_orders')}: each must be at least 1, and less than the one before",
     )
-    longer = all(order >= 3 for order in c.hash_orders)
-    require(longer, f"{shown('hash_orders')}: each must be at least 3")
+    orders = c.hash_orders
+    require(
+        all(order >= 3 for order in orders) and len(set(orders)) == len(orders),
+        f"{shown('hash_orders')}: each must be at least 3, and no two the same",
+    )
 
 
 ROLES = ("embed", "table", "attn", "mlp", "gate", "other")
@@ -3648,12 +3655,11 @@ class GPT(nn.Module):
         if self.smear_gate is not None:
             smeared = self.smear_gate(x, ids, context.cache)
             x = x + self.smear_lambda.to(self.dtype) * smeared
-        if self.smear is None:
-            x = norm(x)
-        elif self.cfg.smear_before_norm:
-            x = norm(self.smear(x, ids, context.cache))
-        else:
-            x = self.smear(norm(x), ids, context.cache)
+        if self.smear is not None and self.cfg.smear_before_norm:
+            x = self.smear(x, ids, context.cache)
+        x = norm(x)
+        if self.smear is not None and not self.cfg.smear_before_norm:
+            x = self.smear(x, ids, context.cache)
 
         x0 = x  # the stream as it enters the first block
         kept = []  # outputs that wait for their skip
@@ -4717,16 +4723,13 @@ class Trainer:
         cfg = self.cfg
         starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
-        cut = min([cfg.train_seq_len, *(length for length, _ in cfg.context_rows)])
+        cut = min(length for length, _ in cfg.context_rows)
         segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, self.rt.pads_documents)
         return self.model.context(self.row, documents=self.rt.put_segments(segments))
 
     def follow(self, share: float) -> None:
         """Depth recurrence and largest segments as they are when that share of the run is over."""
-        self.longest = self.cfg.train_seq_len
-        for length, until in reversed(self.cfg.context_rows):
-            if share < until:
-                self.longest = length
+        self.longest = next(length for length, until in self.cfg.context_rows if share < until)
         before = len(self.model.steps)
         self.model.set_looping(share >= self.cfg.enable_looping_at)
         after = len(self.model.steps)

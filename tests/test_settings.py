@@ -168,6 +168,7 @@ TOGETHER = {
         dict(num_loops=1, loop_start=0, loop_end=1, parallel_start_layer=1),
         "must not lie among the repeated layers 1 to 1",
     ),
+    "two tables of one order": (dict(hash_orders=(3, 3)), "no two the same"),
     "lanes beyond the layers": (dict(parallel_start_layer=99), "at most NUM_LAYERS - 1"),
     "two kinds of SmearGate": (dict(smear=True, smear_gate_enabled=True), "choose one"),
     "gates wider than the model": (
