@@ -433,6 +433,64 @@ def adapters_of(rt, rank, world):
         return scorer.network.params
 
 
+WARMED = {
+    "windows": dict(eval_stride=8),
+    "streaming": dict(eval_stream=16),
+    "windows that learn": dict(ttt_epochs=1, ttt_batch_seqs=1, eval_stride=8),
+    "adapters and a global step": dict(
+        LORA, ttt_lora_chunk=8, ttt_global_docs=3, ttt_global_lr=0.05, ttt_chunk_tokens=64
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WARMED)
+def test_a_warmed_up_stage_compiles_nothing_more(kind, rng, rt, run_log, monkeypatch):
+    """Random tokens have met all graphs; the charges are those of a scorer that met none."""
+    tokens = shuffled_documents(rng, 9)
+    settings = dict(WARMED[kind], num_layers=1, ve_layers=(), xsa_last_n=1)
+    cfg, scorer = build(rt, **settings)
+    expected = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
+    counters = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(rt, "profile", dataclasses.replace(rt.profile, fixed_rows=True))
+    monkeypatch.setattr(rt, "compiles", True)
+    monkeypatch.setattr(rt, "compile", counted_compiler(counters))
+    cfg, scorer = build(rt, **settings)
+    tg.warm_up_scorer(scorer, cfg, rt, TABLE)
+    graphs = [counter.frame_count for counter in counters]
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    assert [counter.frame_count for counter in counters] == graphs
+    assert all(graphs) == (kind != "streaming")  # which runs as it stands
+    np.testing.assert_allclose(score.nats, expected, atol=1e-4)
+
+
+def test_a_warm_up_is_outside_the_scoring_clock(rng, rt, run_log):
+    cfg, scorer = build(rt, **LORA, max_eval_seconds=1e-9)
+    tg.warm_up_scorer(scorer, cfg, rt, TABLE)
+    assert not run_log.seconds
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_global_step_has_one_shape_for_any_number_of_documents(beside, rng, rt, monkeypatch):
+    """On a GPU with bounds, where another number of pieces would be another graph."""
+    shapes = []
+
+    def seen(segments):
+        shapes.append(len(segments.bounds))
+        raise StopIteration
+
+    cfg = config(TINY, train_seq_len=4096, ttt_chunk_tokens=32768)
+    monkeypatch.setattr(type(rt), "pads_documents", beside)
+    monkeypatch.setattr(rt, "put_segments", seen)
+    step = tg.GlobalStep(tg.WindowNetwork(tg.GPT(cfg), rt, cfg, 4096, 4096), cfg)
+    for documents in (1, 11, 12, 22, 35):
+        tokens = rng.integers(4, 60, 4097)
+        tokens[np.linspace(0, 4000, documents).astype(int)] = cfg.bos_id
+        with pytest.raises(StopIteration):
+            step._mean_loss(tokens)
+    assert len(set(shapes)) == 1 or beside
+
+
 def test_one_graph_serves_chunks_of_all_lengths(rng, rt, run_log, monkeypatch):
     """The update has one too. Charges are those without."""
     tokens = shuffled_documents(rng, 9)

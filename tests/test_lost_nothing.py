@@ -120,7 +120,7 @@ def test_a_sweep_ends_with_a_signal(tmp_path, monkeypatch, capsys):
     env = tiny_settings(tmp_path, SEEDS="1,2,3")
     assert tg.main([], env) == 143
     assert not (tmp_path / "seed_2").exists()
-    assert "seed 1 with exit code 143" in capsys.readouterr().out
+    assert "exit codes by seed:{1: 143}" in capsys.readouterr().out
 
 
 # --- places that cannot be written, or are in use -------------------------------------------------

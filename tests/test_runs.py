@@ -693,23 +693,7 @@ def test_several_seeds_end_with_the_highest_code(rt, tmp_path, monkeypatch, caps
     codes = {1: 0, 2: 5, 3: 2}
     monkeypatch.setattr(tg, "guarded_run", lambda cfg, rt: (codes[cfg.seed], {}))
     assert tg.run_seeds(tg.Config(seeds=(1, 2, 3), out_dir=str(tmp_path)), rt) == 5
-    assert "seed 2 with exit code 5, seed 3 with exit code 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("fault, code", [(tg.InputError("no data"), 64), (KeyError("bug"), 1)])
-def test_a_sweep_goes_on_after_a_fault(fault, code, rt, tmp_path, monkeypatch, capsys):
-    def guarded_run(cfg, rt):
-        if cfg.seed == 2:
-            raise fault
-        return 0, {"result": {"val_bpb": 1.0 + cfg.seed}}
-
-    monkeypatch.setattr(tg, "guarded_run", guarded_run)
-    assert tg.run_seeds(tg.Config(seeds=(1, 2, 3), out_dir=str(tmp_path)), rt) == code
-    said = capsys.readouterr()
-    assert (
-        f"mean:3.000000 std:1.414214 n:2 not well ended: seed 2 with exit code {code}" in said.out
-    )
-    assert f"seed 2: {fault}" in said.err
+    assert "exit codes by seed:{1: 0, 2: 5, 3: 2}" in capsys.readouterr().out
 
 
 SWEEPS = {"SEEDS=7,7": "different", "SEEDS=-1": "different", "SEEDS=1 RESUME=x": "one run"}
@@ -726,7 +710,9 @@ def test_seeds_print_mean_and_deviation(tmp_path, capsys):
     assert tg.main([], {**TINY_RUN, **env}) == 0
     results = [result_of(tmp_path / f"seed_{seed}") for seed in (1, 2)]
     scores = [result["result"]["val_bpb"] for result in results]
-    printed = re.search(r"seeds:1,2 val_bpb mean:(\S+) std:(\S+) n:2", capsys.readouterr().out)
+    printed = re.search(
+        r"seed:\{1: 0, 2: 0\} val_bpb mean:(\S+) std:(\S+) n:2", capsys.readouterr().out
+    )
     mean, deviation = map(float, printed.groups())
     assert abs(mean - np.mean(scores)) < 1e-6
     assert abs(deviation - np.std(scores, ddof=1)) < 1e-6
