@@ -766,8 +766,8 @@ class Config:
     def context_rows(self) -> list[tuple[int, float]]:
         """Largest segments of training, and the share of the run until which each holds."""
         found = re.findall(r"(\d+):([\d.]+)", self.context_schedule)
-        rows = [(int(length), float(until)) for length, until in found]
-        return [*rows, (self.train_seq_len, math.inf)]
+        rows = [*found, (self.train_seq_len, "inf")]
+        return [(int(length), float(until)) for length, until in rows]
 
     @property
     def early_chunks(self) -> list[tuple[int, int]]:
@@ -1286,9 +1286,8 @@ def _check_model(c: Config, relations: Relations) -> None:
         all(order >= 1 for order in orders) and list(orders) == sorted(set(orders), reverse=True),
         f"{shown('induction_orders')}: each must be at least 1, and less than the one before",
     )
-    orders = c.hash_orders
     require(
-        all(order >= 3 for order in orders) and len(set(orders)) == len(orders),
+        all(order >= 3 for order in c.hash_orders) and len({*c.hash_orders}) == len(c.hash_orders),
         f"{shown('hash_orders')}: each must be at least 3, and no two the same",
     )
 
@@ -4720,7 +4719,9 @@ class Trainer:
 
     def follow(self, share: float) -> None:
         """Depth recurrence and largest segments as they are when that share of the run is over."""
-        self.longest = next(length for length, until in self.cfg.context_rows if share < until)
+        for length, until in reversed(self.cfg.context_rows):
+            if share < until:
+                self.longest = length
         before = len(self.model.steps)
         self.model.set_looping(share >= self.cfg.enable_looping_at)
         after = len(self.model.steps)
@@ -7302,8 +7303,8 @@ class GlobalStep:
         ids = tokens[:-1].astype(np.int64)
         starts = segment_starts(ids, self.cfg.bos_id, self.row)
         # With bounds, room for pieces of 128 tokens: another number would be another graph.
-        beside = self.rt.pads_documents
-        segments = segments_of(starts, len(ids), self.row, 0 if beside else 128, beside)
+        cut = 0 if self.rt.pads_documents else 128
+        segments = segments_of(starts, len(ids), self.row, cut, side_by_side=not cut)
         on_device = self.rt.put(ids[None])
         context = self.model.context(on_device, documents=self.rt.put_segments(segments))
         targets = self.rt.put(tokens[1:].astype(np.int64)[None])
@@ -8649,8 +8650,6 @@ def build_trainer(cfg: Config, rt: Runtime, log: RunLog) -> Trainer:
     with log.phase("load"), rt.together():
         stream = TokenStream(shard_paths(cfg, "train"), cfg)
         log.identify(shards_identity, cfg, "train", stream.total)
-        if not shards_in(find_path(cfg.data_path), "val"):  # may be on purpose: training reads none
-            log.log(f"WARNING: no {shard_name('val')} in DATA_PATH: nothing will be scored")
         needed = cfg.iterations * cfg.micro_batches * (cfg.micro_tokens + 1)
         if cfg.schedule == "tokens" and needed > stream.total:
             log.log(
@@ -8949,8 +8948,10 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     with rt.together():
         table = ByteTable.load(cfg)
         log.identify(tokenizer_identity, cfg, table)
-        if cfg.mode != "sample":
-            charge_paths(cfg, table)  # what scoring will need is missed now
+        if cfg.mode != "sample":  # what scoring will need is missed now
+            charge_paths(cfg, table)
+            if not shards_in(find_path(cfg.data_path), "val"):
+                log.log(f"WARNING: no {shard_name('val')} in DATA_PATH: nothing will be scored")
     ended = "finished"
     if cfg.mode == "train":
         ended, blob = train_model(cfg, rt, log, table)
@@ -8974,8 +8975,9 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
 
 def over_budget(cfg: Config, log: RunLog) -> bool:
     """Whether training or scoring took longer than its limit."""
-    late = 0 < cfg.train_limit < log.booked(TRAIN_PHASES)
-    return late or 0 < cfg.max_eval_seconds < log.booked(EVAL_PHASES)
+    return 0 < cfg.train_limit < log.booked(TRAIN_PHASES) or 0 < cfg.max_eval_seconds < log.booked(
+        EVAL_PHASES
+    )
 
 
 def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:
