@@ -9045,8 +9045,9 @@ def run_on_record(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> tuple[i
             raise
         say(f"out of memory: {error}")
         say(
-            f"Lower MICRO_BATCH_TOKENS={cfg.micro_tokens} (training) or EVAL_BATCH_TOKENS="
-            f"{scoring_tokens(cfg, rt)} (scoring; no score depends on it)."
+            f"Lower MICRO_BATCH_TOKENS={cfg.micro_tokens} (training), EVAL_BATCH_TOKENS="
+            f"{scoring_tokens(cfg, rt)} (windows; no score depends on it) or "
+            f"TTT_DOCS={cfg.ttt_docs} (adapters)."
         )
         log.result["status"] = "out_of_memory"
         return OUT_OF_MEMORY, False
