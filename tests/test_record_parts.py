@@ -292,6 +292,21 @@ def test_scores_are_drawn_as_points_with_mean_and_deviation_from_zero_on():
     page.pyplot.close("all")
 
 
+def test_what_is_no_score_is_not_called_bpb():
+    """In the picture, and in the heads of the table."""
+    finals = [
+        logs.Final("plain", 1.0, "val_bpb", 1.5, True),
+        logs.Final("ngram", 1.0, "unnormalised_score", 0.5, True),
+    ]
+    run = logs.Run("x.log", "", {}, finals, {}, [], [])
+    assert page.not_scores([run]) == {"ngram": "unnormalised_score"}
+    axes = page.pyplot.figure().subplots()
+    page._draw_scores(axes, [run])
+    shown = [text.get_text() for text in axes.get_xticklabels()]
+    assert shown == ["plain\n1.500000", "ngram\n(no score)\n0.500000"]
+    page.pyplot.close("all")
+
+
 def test_validation_is_shown_as_dots():
     axes = page.pyplot.figure().subplots()
     page._draw_losses(axes, {7: page.Curves({1: 5.0, 2: 4.0}, {2: 4.5})})

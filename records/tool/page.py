@@ -103,6 +103,7 @@ def _draw_losses(axes: pyplot.Axes, curves: Mapping[int | None, Curves]) -> None
 def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     """A column a stage: a point a seed, beside them mean and standard deviation; from zero on."""
     stages = in_order(final.stage for run in runs for final in run.finals)
+    disowned = not_scores(runs)
     labels = []
     for place, stage in enumerate(stages):
         scores = [final.bpb for run in runs for final in run.finals if final.stage == stage]
@@ -110,13 +111,20 @@ def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
         mean = statistics.fmean(scores)
         deviation = spread(scores)
         axes.errorbar(place + 0.15, mean, yerr=deviation, fmt="D", ms=4, capsize=4, color="black")
-        labels.append(f"{stage}\n{mean:.6f}")
+        named = f"{stage}\n(no score)" if stage in disowned else stage
+        labels.append(f"{named}\n{mean:.6f}")
         if deviation is not None:
             labels[-1] += f"\n± {deviation:.6f}"
     highest = max((final.bpb for run in runs for final in run.finals), default=1.0)
     axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, 1.15 * highest))
     axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set_xticks(range(len(stages)), labels, fontsize=8)
+
+
+def not_scores(runs: Sequence[Run]) -> dict[str, str]:
+    """Stage -> the name of its figure, where that is no bpb: adapted first, or unnormalised."""
+    finals = [final for run in runs for final in run.finals]
+    return {final.stage: final.metric for final in finals if not final.metric.endswith("_bpb")}
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
@@ -137,8 +145,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def results_table(runs: Sequence[Run], told: Mapping[str, Any]) -> str:
     """One row a seed, then mean and standard deviation; no column in which there is nothing."""
     stages = in_order(name for run in runs for name in run.result["stages"])
+    disowned = not_scores(runs)
     head = ["seed", "steps", "ms/step", "bpb before packing"]
-    head += [f"{stage} bpb" for stage in stages]
+    for stage in stages:
+        named = f"{stage}: `{disowned[stage]}`, no score" if stage in disowned else f"{stage} bpb"
+        head.append(named)
     head += ["artifact bytes", "train s", "eval s"]
     seeds = [told["seed_results"][str(run.seed)] for run in runs]
     rows = [_result_row(run, seed, stages) for run, seed in zip(runs, seeds)]
@@ -237,8 +248,8 @@ README = """# {name}
 
 {results}
 
-The score is that of the last stage, from the artifact alone: {targets:,} targets standing for
-{val_bytes:,} bytes. Every run made with this script and these settings:
+The score is that of the last stage that is one, from the artifact alone: {targets:,} targets
+standing for {val_bytes:,} bytes. Every run made with this script and these settings:
 
 {made}
 
