@@ -298,8 +298,10 @@ def test_what_is_no_score_is_not_called_bpb():
         logs.Final("plain", 1.0, "val_bpb", 1.5, True),
         logs.Final("ngram", 1.0, "unnormalised_score", 0.5, True),
     ]
-    run = logs.Run("x.log", "", {}, finals, {}, [], [])
-    assert page.not_scores([run]) == {"ngram": "unnormalised_score"}
+    stages = {"plain": {"val_bpb": 1.5}, "ngram": {"unnormalised_score": 0.5}, "ttt": {}}
+    run = logs.Run("x.log", "", {}, finals, {}, [], [], {"stages": stages})
+    heads = [page._head_of(stage, [run]) for stage in stages]
+    assert heads == ["plain bpb", "ngram: `unnormalised_score`, no score", "ttt bpb"]
     axes = page.pyplot.figure().subplots()
     page._draw_scores(axes, [run])
     shown = [text.get_text() for text in axes.get_xticklabels()]

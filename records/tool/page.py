@@ -20,11 +20,13 @@ from tool.folder import Folder, read_lenient
 from tool.logs import Run
 from tool.runs import FINISHED
 from tool.submission import spread
+from train_gpt import LABELS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 TO_COMPLETE = "*(to complete)*"
+DISOWNED = sorted({*LABELS.values()} - {"val_bpb"})  # what no score is called
 LEAST_SHOWN = 0.05  # seconds of a phase, rounded to a tenth
 
 
@@ -103,7 +105,8 @@ def _draw_losses(axes: pyplot.Axes, curves: Mapping[int | None, Curves]) -> None
 def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     """A column a stage: a point a seed, beside them mean and standard deviation; from zero on."""
     stages = in_order(final.stage for run in runs for final in run.finals)
-    disowned = not_scores(runs)
+    finals = [final for run in runs for final in run.finals]
+    disowned = {final.stage for final in finals if final.metric in DISOWNED}
     labels = []
     for place, stage in enumerate(stages):
         scores = [final.bpb for run in runs for final in run.finals if final.stage == stage]
@@ -119,12 +122,6 @@ def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, 1.15 * highest))
     axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set_xticks(range(len(stages)), labels, fontsize=8)
-
-
-def not_scores(runs: Sequence[Run]) -> dict[str, str]:
-    """Stage -> the name of its figure, where that is no bpb: adapted first, or unnormalised."""
-    finals = [final for run in runs for final in run.finals]
-    return {final.stage: final.metric for final in finals if not final.metric.endswith("_bpb")}
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
@@ -145,11 +142,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def results_table(runs: Sequence[Run], told: Mapping[str, Any]) -> str:
     """One row a seed, then mean and standard deviation; no column in which there is nothing."""
     stages = in_order(name for run in runs for name in run.result["stages"])
-    disowned = not_scores(runs)
     head = ["seed", "steps", "ms/step", "bpb before packing"]
-    for stage in stages:
-        named = f"{stage}: `{disowned[stage]}`, no score" if stage in disowned else f"{stage} bpb"
-        head.append(named)
+    head += [_head_of(stage, runs) for stage in stages]
     head += ["artifact bytes", "train s", "eval s"]
     seeds = [told["seed_results"][str(run.seed)] for run in runs]
     rows = [_result_row(run, seed, stages) for run, seed in zip(runs, seeds)]
@@ -162,6 +156,14 @@ def results_table(runs: Sequence[Run], told: Mapping[str, Any]) -> str:
     filled = [index for index in range(len(head)) if any(row[index] for row in rows)]
     head, mean, *rows = [[row[index] for index in filled] for row in (head, mean, *rows)]
     return table(head, [*rows, mean])
+
+
+def _head_of(stage: str, runs: Sequence[Run]) -> str:
+    """What a stage's figures are: bits per byte, or by their own name, which says that they are
+    none.
+    """
+    own = {label for run in runs for label in DISOWNED if label in run.result["stages"][stage]}
+    return f"{stage}: `{own.pop()}`, no score" if own else f"{stage} bpb"
 
 
 def _mean_of_stage(stage: str, seeds: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> str:
