@@ -1807,8 +1807,7 @@ class Runtime:
 
     def _pick_attention(self, cfg: Config) -> AttentionBackend:
         wanted = cfg.attn
-        needs = "FlashAttention 3 needs CUDA and DTYPE=bfloat16"
-        reason = "ATTN=sdpa" if wanted == "sdpa" else needs
+        reason = {"sdpa": "ATTN=sdpa"}.get(wanted, "FlashAttention 3 needs CUDA and DTYPE=bfloat16")
         if wanted != "sdpa" and self.cuda and self.profile.dtype == torch.bfloat16:
             try:
                 attend = fa3_attention()
@@ -8975,9 +8974,8 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
 
 def over_budget(cfg: Config, log: RunLog) -> bool:
     """Whether training or scoring took longer than its limit."""
-    return 0 < cfg.train_limit < log.booked(TRAIN_PHASES) or 0 < cfg.max_eval_seconds < log.booked(
-        EVAL_PHASES
-    )
+    limits = ((cfg.train_limit, TRAIN_PHASES), (cfg.max_eval_seconds, EVAL_PHASES))
+    return any(0 < limit < log.booked(phases) for limit, phases in limits)
 
 
 def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ def progress_bar(
     return tqdm(items, desc=label, total=total, unit=unit, **shown)
 
 
+def blocks_of(path: Path, tick: Callable[[int], Any]) -> Iterator[bytes]:
+    """A file's bytes in blocks; tick(bytes) after each."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+            tick(len(block))
+
+
 def hashed(path: Path, bar: tqdm) -> str:
     """A file's SHA-256 in hexadecimal; its bytes are booked on the bar."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
+    for block in blocks_of(path, bar.update):
+        digest.update(block)
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+from bars import blocks_of
 from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -337,12 +338,10 @@ def digests(path: Path, lfs: bool, tick: Callable[[int], None]) -> tuple[str, st
     """SHA-256 of a file, and its hash of the kind that the hub lists; tick(bytes) on the way."""
     sha256 = hashlib.sha256()
     git_sha1 = hashlib.sha1(b"blob %d\0" % size_of(path))
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            if not lfs:
-                git_sha1.update(block)
-            tick(len(block))
+    for block in blocks_of(path, tick):
+        sha256.update(block)
+        if not lfs:
+            git_sha1.update(block)
     listed = sha256 if lfs else git_sha1
     return sha256.hexdigest(), listed.hexdigest()
 

@@ -31,6 +31,7 @@ LINES = {
     "calibration_s": rf"^GPTQ:[ \t]*collected\b.*\bin\s+({NUMBER})[ \t]*s",
     "total_eval_ms": rf"^total_eval_time:[ \t]*({NUMBER})[ \t]*(?:ms)?",
 }
+DISOWNED = [label for label in LABELS.values() if label != "val_bpb"]  # what no score is called
 SCORE = f"(partial_bpb|{'|'.join(LABELS.values())})"
 FINAL = re.compile(
     r"^(?!step:|ttt_chunk)(?:\[[^\]\n]{0,80}\][ \t]*)?"  # a time in brackets may come first
@@ -54,6 +55,11 @@ class Final:
     metric: str  # partial_bpb or one of LABELS
     bpb: float
     exact: bool
+
+    @property
+    def disowned(self) -> bool:
+        """Whether its own label says that it is no score."""
+        return self.metric in DISOWNED
 
     @property
     def byte_per_token(self) -> float:
@@ -87,7 +93,7 @@ class Run:
     @property
     def final(self) -> Final | None:
         """The score that counts: the last that its own label does not disown, else the last."""
-        owned = [final for final in self.finals if final.metric in ("val_bpb", "partial_bpb")]
+        owned = [final for final in self.finals if not final.disowned]
         candidates = owned or self.finals
         return candidates[-1] if candidates else None
 

@@ -17,16 +17,14 @@ import matplotlib
 import torch
 
 from tool.folder import Folder, read_lenient
-from tool.logs import Run
+from tool.logs import DISOWNED, Run
 from tool.runs import FINISHED
 from tool.submission import spread
-from train_gpt import LABELS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 TO_COMPLETE = "*(to complete)*"
-DISOWNED = sorted({*LABELS.values()} - {"val_bpb"})  # what no score is called
 LEAST_SHOWN = 0.05  # seconds of a phase, rounded to a tenth
 
 
@@ -104,12 +102,12 @@ def _draw_losses(axes: pyplot.Axes, curves: Mapping[int | None, Curves]) -> None
 
 def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
     """A column a stage: a point a seed, beside them mean and standard deviation; from zero on."""
-    stages = in_order(final.stage for run in runs for final in run.finals)
     finals = [final for run in runs for final in run.finals]
-    disowned = {final.stage for final in finals if final.metric in DISOWNED}
+    stages = in_order(final.stage for final in finals)
+    disowned = {final.stage for final in finals if final.disowned}
     labels = []
     for place, stage in enumerate(stages):
-        scores = [final.bpb for run in runs for final in run.finals if final.stage == stage]
+        scores = [final.bpb for final in finals if final.stage == stage]
         axes.plot([place] * len(scores), scores, "o", ms=4, alpha=0.6, color="tab:blue")
         mean = statistics.fmean(scores)
         deviation = spread(scores)
@@ -118,7 +116,7 @@ def _draw_scores(axes: pyplot.Axes, runs: Sequence[Run]) -> None:
         labels.append(f"{named}\n{mean:.6f}")
         if deviation is not None:
             labels[-1] += f"\n± {deviation:.6f}"
-    highest = max((final.bpb for run in runs for final in run.finals), default=1.0)
+    highest = max((final.bpb for final in finals), default=1.0)
     axes.set(title="bits per byte by stage: seeds, mean and deviation", ylim=(0, 1.15 * highest))
     axes.set_xlim(-0.5, len(stages) - 0.5)
     axes.set_xticks(range(len(stages)), labels, fontsize=8)
