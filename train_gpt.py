@@ -1807,7 +1807,9 @@ class Runtime:
 
     def _pick_attention(self, cfg: Config) -> AttentionBackend:
         wanted = cfg.attn
-        reason = {"sdpa": "ATTN=sdpa"}.get(wanted, "FlashAttention 3 needs CUDA and DTYPE=bfloat16")
+        reason = (
+            "ATTN=sdpa" if wanted == "sdpa" else "FlashAttention 3 needs CUDA and DTYPE=bfloat16"
+        )
         if wanted != "sdpa" and self.cuda and self.profile.dtype == torch.bfloat16:
             try:
                 attend = fa3_attention()
