@@ -33,7 +33,12 @@ def blocks_of(name):
     return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-READMES = [name for name in PAGES if blocks_of(name)]
+def is_entry(name):
+    """Whether a page is that of a run, whose commands are typed in its own folder."""
+    return (ROOT / name).with_name("submission.json").exists()
+
+
+READMES = [name for name in PAGES if blocks_of(name) and not is_entry(name)]
 
 
 def lines_here(block):

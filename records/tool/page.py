@@ -260,8 +260,8 @@ standing for {val_bytes:,} bytes. Every run made with this script and these sett
 From inside this folder, with the data below a `data/` folder here or above:
 
 ```bash
-SEED={seed} {command}
-MODE=eval ARTIFACT=model_seed{seed}.ptz {command}
+SEED={seed} OUT_DIR=logs/seed{seed} {command}
+MODE=eval ARTIFACT=logs/seed{seed}/model.ptz {command}
 ```
 
 Settings that differ from the script's defaults ({config}):
