@@ -19,8 +19,9 @@ above it:
 
 A training run: `train_model` (13), `train`, `steps_until_the_end`, `Trainer.step` (8),
 `GPT.forward` (5), `Muon.step` (6). Axis letters in comments: B batch, T time, H heads, K key/value
-heads or n-gram orders, D model or head size, V vocabulary, S scored targets of a row, or keys that
-queries look at; R, C rows and columns of a matrix, G blocks of C queries to L keys each.
+heads or n-gram orders, D model or head size, V vocabulary, S scored targets of a row, keys that
+queries look at, pieces of a row, or slots of adapters; R, C rows and columns of a matrix, G blocks
+of C queries to L keys each.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ class Config:
     compile: str = _run("auto", "torch.compile; auto = on CUDA only", choices=("auto", "0", "1"))
     attn: str = _run(
         "auto",
-        "attention; auto = the fastest that works here (fa3 on Hopper GPUs, else sdpa)",
+        "attention; auto = the fastest that works here (the log's line attention: says which)",
         choices=("auto", "fa3", "sdpa"),
     )
     artifact: str = _run(
@@ -288,7 +289,7 @@ class Config:
         0.0,
         "quantization penalty (CROWN-Q) at rate factors below 0.5",
         low=0,
-        needs=PACKS_ROWS,
+        needs=f"{PACKS_ROWS}, and WARMDOWN_FRAC or WARMDOWN_ITERS",
     )
 
     defaults: str = _model(
@@ -418,7 +419,7 @@ class Config:
     scalar_lr: float = _optim(0.02, "Adam rate of vectors and scalars", low=0)
     bigram_optim: str = _optim(
         "",
-        "group of the bigram's matrices",
+        "optimizer group of the bigram's table and projection; empty = tables and matrices",
         choices=("", "scalars", "matrices"),
         needs="BIGRAM_VOCAB_SIZE",
     )
@@ -765,7 +766,7 @@ class Config:
     @property
     def context_rows(self) -> list[tuple[int, float]]:
         """Largest segments of training, and the share of the run until which each holds."""
-        found = re.findall(r"(\d+):([\d.]+)", self.context_schedule)
+        found = re.findall(r"(\d+):(\d*\.?\d+)", self.context_schedule)
         rows = [*found, (self.train_seq_len, "inf")]
         return [(int(length), float(until)) for length, until in rows]
 
@@ -928,6 +929,8 @@ ALIASES = {
     "TOKEN_THRESHOLD": "TILT_SHARE",
 }
 
+SETTING_NAMES = {*FIELDS, *ALIASES, "CONFIG"}  # of environment variables that are read
+
 # Other spellings that people's scripts use, and what the setting is called here.
 OLD_NAMES = {
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
@@ -1078,8 +1081,7 @@ def _unknown(assignment: Assignment) -> str:
 
 def ignored_names(env: Mapping[str, str]) -> list[str]:
     """Names of the environment that mean nothing here, nor to any system that is known here."""
-    other = FIELDS.keys() | ALIASES.keys() | {"CONFIG"}
-    names = [name for name in env if re.fullmatch("[A-Z][A-Z0-9_]*", name) and name not in other]
+    names = [name for name in env.keys() - SETTING_NAMES if re.fullmatch("[A-Z][A-Z0-9_]*", name)]
     return sorted(name for name in names if not name.startswith(FOREIGN + SYSTEM))
 
 
@@ -1131,7 +1133,8 @@ def read_settings(
                 given[name] = parse(text)
                 values[name.lower()] = given[name]
             except (ValueError, KeyError):
-                problems.append(f"{name}={printable(repr(text))}: expected {expected}")
+                told = f"{assignment.where}{assignment.name}={printable(repr(text))}"
+                problems.append(f"{told}: expected {expected}")
         for name in idle_names(given, filled(values, below)):
             needs = FIELDS[name].metadata["needs"]
             idle.append(f"{name}={as_typed(given[name])} needs {needs}: as it is, it cannot act")
@@ -1175,8 +1178,8 @@ def idle_names(given: Mapping[str, Any], cfg: Config) -> list[str]:
     defaults = default_config(cfg.defaults)
     for name, value in given.items():
         default = getattr(defaults, name.lower())
-        chosen = value != default and (value or default is True)  # 0 is no wish
-        if chosen and not _acts(cfg, name):
+        off = name.lower() in BASELINE or default is not True  # 0 asks for nothing
+        if value != default and (value or not off) and not _acts(cfg, name):
             idle.append(name)
     return idle
 
@@ -1307,6 +1310,10 @@ def _check_training(c: Config, relations: Relations) -> None:
         not c.late_qat_threshold or c.late_qat_threshold > c.min_lr,
         f"{shown('late_qat_threshold')} is never reached: {shown('min_lr')} stays",
     )
+    require(
+        not c.crown_q_lambda or c.min_lr < 0.5,
+        f"{shown('crown_q_lambda')} never acts: {shown('min_lr')} stays",
+    )
     shares = [until for _, until in c.context_rows]
     require(shares == sorted(set(shares)), f"{shown('context_schedule')}: its shares must rise")
     require(
@@ -1405,9 +1412,13 @@ def relation_problems(cfg: Config, world: int) -> list[str]:
         count = cfg.micro_batches
         sizes = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
         relations.require(
-            count % world == 0,
+            world > 0 and count % world == 0,
             f"WORLD_SIZE={world} must divide the {count} micro-batches of a step "
             f"(TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS): possible are {sizes}",
+        )
+        relations.require(
+            not cfg.gptq_n_samples or cfg.gptq_n_samples >= world,
+            f"{relations.shown('gptq_n_samples')}: expected WORLD_SIZE={world} or more, or 0",
         )
     return relations.problems
 
@@ -1770,11 +1781,8 @@ class Runtime:
             )
 
     def _pick_device(self, wanted: str) -> str:
-        available = ["cpu"]
-        if torch.backends.mps.is_available():
-            available.insert(0, "mps")
-        if torch.cuda.is_available():
-            available.insert(0, "cuda")
+        there = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+        available = [name for name, kind in there.items() if kind.is_available()]
         if wanted == "auto":
             check(
                 available[0] != "cpu" or not NVIDIA_DEVICE.exists(),
@@ -1984,7 +1992,6 @@ class Runtime:
                     arrays = make() if self.local_rank == 0 else ()
                     for number, array in enumerate(arrays):
                         np.save(f"{folder}/{number:03}.npy", array)
-                    del arrays
                 with self.together():
                     paths = sorted(Path(folder).glob("*.npy"))
                     return [np.load(path, mmap_mode="r").view(np.ndarray) for path in paths]
@@ -2134,8 +2141,10 @@ class RunLog:
                 self._show(f"WARNING: {place}: cannot be written ({self.unwritten[name]})")
 
     def _show(self, line: str, end: str = "\n") -> None:
+        """Prints a line; on a terminal in place of the progress that stands there."""
+        start = "\r\033[K" if sys.stdout.isatty() else ""
         try:
-            print(line, end=end, flush=True)
+            print(start + line, end=end, flush=True)
         except OSError:  # the reader of a pipe has gone, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -2154,9 +2163,7 @@ class RunLog:
         """A line of metrics.jsonl."""
         self._append("metrics.jsonl", as_json(values))
 
-    def show_progress(
-        self, line: str, since: float = 0.0, done: float = 0.0, last: bool = False
-    ) -> None:
+    def show_progress(self, line: str, since: float = 0.0, done: float = 0.0) -> None:
         """One rewritten line on a terminal; elsewhere a line every ten seconds.
 
         since: when the work began (time.perf_counter); with the share of it that is done, the line
@@ -2166,8 +2173,8 @@ class RunLog:
             left = (time.perf_counter() - since) * max(0.0, 1 / done - 1)
             line += f" {100 * done:.0f}% eta:{left:.0f}s"
         if self.writes and sys.stdout.isatty():
-            self._show(f"\r{line}\033[K", end="\n" if last else "")
-        elif time.perf_counter() - self._last_progress > 10 and not last:
+            self._show(line, end="")
+        elif time.perf_counter() - self._last_progress > 10:
             self._last_progress = time.perf_counter()
             self.log(line)
 
@@ -2525,9 +2532,8 @@ class ByteTable:
             f"{path}: no piece for the word mark U+2581; a space would be spelled in three bytes, "
             "and charged as three",
         )
-        markers = []
-        if words.issuperset(CASE_MARKERS):
-            markers = [sp.piece_to_id(marker) for marker in CASE_MARKERS]
+        marked_case = words.issuperset(CASE_MARKERS)
+        markers = [sp.piece_to_id(marker) for marker in CASE_MARKERS if marked_case]
         check(
             markers or not transform,
             f"{path}: no pieces for the case markers U+E001 to U+E004, so that {transform} text is "
@@ -2720,8 +2726,8 @@ def find_data(tokenizer: str, given: Collection[str]) -> dict[str, str]:
         check(
             places["tokenizer_path"],
             f"the artifact's tokenizer (SHA-256 {printable(tokenizer)}) is in no "
-            "data/manifest.json; TOKENIZER_PATH names its file, and DATA_PATH the shards that it "
-            "made",
+            "data/manifest.json that can be read; TOKENIZER_PATH names its file, and DATA_PATH the "
+            "shards that it made",
         )
     return places
 
@@ -3143,10 +3149,8 @@ class BigramHash(nn.Module):
         if not self.xor:
             return (2654435761 * ids + 40503 * before) % self.rows
         pairs = torch.bitwise_xor(36313 * ids, 27191 * before) % (self.rows - 1)
-        if cache is None:
-            starts = torch.arange(ids.size(1), device=ids.device) == 0
-        else:
-            starts = cache.starts
+        first = torch.arange(ids.size(1), device=ids.device) == 0
+        starts = first if cache is None else cache.starts
         return torch.where(starts, self.rows - 1, pairs)
 
     def forward(self, ids: Tensor, dtype: torch.dtype, cache: KVCache | None = None) -> Tensor:
@@ -3285,10 +3289,9 @@ class Attention(nn.Module):
         self.c_v = Linear(dim, kv_dim, matrix_init(cfg))
         self.proj = Linear(dim, dim, zeros)
         self.q_gain = param(cfg.num_heads, init=constant(cfg.qk_gain_init))
-        self.attn_gate_w = None
-        if cfg.sparse_attn_gate_enabled:
-            self.attn_gate_w = param(cfg.num_heads, cfg.gate_window, init=zeros)
-            self.gate_scale = cfg.sparse_attn_gate_scale
+        gated = cfg.sparse_attn_gate_enabled
+        self.attn_gate_w = param(cfg.num_heads, cfg.gate_window, init=zeros) if gated else None
+        self.gate_scale = cfg.sparse_attn_gate_scale
 
     def forward(
         self,
@@ -3310,11 +3313,10 @@ class Attention(nn.Module):
         cos, sin = context.cos, context.sin
         if context.cache is not None:
             out = context.cache.attend(step, q, k, v, gain, cos, sin)
-        elif context.segments is not None:
-            turned = rotate(q, cos, sin) * gain, rotate(k, cos, sin)
-            out = context.packed(*turned, v, context.segments)
         else:
-            out = context.backend(rotate(q, cos, sin) * gain, rotate(k, cos, sin), v)
+            q, k = rotate(q, cos, sin) * gain, rotate(k, cos, sin)
+            packed = context.segments is not None
+            out = context.packed(q, k, v, context.segments) if packed else context.backend(q, k, v)
         if self.xsa:
             own = F.normalize(v, dim=-1).unsqueeze(3)  # [B, T, K, 1, D]
             out = out.reshape(B, T, self.kv_heads, -1, out.size(-1))  # [B, T, K, H / K, D]
@@ -3475,7 +3477,8 @@ class FrozenNgramTable:
 
 # --- the whole model ------------------------------------------------------------------------------
 
-# Matrices by shape that are gains by role: trained by Adam, and packed as floats.
+# Matrices by shape that are gains by role: trained by Adam, and packed as floats (gates unless
+# QUANT_POLICY has bits for them).
 CONTROL_NAMES = (
     "resid_mix",
     "skip_weights",
@@ -3541,23 +3544,19 @@ class GPT(nn.Module):
         self.backend = backend
         self.packed = packed
         self.rotary_dims = cfg.rope_dims or cfg.head_dim
-        std = cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0
+        tied = cfg.tie_embeddings
+        std = cfg.tied_embed_init_std if tied else 1.0
         self.tok_emb = embedding(cfg.vocab_size, cfg.model_dim, normal(std))
-        self.lm_head = None
-        if not cfg.tie_embeddings:
-            self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, zeros)
+        self.lm_head = None if tied else Linear(cfg.model_dim, cfg.vocab_size, zeros)
         self.bigram = BigramHash(cfg, cfg.bigram_vocab_size) if cfg.bigram_vocab_size else None
         self.hashes = nn.ModuleList(ContextHash(cfg, order) for order in cfg.hash_orders)
         self.induction = Induction(cfg) if cfg.induction_orders else None
         self.smear = SmearGate(cfg) if cfg.smear else None
         self.smear_gate = InputSmearGate(cfg) if cfg.smear_gate_enabled else None
         self.smear_lambda = param(1, init=zeros) if cfg.smear_gate_enabled else None
-        self.ve_shared = None
-        self.ve_layer_scales = None
-        if cfg.ve_layers:
-            self.ve_shared = ValueEmbedding(cfg)
-            scales = [param(init=constant(1.0)) for _ in cfg.ve_layers]
-            self.ve_layer_scales = nn.ParameterList(scales)
+        self.ve_shared = ValueEmbedding(cfg) if cfg.ve_layers else None
+        scales = [param(init=constant(1.0)) for _ in cfg.ve_layers]
+        self.ve_layer_scales = nn.ParameterList(scales) if scales else None
         self.alpha_head = MixerHead(cfg) if cfg.mixer_head else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.plain_steps = layer_steps(cfg)
@@ -3565,9 +3564,8 @@ class GPT(nn.Module):
         self.set_looping(True)  # as in a finished run
         pops = sum(step.pop is not None for step in self.looped_steps)
         self.skip_weights = param(pops, cfg.model_dim, init=constant(1.0)) if pops else None
-        self.skip_gates = None
-        if cfg.skip_gates_enabled and pops:
-            self.skip_gates = param(pops, cfg.model_dim, init=zeros)
+        gated = cfg.skip_gates_enabled and pops
+        self.skip_gates = param(pops, cfg.model_dim, init=zeros) if gated else None
         self.parallel_post_lambdas = None
         if cfg.parallel_start_layer:  # [layer, from attention or MLP, to lane], [layer, lane]
             self.parallel_post_lambdas = param(cfg.num_layers, 2, 2, init=constant(1.0))
@@ -4418,14 +4416,20 @@ def quantizer(kind: str, cfg: Config) -> Any:
     return QUANTIZERS[kind]
 
 
+# A part of a tensor's name -> its role; the first that is there counts.
+ROLE_MARKS = {
+    "tok_emb": "embed",
+    "lm_head": "embed",
+    ".embed.": "table",
+    "gate": "gate",
+    ".attn.": "attn",
+    ".mlp.": "mlp",
+}
+
+
 def tensor_role(name: str) -> str:
     """embed, table, gate, attn, mlp or other: what QUANT_POLICY speaks of."""
-    marks = {"tok_emb": "embed", "lm_head": "embed", ".embed.": "table", "gate": "gate"}
-    marks |= {".attn.": "attn", ".mlp.": "mlp"}
-    for mark, role in marks.items():
-        if mark in name:
-            return role
-    return "other"
+    return next((role for mark, role in ROLE_MARKS.items() if mark in name), "other")
 
 
 def integer_bits(name: str, w: Tensor, cfg: Config) -> int:
@@ -4808,7 +4812,8 @@ class Trainer:
 def warm_up(trainer: Trainer) -> None:
     """WARMUP_STEPS steps on random tokens, so that all is compiled; then all state is as before.
 
-    Depth recurrence and late fake quantization have graphs of their own: a step more for each.
+    Depth recurrence and late fake quantization have graphs of their own: a step more for each
+    combination.
     """
     cfg = trainer.cfg
     rng = np.random.default_rng(0)
@@ -4829,7 +4834,7 @@ def warm_up(trainer: Trainer) -> None:
     for looping, faking in steps:
         trainer.model.set_looping(looping)
         trainer.fake_quantization(faking)
-        trainer.step(random_batch, cfg.iterations, share=0.0)
+        trainer.step(random_batch, math.inf, share=0.0)
     trainer.fake_quantization(False)
     trainer.model.load_state_dict(weights)
     trainer.optimizers = build_optimizers(trainer.model, cfg, trainer.rt)
@@ -5053,7 +5058,7 @@ class CalibrationSums:
             out.register_hook(functools.partial(self._add_moments, name))
 
     def _see_logits(self, logits: Tensor, targets: Tensor) -> None:
-        """The output embedding: the mean of its rows' importance, shared out by frequency.
+        """The output embedding: the sum of its rows' importance, shared out by frequency.
 
         By frequency, since its rows are read as inputs too, and few calibration tokens tell more.
         """
@@ -5107,8 +5112,8 @@ def calibrate(
     """
     sums = CalibrationSums(model, cfg)
     length = cfg.train_seq_len
-    samples = -(-cfg.gptq_n_samples // rt.world) * rt.world  # all processes take as many
-    own = range(rt.rank, samples, rt.world)
+    own = range(rt.rank, cfg.gptq_n_samples, rt.world)
+    count = cfg.gptq_n_samples * length
     rows = max(1, min(CALIBRATION_ROWS, cfg.micro_tokens // length))
     with sums.listening():
         for begin in range(0, len(own), rows):
@@ -5119,11 +5124,11 @@ def calibrate(
 
     def means(totals: dict[str, Tensor]) -> dict[str, Tensor]:
         names = sorted(totals)  # every process makes the same calls
-        return {name: (rt.sum_(totals[name]) / (samples * length)).cpu() for name in names}
+        return {name: (rt.sum_(totals[name]) / count).cpu() for name in names}
 
     importance = means(sums.importance)
     for name, share in means(sums.reads).items():
-        seen = share + 1 / (samples * length)  # once more, since no row is never read
+        seen = share + 1 / count  # once more, since no row is never read
         importance[name] = seen * importance[name] if name in importance else seen
     return Calibration(means(sums.hessians), importance)
 
@@ -5134,7 +5139,8 @@ def calibrate(
 # ==================================================================================================
 
 # The file: prefix, header (compressed JSON), payload. The payload is what the codec makes of the
-# STREAMS one after the other, so that like lies next to like.
+# STREAMS one after the other, so that like lies next to like; with rANS, every matrix's codes have
+# a range of their own behind the other streams (`rans_payload`).
 MAGIC = b"PGOLF\r\n\x1a"
 FORMAT_VERSION = 1
 PREFIX = struct.Struct("<8sHIQ32s")  # magic, version, header and payload bytes, their SHA-256
@@ -5146,7 +5152,7 @@ class EntropyCoder:
     """A codec: bytes to fewer bytes, and back to a known size.
 
     expand must never produce more than size + 1 bytes. Quantized weights are one byte each (two of
-    water-filled ones): packed bits would hide the repetitions that a codec finds.
+    water-filled ones that need them): packed bits would hide the repetitions that a codec finds.
     """
 
     compress: Callable[[bytes], bytes]
@@ -5178,7 +5184,7 @@ def _expand_stream(begin: Callable[[], Any], data: bytes, size: int) -> bytes:
 # which the decoder knows from the steps. Lanes are independent coders of one sequence of words.
 RANS_BITS = 14  # the frequencies of a table sum to 2^14
 RANS_LOW = 1 << 16  # a state is at least this and below 2^32; words have 16 bits
-RANS_TABLES = 256  # tables at most; a context has one of 160
+RANS_TABLES = 256  # tables at most; the contexts, -32 to 127, share 80
 RANS_CODES = 1 << RANS_BITS  # codes of a table at most
 RANGE = struct.Struct("<Ih")  # of every array of codes: bytes, and its spread in eighths of log2
 TABLE = struct.Struct("<hiH")  # of every table: highest context, lowest code, frequencies less 1
@@ -5270,7 +5276,7 @@ def frequencies_of(values: np.ndarray) -> np.ndarray:
     """
     values = values.astype(np.int64)
     shift = np.maximum(0, (values >> 4) - 1)
-    frequency = values - 16 * shift << np.minimum(shift, RANS_BITS)
+    frequency = values - 16 * shift << shift  # of 255 by RANS_BITS
     at = frequency.argmax()
     frequency[at] += (1 << RANS_BITS) - frequency.sum()
     check(0 < frequency[at] <= 1 << RANS_BITS, "a code table has another sum")
@@ -5565,9 +5571,10 @@ def pack(
     if not cfg.fit_artifact:
         return packed(1.0)
     weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
-    finest = 0.0 if cfg.quant_step else 1.0  # fewer deviations would clip more, not round finer
+    # Of PR 2135's form fewer deviations would clip more, not round finer.
+    least = -math.inf if cfg.quant_step else 0.0
     limit = size_cap(cfg, code_bytes) - code_bytes - cfg.fit_margin
-    return fitted_to(limit, weights, packed, finest, progress)
+    return fitted_to(limit, weights, packed, least, progress)
 
 
 # Probes of FIT_ARTIFACT, and the share of the limit that the file may fall short of it.
@@ -5579,14 +5586,14 @@ def fitted_to(
     limit: int,
     weights: int,
     packed: Callable[[float], bytes],
-    finest: float = 0.0,
+    least: float = -math.inf,
     progress: Progress = unseen,
 ) -> bytes:
     """The largest file of at most `limit` bytes that a few scales of the quantization steps give.
 
     Else the smallest. Each probe aims at half of the slack: steps an octave finer cost about a bit
     a weight, which two probes know better. Steps refused as too fine end the search, once there is
-    a file. finest: no scale below.
+    a file. least: no fewer octaves.
     """
     aim = limit * (1 - FIT_SLACK / 2)
     usual = 8 / max(1, weights)  # octaves a byte
@@ -5611,8 +5618,7 @@ def fitted_to(
         if other[0] != base[0]:
             measured = (base[1] - other[1]) / (other[0] - base[0])
             pace = max(usual / 4, min(measured, 4 * usual))
-        octaves = base[1] + max(-4.0, min(pace * (base[0] - aim), 4.0))
-        octaves = max(octaves, math.log2(finest) if finest else octaves)
+        octaves = max(least, base[1] + max(-4.0, min(pace * (base[0] - aim), 4.0)))
     fitting = [blob for blob in blobs.values() if len(blob) <= limit]
     return max(fitting, key=len) if fitting else min(blobs.values(), key=len)
 
@@ -5711,6 +5717,7 @@ def _layouts(tensors: Any, cfg: Config) -> list[tuple[Part, ...]]:
             found[name] = shape
             shown = f"{name!r:.80} {shape!r:.80} {kind!r:.20}"
             check(len(shape) == 2 or kind in ("f16", "f32"), shown)
+            check(all(type(side) is int for side in shape), shown)
             layouts.append(quantizer(kind, cfg).layout(shape))
     wanted = tensors_of(cfg)
     differ = sorted(map(str, {n for n in found | wanted if found.get(n) != wanted.get(n)}))
@@ -5782,15 +5789,12 @@ def rans_arrays(
     (length,) = struct.unpack_from("<I", payload)
     rest = payload[4 : 4 + length]
     size = zstandard.get_frame_parameters(rest).content_size
-    most = RANGE.size * count + RANS_TABLES * (TABLE.size + RANS_CODES)
+    most = RANGE.size * count + RANS_TABLES * (TABLE.size + RANS_CODES) if count else 0
     check(others <= size <= others + most, "its first part is no frame")
     rest = _expand_zstd(rest, size)
     sizes = [0] * len(layouts)
-    if not count:
-        check(4 + length == len(payload), "more than its first part, and no codes")
-        return arrays_in(rest, layouts, STREAMS[1:]), sizes
     tensors = arrays_in(rest[:others], layouts, STREAMS[1:])
-    tables = CodeTables.from_bytes(rest[others + RANGE.size * count :])
+    tables = CodeTables.from_bytes(rest[others + RANGE.size * count :]) if count else None
     ranges = RANGE.iter_unpack(rest[others : others + RANGE.size * count])
     at = 4 + length
     for tensor, (layout, arrays, found) in enumerate(zip(layouts, tensors, quantizers)):
@@ -5827,18 +5831,13 @@ def weights_of(tensors: Sequence[PackedTensor], cfg: Config) -> dict[str, Tensor
     return weights
 
 
-def entropy_bytes(tensor: PackedTensor) -> float:
-    """What a coder that knows the frequencies of its symbols would need for a tensor's bytes."""
-    data = b"".join(array.tobytes() for array in tensor.arrays)
-    return ideal_bits(np.bincount(np.frombuffer(data, np.uint8))) / 8
-
-
 def tensor_bytes(tensor: PackedTensor) -> float:
     """About what a tensor takes in the file: its ranges, and the entropy of what has none."""
-    if not tensor.range_bytes:
-        return entropy_bytes(tensor)
-    steps = [array for array in tensor.arrays if array.ndim == 1 or array.dtype == np.float16]
-    return tensor.range_bytes + entropy_bytes(dataclasses.replace(tensor, arrays=tuple(steps)))
+    arrays = tensor.arrays
+    if tensor.range_bytes:
+        arrays = [array for array in arrays if array.ndim == 1 or array.dtype == np.float16]
+    data = b"".join(array.tobytes() for array in arrays)
+    return tensor.range_bytes + ideal_bits(np.bincount(np.frombuffer(data, np.uint8))) / 8
 
 
 def size_report(blob: bytes, code_bytes: int, cap: int) -> list[str]:
@@ -6169,12 +6168,13 @@ class Documents:
         self.starts = document_starts(tokens[:-1], bos)
         self.ends = np.append(self.starts[1:], len(tokens) - 1)
         self.lengths = self.ends - self.starts
-        edges = [np.zeros(1, np.int64)]  # where chunks begin in a document
+        edges = np.zeros(1, np.int64)  # where chunks begin in a document
         for size, until in early:
             until = min(until, len(tokens))
-            edges.append(np.arange(edges[-1][-1] + size, until + size, size).clip(max=until))
-        edges.append(np.arange(edges[-1][-1], len(tokens), chunk_targets) + chunk_targets)
-        self.edges = np.concatenate(edges)
+            more = np.arange(edges[-1] + size, until + size, size).clip(max=until)
+            edges = np.append(edges, more)
+        more = np.arange(edges[-1], len(tokens), chunk_targets) + chunk_targets
+        self.edges = np.append(edges, more)
         self.counts = np.searchsorted(self.edges, self.lengths)  # chunks of each
 
     def _window(self, document: int) -> tuple[int, int]:
@@ -6436,12 +6436,13 @@ def counts_after(
     prefix: np.ndarray,
     orders: Sequence[int],
     vocab: int,
-    bos: int,
+    bos: int | None,
     unigram: np.ndarray | None = None,
 ) -> Iterator[Any]:
     """HintedCounts (hints "last") of causal_counts at the end of a prefix, by searching it.
 
-    unigram: the prefix's own counts of order 1, if known.
+    bos: contexts end where a document begins with it; None: nowhere. unigram: the prefix's own
+    counts of order 1, if known.
     """
     size = len(prefix)
     starts = np.flatnonzero(prefix == bos) if bos is not None else prefix[:0]
@@ -6900,7 +6901,7 @@ class WindowNetwork:
     learns = False
     carries_on = False  # from batch to batch, in the order of the stream
     isolates_documents = False  # what a document is charged does not depend on others
-    chunk_targets = 0  # targets between two commits; 0 = it does not care
+    chunk_targets = 0  # targets between two commits, 1 if they are its own; 0 = it does not care
     cache: KVCache | None = None  # what stands before a batch, for one that carries on
     head_adapter: Adapter | None = None  # of a batch's rows, for one that adapts
 
@@ -6918,7 +6919,6 @@ class WindowNetwork:
         self.seq_len = seq_len
         self.stride = stride
         self.temperature = temperature
-        self.train_row = seq_len  # tokens of a row in test-time training
         self.batch_rows = max(1, scoring_tokens(cfg, rt) // seq_len)
         self.hidden = rt.compile(GPT.hidden)  # of any model: a deep copy has its own
 
@@ -6990,7 +6990,6 @@ class StreamNetwork(WindowNetwork):
         in_chunks = math.gcd(cfg.ttt_chunk_tokens // window, cfg.mix_chunk_tokens // window)
         self.span = window * math.gcd(in_chunks, self.batch_rows)  # chunks end where batches do
         self.window = window
-        self.train_row = cfg.score_len
         self.bos = cfg.bos_id if cfg.stream_docs else None
         self.isolates_documents = cfg.stream_docs
         inputs = [2, *cfg.hash_orders, *(window - 1 + order for order in cfg.induction_orders)]
@@ -7255,7 +7254,7 @@ class GlobalStep:
         self.cfg = cfg
         self.rt = network.rt
         self.model = network.model
-        self.row = network.train_row
+        self.row = cfg.score_len
         self.loss = self.rt.compile(GPT.forward)
 
     def warn(self, plan: Documents, log: RunLog) -> None:
@@ -7336,7 +7335,7 @@ class TestTimeTraining:
         self.table = table
         self.rt = network.rt
         self.model = network.model
-        self.row = network.train_row
+        self.row = cfg.score_len
         self.first = cfg.ttt_before_scoring
         self.logits = self.rt.compile(GPT.logits)
         chosen = adapted_names(self.model.requires_grad_(False), cfg)
@@ -7733,9 +7732,9 @@ class Score:
 class TimeGuard:
     """Says whether a stage ends within MAX_EVAL_SECONDS, at the pace of its warm rounds.
 
-    The first batches, adaptation steps and commit compile and allocate: what they take is spent,
-    and says nothing of the rest. Shares are of the stage's adaptation, then of its inputs; a global
-    step is not foreseen.
+    The first batches, adaptation steps and commit ask for memory and choose kernels: what they take
+    is spent, and says nothing of the rest. Shares are of the stage's adaptation, then of its
+    inputs; a global step is not foreseen.
     """
 
     name: str
@@ -7821,15 +7820,14 @@ def evaluate(
         if not score_chunks(scorer, plan, tokens, score, rt, log, guard):
             return None
         for array in (score.nats, score.coverage):
-            array[:] = rt.sum_(torch.from_numpy(array)).numpy()
+            rt.sum_(torch.from_numpy(array))
         score.loss = float(score.nats.mean(dtype=np.float64))
         score.bpb = score.loss / math.log(2) * targets / int(score.sizes.sum(dtype=np.int64))
         score.seconds = now() - guard.start
-    log.show_progress("", last=True)
     return score
 
 
-WARM_BATCHES = 2  # the first of a stage, whose kernels may not be compiled yet
+WARM_BATCHES = 2  # the first of a stage, which also ask for memory and choose kernels
 JUDGED_BATCH = 8  # after it a stage is skipped if it would take too long
 
 
@@ -7878,21 +7876,24 @@ def score_chunks(
                 score.events.append(("commit", chunk.lo, chunk.hi))
             groups += chunk.ends_documents
             if number == 0 or (chunk.ends_documents and groups == 1):
-                guard.pace_from(done)  # what comes first compiles, and asks for memory
+                guard.pace_from(done)  # what comes first asks for memory
             elif chunk.ends_documents and groups == 2 and not guard.fits(done):
                 return False
     return True
 
 
-def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable) -> None:
+def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable, count: int) -> None:
     """Scores random tokens, so that all is compiled; then the scorer is as it was before.
 
-    As many as fill a batch of every process, two chunks of what learns from the stream, or every
-    slot of adapters, and the documents that a global step waits for.
+    As many as fill two batches of every process or two chunks of what learns from the stream, or
+    the stream's own `count` of targets if it is shorter; or every slot of adapters, and the
+    documents that a global step waits for.
     """
     between = cfg.score_len
-    targets = 2 * max(scorer.chunk_targets, rt.world * cfg.eval_batch_tokens)
-    if scorer.network.learns:
+    network = scorer.network
+    batches = scorer.chunk_targets or rt.world * network.batch_rows * network.stride
+    targets = min(2 * batches, count)
+    if network.learns:
         between = 3 * cfg.ttt_lora_chunk
         targets = between * (cfg.ttt_global_docs + cfg.ttt_docs)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, targets + 1, dtype=np.uint16)
@@ -8062,6 +8063,11 @@ STAGES = {
         Stage("ngram", _ngram_enabled, _build_ngram),
     )
 }
+
+
+def stages_of(cfg: Config) -> list[Stage]:
+    """What a run scores, in its order."""
+    return [stage for stage in STAGES.values() if stage.enabled(cfg)]
 
 
 # ==================================================================================================
@@ -8567,15 +8573,14 @@ def plan_lines(cfg: Config) -> list[str]:
             "of a step (TRAIN_BATCH_TOKENS / MICRO_BATCH_TOKENS)"
         )
     whole = 0.0
-    for stage in STAGES.values():
-        if stage.enabled(cfg):
-            total, batch = plan_stage(stage, cfg, tokens)
-            whole += total.seconds
-            counts = " and n-gram counts" if stage.name in ("mixed", "ngram") else ""
-            lines.append(
-                f"{stage.name}: {_per_token(total)} {batch.operations:.0f} operations a batch, "
-                f"{total.seconds:.1f} s{counts}"
-            )
+    for stage in stages_of(cfg):
+        total, batch = plan_stage(stage, cfg, tokens)
+        whole += total.seconds
+        counts = " and n-gram counts" if stage.name in ("mixed", "ngram") else ""
+        lines.append(
+            f"{stage.name}: {_per_token(total)} {batch.operations:.0f} operations a batch, "
+            f"{total.seconds:.1f} s{counts}"
+        )
     lines.append(f"scoring: {whole:.0f} of {cfg.max_eval_seconds:.0f} s")
     return lines
 
@@ -8864,13 +8869,11 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
     true_scores: dict[str, float] = {}
     weights = copy.deepcopy(model.state_dict())
     code = OK
-    for stage in STAGES.values():
-        if not stage.enabled(cfg):
-            continue
+    for stage in stages_of(cfg):
         scorer = stage.build(model, rt, cfg, table)
         if rt.compiles:
-            with log.phase("warmup"):
-                warm_up_scorer(scorer, cfg, rt, table)
+            with log.phase("stage_warmup"):
+                warm_up_scorer(scorer, cfg, rt, table, len(sizes))
         score = evaluate(scorer, tokens, table, cfg, rt, log, sizes)
         if score is None:
             log.result["stages"][stage.name] = {"skipped": "MAX_EVAL_SECONDS"}
@@ -8886,8 +8889,8 @@ def score_artifact(cfg: Config, blob: bytes, rt: Runtime, log: RunLog, table: By
                 code = AUDIT_FAILED
         model.load_state_dict(weights)  # what a stage learns ends with it
         log.save()
-    with log.phase("sample"):
-        if cfg.sample_tokens:
+    if cfg.sample_tokens:
+        with log.phase("sample"):
             log_sample(model, table, cfg, rt, log)
     return code
 
@@ -8949,7 +8952,7 @@ def run_once(cfg: Config, rt: Runtime, log: RunLog, blob: bytes) -> int:
     with rt.together():
         table = ByteTable.load(cfg)
         log.identify(tokenizer_identity, cfg, table)
-        if cfg.mode != "sample":  # what scoring will need is missed now
+        if cfg.mode != "sample":  # what scoring will lack is noticed now
             charge_paths(cfg, table)
             if not shards_in(find_path(cfg.data_path), "val"):
                 log.log(f"WARNING: no {shard_name('val')} in DATA_PATH: nothing will be scored")

@@ -170,8 +170,7 @@ def quick(monkeypatch):
 
 def clean_env(**extra: str) -> dict[str, str]:
     """This process's environment without settings, plus the given ones; for subprocesses."""
-    kept = {name: value for name, value in os.environ.items() if name not in tg.FIELDS}
-    kept.pop("CONFIG", None)
+    kept = {name: value for name, value in os.environ.items() if name not in tg.SETTING_NAMES}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 

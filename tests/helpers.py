@@ -251,8 +251,7 @@ def build(rt, **settings):
     """Settings, a fresh model and the last stage that the settings ask for."""
     cfg = tg.Config(**dict(SHORT, **settings))
     assert not tg.check_config(cfg)
-    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
-    return cfg, stages[-1].build(mild(cfg).to(rt.device), rt, cfg, TABLE)
+    return cfg, tg.stages_of(cfg)[-1].build(mild(cfg).to(rt.device), rt, cfg, TABLE)
 
 
 def windows(model, rt, cfg, stride=8):

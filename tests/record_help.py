@@ -82,7 +82,7 @@ def copy_of(made):
 def prepare(patch, base):
     """A machine's lock of the tests' own, and an environment without settings."""
     patch.setattr(runs, "LOCK", base / "machine.lock")
-    for name in {*tg.FIELDS, "CONFIG"} & os.environ.keys():
+    for name in tg.SETTING_NAMES & os.environ.keys():
         patch.delenv(name)
 
 

@@ -435,6 +435,7 @@ def adapters_of(rt, rank, world):
 
 WARMED = {
     "windows": dict(eval_stride=8),
+    "batches as the device likes": dict(eval_stride=8, eval_batch_tokens=0),
     "streaming": dict(eval_stream=16),
     "windows that learn": dict(ttt_epochs=1, ttt_batch_seqs=1, eval_stride=8),
     "adapters and a global step": dict(
@@ -456,7 +457,7 @@ def test_a_warmed_up_stage_compiles_nothing_more(kind, rng, rt, run_log, monkeyp
     monkeypatch.setattr(rt, "compiles", True)
     monkeypatch.setattr(rt, "compile", counted_compiler(counters))
     cfg, scorer = build(rt, **settings)
-    tg.warm_up_scorer(scorer, cfg, rt, TABLE)
+    tg.warm_up_scorer(scorer, cfg, rt, TABLE, len(tokens) - 1)
     graphs = [counter.frame_count for counter in counters]
     score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
     assert [counter.frame_count for counter in counters] == graphs
@@ -466,8 +467,22 @@ def test_a_warmed_up_stage_compiles_nothing_more(kind, rng, rt, run_log, monkeyp
 
 def test_a_warm_up_is_outside_the_scoring_clock(rng, rt, run_log):
     cfg, scorer = build(rt, **LORA, max_eval_seconds=1e-9)
-    tg.warm_up_scorer(scorer, cfg, rt, TABLE)
+    tg.warm_up_scorer(scorer, cfg, rt, TABLE, 500)
     assert not run_log.seconds
+
+
+@pytest.mark.parametrize("count", [3, 12, 40])
+def test_chunks_of_a_stream_that_ends_among_the_early_ones(count, rt):
+    """As the definition has it, document after document."""
+    settings = dict(LORA, ttt_lora_early_chunks="4:16,8:32", ttt_lora_chunk=16, ttt_docs=2)
+    _, scorer = build(rt, **settings)
+    tokens = np.full(count, 5, np.uint16)
+    tokens[0] = 1
+    chunks = scorer.network.plan(tokens, 1).chunks()
+    steps = [4, 4, 4, 4, 8, 8, 16]  # the last ones end with the stream
+    ends = [min(end, count - 1) for end in np.cumsum(steps)]
+    wanted = list(dict.fromkeys(ends))
+    assert len(chunks) == len(wanted)
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -606,7 +606,9 @@ for kind in ("+lqer", "int8+lqer+lqer", "step32", 8):
 CLAIMS["a correction of floats"] = table_claim(BAD_TABLE, "tok_emb.weight", [260, 32], "f16+lqer")
 CLAIMS["seventy sizes"] = table_claim(OTHERS, "a", [1] * 70, "f32")
 CLAIMS["no sizes"] = table_claim(BAD_TABLE, "a", {}, "int8")
-CLAIMS["a size in words"] = table_claim(OTHERS, "a", ["x"], "f32")
+CLAIMS["a size in words"] = table_claim(BAD_TABLE, "a", ["x"], "f32")
+CLAIMS["a size with a point"] = table_claim(BAD_TABLE, "tok_emb.weight", [260.0, 32], "f16")
+CLAIMS["a switch for a size"] = table_claim(BAD_TABLE, "smear_lambda", [True], "f32")
 CLAIMS["a name that is a list"] = table_claim(BAD_TABLE, ["a"], [4], "f32")
 CLAIMS["a tensor twice"] = Claim(
     f"{BAD_TABLE} .*twice", dict(tensors=[["tok_emb.weight", [260, 32], "f16"]] * 2)

@@ -71,8 +71,7 @@ LEGAL = {
 @pytest.mark.parametrize("name", LEGAL)
 def test_legal_scorers_pass(name, tokens, rt, run_log):
     cfg = dataclasses.replace(CFG, ttt_chunk_tokens=32, mix_chunk_tokens=32, **LEGAL[name])
-    stages = [stage for stage in tg.STAGES.values() if stage.enabled(cfg)]
-    assert caught_by(stages[-1].build, tokens, rt, run_log, cfg) == set()
+    assert caught_by(tg.stages_of(cfg)[-1].build, tokens, rt, run_log, cfg) == set()
 
 
 class NormalisedCache(tg.WindowNetwork):

@@ -1,6 +1,7 @@
 """Whole runs (section 13), as users start them: in one process, in two, interrupted, damaged."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -137,9 +138,9 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
     passing = []
     show = tg.RunLog.show_progress
 
-    def noted(self, line, *since_and_done, last=False):
+    def noted(self, line, *since_and_done):
         passing.append(line)
-        show(self, line, *since_and_done, last=last)
+        show(self, line, *since_and_done)
 
     monkeypatch.setattr(tg.RunLog, "show_progress", noted)
     _, _, log = run(tmp_path, ITERATIONS="14")
@@ -151,17 +152,54 @@ def test_the_last_step_is_logged_and_others_pass_by(tmp_path, monkeypatch):
 
 def test_long_work_says_how_long_the_rest_takes(tmp_path, monkeypatch):
     """Training, calibrating, packing, counting and scoring, each from its own beginning."""
-    shown = []
-    monkeypatch.setattr(tg.RunLog, "_show", lambda _, line, end="": shown.append(line))
+    passing = []
+
+    def show(_, line, end="\n"):
+        if not end:
+            passing.append(line)
+
+    monkeypatch.setattr(tg.RunLog, "_show", show)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     packing = {"GPTQ_N_SAMPLES": "4", "FIT_ARTIFACT": "1", "QUANT_STEP": "0.001"}
     run(tmp_path, ITERATIONS="12", TILT="1", NGRAM="mix", COMPRESSOR="rans", **packing)
-    passing = [line[1:].removesuffix("\033[K") for line in shown if line.startswith("\r")]
     for work in ("step", "calibrate", "pack", "plain", "mixed", "mixed: counting n-grams"):
         lines = [line for line in passing if line.startswith(f"{work}:")]
         assert lines, work
         assert all(re.search(r" \d+% eta:\d+s$", line) for line in lines), lines
         assert lines[-1].endswith(" 100% eta:0s") or work == "pack"  # which may fit sooner
+
+
+def test_lines_take_the_place_of_progress(tmp_path, monkeypatch, capsys):
+    """On a terminal, every line of the log begins a line of its own."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    _, _, log = run(tmp_path, ITERATIONS="14", SAMPLE_TOKENS="4")
+    seen = []
+    for line in capsys.readouterr().out.split("\n"):
+        seen.append(line.rpartition("\r\033[K")[2])  # what stays on the screen
+    assert [line for line in seen if line.startswith("step:14/14")] != []
+    missing = set(log.splitlines()) - set(seen)
+    assert not [line for line in missing if line.startswith(("step:", "final_", "audit"))]
+
+
+def test_warm_up_says_nothing_of_fake_quantization(tmp_path):
+    """Though warm-down is longer than the run, so that rates begin low."""
+    settings = dict(LATE_QAT_THRESHOLD="0.5", WARMDOWN_ITERS="60", WARMUP_STEPS="3")
+    _, _, log = run(tmp_path, QUANT_BITS="6", **settings)
+    assert log.count("late_qat:enabled") == 1
+
+
+def test_a_compiled_run_with_the_devices_own_batches(tmp_path, monkeypatch):
+    """All kinds of stages, as on a GPU: traced, and warmed up before their clocks."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    stages = dict(EVAL_PLAIN="1", EVAL_STREAM="16", TILT="1", MIX_CHUNK_TOKENS="64")
+    code, result, _ = run(tmp_path / "a", COMPILE="1", **stages)
+    assert code == 0
+    assert list(result["stages"]) == ["plain", "sliding", "streaming", "mixed"]
+    assert result["seconds"]["stage_warmup"] > 0
+    _, eager, _ = run(tmp_path / "b", **stages)
+    for name, stage in eager["stages"].items():
+        assert result["stages"][name]["loss"] == pytest.approx(stage["loss"], abs=1e-4)
 
 
 def test_a_schedule_longer_than_the_run_is_warned_of(tmp_path):

@@ -123,6 +123,8 @@ BAD_VALUES = {
     "TRAIN_BATCH_TOKENS=100000": "must be a multiple of TRAIN_SEQ_LEN=2048",
     "MICRO_BATCH_TOKENS=1000": "multiple of MICRO_BATCH_TOKENS=1000",
     "WORLD_SIZE=3": "possible are 1, 2, 4, 8",
+    "WORLD_SIZE=0": "possible are 1, 2, 4, 8",
+    "WORLD_SIZE=2 GPTQ_N_SAMPLES=1": "GPTQ_N_SAMPLES=1: expected WORLD_SIZE=2 or more, or 0",
     "EVAL_STRIDE=4096": "at most EVAL_SEQ_LEN=2560",
     "TTT_LORA_CHUNK=4096": "TTT_LORA_CHUNK=4096 must be at most",
     "MATRIX_LR=nan": "finite",
@@ -179,6 +181,10 @@ TOGETHER = {
         dict(train_doc_mask=True, context_schedule="64"),
         "expected LENGTH:SHARE",
     ),
+    "a share that is no number": (
+        dict(train_doc_mask=True, context_schedule="8:0.1.2"),
+        "expected LENGTH:SHARE",
+    ),
     "a context that shrinks in time": (
         dict(train_doc_mask=True, context_schedule="16:0.7,8:0.1"),
         "its shares must rise",
@@ -186,6 +192,10 @@ TOGETHER = {
     "fake quantization that never comes": (
         dict(min_lr=0.2, late_qat_threshold=0.1),
         "LATE_QAT_THRESHOLD=0.1 is never reached",
+    ),
+    "a penalty above its rates": (
+        dict(min_lr=0.5, crown_q_lambda=0.1),
+        "CROWN_Q_LAMBDA=0.1 never acts",
     ),
     "loops after the end": (
         dict(num_loops=1, loop_start=0, loop_end=1, enable_looping_at=1.0),
@@ -232,6 +242,25 @@ def test_a_reserve_is_below_the_clock_only_where_there_is_one():
     trained = tg.load_config(settings_in(f"{text} MAX_WALLCLOCK_SECONDS=900"))
     scored = dict(vars(trained), mode="eval", max_wallclock_seconds=600.0)
     assert not tg.check_config(tg.Config(**scored))
+
+
+OFF_TOGETHER = [
+    "GPTQ_N_SAMPLES=0 GPTQ_EMBED=0",
+    "UNET_SKIPS=0 SKIP_GATES_ENABLED=0",
+    "LOGIT_SOFTCAP=0 ASYM_LOGIT_RESCALE=0",
+    "TTT_LORA_RANK=0 TTT_GLOBAL_DOCS=0",
+]
+
+
+@pytest.mark.parametrize("text", OFF_TOGETHER)
+def test_what_rests_on_a_technique_may_be_turned_off_with_it(text):
+    named = tg.load_config(settings_in(text))
+    assert named == tg.load_config(settings_in(text.split()[0]))
+
+
+def test_a_wrong_value_is_shown_as_it_was_written(tmp_path):
+    text = complaint(tmp_path, "NUM_LAYERS=9\nTTT_LORA_LR=fast\n")
+    assert "line 2: TTT_LORA_LR='fast': expected a number" in text
 
 
 def test_calibration_needs_time_only_where_there_is_a_clock():

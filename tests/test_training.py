@@ -320,23 +320,29 @@ def inputs_of_matrices(model, rows):
     return {name: torch.cat(seen).double().numpy() for name, seen in inputs.items()}
 
 
-def test_hessians_are_the_layers_inputs(rng, rt, tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_hessians_are_the_layers_inputs(world, rng, rt, tmp_path, monkeypatch):
     """X^T X / n of every matrix, over the first sequences of the training stream.
 
-    Two of them are a micro-batch, and so a pass.
+    Two of them are a micro-batch, and so a pass; of two processes one has two, the other one.
     """
     cfg = config(FULL, mixer_head=True, gptq_n_samples=3)
     model = randomized(cfg)
     tokens = rng.integers(0, 260, 400)
     tg.write_shard(tmp_path / "fineweb_train_0.bin", tokens)
     stream = tg.TokenStream([tmp_path / "fineweb_train_0.bin"], cfg)
-    hessians = tg.calibrate(model, cfg, rt, stream).hessians
+    monkeypatch.setattr(rt, "world", world)
+    monkeypatch.setattr(rt, "sum_", lambda tensor: tensor)
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(rt, "rank", rank)
+        parts.append(tg.calibrate(model, cfg, rt, stream).hessians)
     inputs = inputs_of_matrices(model, tokens[:96].reshape(3, 32))
-    assert hessians.keys() == inputs.keys()
+    assert all(part.keys() == inputs.keys() for part in parts)
     assert len(inputs) == 3 * 6 + 4  # of three blocks, and of the input's four tables
     for name, x in inputs.items():
         assert len(x) == 96
-        found = hessians[name].numpy()
+        found = sum(part[name].numpy() for part in parts)
         np.testing.assert_allclose(found, x.T @ x / 96, rtol=1e-3, atol=1e-4)
 
 
