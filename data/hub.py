@@ -108,7 +108,11 @@ def folder_of_settings(env: Mapping[str, str]) -> Path:
     values, problems = tg.read_settings(env)
     for problem in problems:
         check(not problem.startswith("CONFIG="), problem)
-    return tg.SCRIPT.parent / tg.filled(values).data_path
+    told = tg.filled(values).data_path
+    try:
+        return tg.find_path(told)
+    except InputError:  # it will be made
+        return tg.SCRIPT.parent / told
 
 
 def variant_of(folder: Path) -> str:
@@ -693,6 +697,8 @@ def fetch_reviewed(
         if len(came) == len(first):
             review.validation()
 
+    if not first:
+        review.validation()
     fetch_missing(review.request, review.job, review.missing, workers, arrived)
     offer = review.validation()
     review.training()

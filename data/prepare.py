@@ -7,7 +7,7 @@
         --tokenizer data/tokenizers/fineweb_1024_bpe.model
     python data/prepare.py verify data/datasets/mine
 
-Everything goes below --root (default: the folder of this file):
+Everything goes below --root (default: the folder of this file; for fineweb, that of DATA_PATH):
 datasets/<name>/fineweb_{train,val}_*.bin, tokenizers/ and manifest.json. A second call finds its
 own result and does nothing; a call that was interrupted leaves nothing under a final name. Exit
 codes: 0 done, 6 verify found a fault, 64 refused, 130 interrupted.
@@ -81,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
             "--root",
             type=Path,
             default=None if command is fineweb else HERE,
-            help="data folder (default: data/)",
+            help="data folder (default: "
+            + ("the one that DATA_PATH names, data/)" if command is fineweb else "data/)"),
         )
     for command in (demo, text, exported):
         command.add_argument(

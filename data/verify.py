@@ -273,6 +273,7 @@ def check_hashes(data: Dataset) -> str:
             bar.update(known[path]["size"])
             recorded = known[path]["sha256"]
             if digest != recorded:
+                pool.shutdown(wait=False, cancel_futures=True)
                 told = f"SHA-256 {digest}, the manifest says {shown(recorded, 64)}"
                 raise Fault(f"{shown(path, 100)}: {told}")
     return f"{len(known)} files have the recorded SHA-256"
@@ -619,10 +620,10 @@ def verify(
     tg.check(
         folder.is_dir(), f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}"
     )
-    if tokenizer:
-        TokenizerPlan(tokenizer, transform=transform).table()
     check_files(documents)
     data = dataset_at(folder, tokenizer, documents, transform)
+    if tokenizer:
+        _ = data.table  # refused before anything is checked
     for line in identities(data):
         print(printable(line, LONGEST_LINE))
     good = True

@@ -262,6 +262,15 @@ def mine(roots, tmp_path):
     return shutil.copytree(roots["case2"], tmp_path / "data")
 
 
+def test_a_given_tokenizer_has_the_transform_of_the_folders(roots):
+    """Unless --transform says another."""
+    folder = roots["case2"] / "datasets/mine"
+    model = roots["case2"] / "tokenizers/mine_bpe.model"
+    done = call("verify", folder, tokenizer=model)
+    assert done.code == 0, done.out + done.err
+    assert call("verify", folder, tokenizer=model, transform="caseops").code == 6
+
+
 def settings_for(root, **more):
     """Settings of a tiny run on a data folder."""
     data = {

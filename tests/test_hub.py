@@ -798,6 +798,18 @@ def test_wrong_validation_of_a_case_export_costs_no_training_shards(world, listi
     gate.set()
 
 
+def test_wrong_validation_that_is_here_costs_no_training_shards(world, listing):
+    """Another tool fetched it, and gave it its name."""
+    one_document_less(listing, None)
+    wanted = serve_case(world, listing)
+    for path in no_training(wanted):
+        (world.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (world.root / path).write_bytes(wanted[path])
+    assert "validation has 5 documents" in world.refused(**CASE_CALL)
+    for path in wanted:
+        assert world.ranges(path) == []
+
+
 def test_overlap_that_comes_with_later_shards(world, listing):
     """What was right keeps its name and its record; the new shards get neither."""
     validation_trains(listing, None)
