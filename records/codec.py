@@ -167,12 +167,11 @@ def check_fields(header: dict[str, Any]) -> None:
 
 def true_scorer(cfg: tg.Config, blob: bytes, rt: tg.Runtime, table: tg.ByteTable) -> tg.Scorer:
     """A fresh one: the last true stage of a run with these settings."""
-    for stage in reversed(tg.STAGES.values()):
-        if stage.enabled(cfg):
-            model = tg.load_artifact(cfg, blob, rt)
-            scorer = stage.build(model, rt, cfg, table)
-            if scorer.validity == "valid":
-                return scorer
+    for stage in reversed(tg.stages_of(cfg)):
+        model = tg.load_artifact(cfg, blob, rt)
+        scorer = stage.build(model, rt, cfg, table)
+        if scorer.validity == "valid":
+            return scorer
     raise tg.InputError(
         "these settings score nothing that is a true score: no code can be made of it"
     )
@@ -205,8 +204,9 @@ class Codec:
             "torch": torch.__version__,
             "SEED": self.cfg.seed,
         }
-        for name, value in self.cfg.group("score").items():
-            told[name.upper()] = value
+        scoring = self.cfg.group("score")
+        del scoring["max_eval_seconds"]  # nobody's clock runs here
+        told |= {name.upper(): value for name, value in scoring.items()}
         return json.loads(json.dumps(told))
 
     def compress(self, tokens: np.ndarray) -> Packed:
@@ -269,10 +269,9 @@ class Codec:
 
     def claimed_bits(self, tokens: np.ndarray) -> float:
         """What the harness charges for the same tokens."""
-        with tempfile.TemporaryDirectory() as folder:
-            run_log = tg.RunLog(Path(folder), self.rt, silent=True)
-            cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
-            score = tg.evaluate(self.scorer(), tokens, self.table, cfg, self.rt, run_log)
+        run_log = tg.RunLog(Path(os.devnull), self.rt, silent=True)
+        cfg = dataclasses.replace(self.cfg, max_eval_seconds=0.0)
+        score = tg.evaluate(self.scorer(), tokens, self.table, cfg, self.rt, run_log)
         return float(score.nats.sum(dtype=np.float64) / math.log(2))
 
 

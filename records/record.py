@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tool import ROOT, page
-from tool.arguments import Parser
+from tool.arguments import Parser, positive
 from tool.board import files_of, read_board
 from tool.case import TRACKS, Case, Track
 from tool.checks import check_case
@@ -180,10 +180,7 @@ def publish(final: Path, work: Path, outs: Sequence[Path], args: argparse.Namesp
 
 
 def command_check(args: argparse.Namespace) -> int:
-    try:
-        case = Case(Folder(args.folder), args.data, args.run)
-    except FileNotFoundError as error:
-        raise RecordError(str(error)) from None
+    case = Case(Folder(args.folder), args.data, args.run)
     if args.run and case.folder.script:
         print(warning(case), file=sys.stderr, flush=True)
     findings = check_case(case)
@@ -194,7 +191,7 @@ def command_check(args: argparse.Namespace) -> int:
 def command_compare(args: argparse.Namespace) -> int:
     try:
         found = compare(load_sample(args.old), load_sample(args.new))
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         raise RecordError(str(error)) from None
     print(json.dumps(dataclasses.asdict(found), indent=1) if args.json else describe(found))
     return OK
@@ -250,9 +247,10 @@ def command_pack(args: argparse.Namespace) -> int:
 
 def seed_list(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or len(set(parts)) < len(parts) or not all(part.isdecimal() for part in parts):
+    seeds = [int(part) for part in parts if part.isdecimal()]
+    if not seeds or len(set(seeds)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: expected different whole numbers with commas")
-    return [int(part) for part in parts]
+    return seeds
 
 
 def record_name(text: str) -> str:
@@ -334,7 +332,7 @@ def add_arguments_of_new(new: argparse.ArgumentParser) -> None:
         "--no-run", action="store_true", help="do not re-run: S8 in part, R6, R10, R12 are skipped"
     )
     new.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
-    new.add_argument("--nproc", type=int, default=1, help="processes (GPUs) a run")
+    new.add_argument("--nproc", type=positive, default=1, help="processes (GPUs) a run")
     new.add_argument(
         "--packed",
         action=argparse.BooleanOptionalAction,

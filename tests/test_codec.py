@@ -182,6 +182,8 @@ def test_other_settings_are_named(packed, refused, tmp_path, env):
     both = "another TILT: 0; here it is 1, another NGRAM: ; here it is mix"
     refused(both, "decompress", path, TILT="1", NGRAM="mix")
     refused("another SEED: 1337; here it is 5", "decompress", path, SEED="5")
+    decoded = ["decompress", str(path), "-o", str(tmp_path / "text")]
+    assert codec.main(decoded, {**env, "MAX_EVAL_SECONDS": "9"}) == 0  # nothing is timed here
     other = tmp_path / "other.ptz"
     with open(env["ARTIFACT"], "rb") as file:
         cfg, weights = tg.unpack(file.read())

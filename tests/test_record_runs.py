@@ -42,6 +42,9 @@ pytestmark = pytest.mark.usefixtures("own_machine")
         (["--collect", ".", "--strip"], "--strip: finished runs ran the script as it is"),
         (["--seeds", "1", "--strip", "--no-packed"], "--strip: only a packed script is stripped"),
         (["--seeds", "1,1"], "different whole numbers"),
+        (["--seeds", "1,01"], "different whole numbers"),
+        (["--seeds", "1,x"], "different whole numbers"),
+        (["--seeds", "1", "--nproc", "0"], "expected a whole number from 1"),
         ([], "--seeds or --collect"),
     ],
 )
@@ -51,10 +54,13 @@ def test_unusable_input(place, arguments, words, capsys, monkeypatch, tmp_path):
     assert words in capsys.readouterr().err
 
 
-def test_settings_of_the_environment_are_refused(place, monkeypatch, capsys):
-    monkeypatch.setenv("MATRIX_LR", "0.1")
+@pytest.mark.parametrize(
+    "name", ["MATRIX_LR", "TTT_LORA_LR"]
+)  # the second is another's name of one
+def test_settings_of_the_environment_are_refused(name, place, monkeypatch, capsys):
+    monkeypatch.setenv(name, "0.1")
     assert new(place, "env", "--track", "t", "--seeds", "1") == 64
-    assert "MATRIX_LR" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

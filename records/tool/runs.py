@@ -30,7 +30,7 @@ from tool.preflight import Preflight
 from tool.rerun import dies_with_parent, launcher
 from tool.strip import readable_of, wrap_stripped
 from tool.wrapper import unpack_source, wrap
-from train_gpt import FIELDS, atomic_write, sha256
+from train_gpt import SETTING_NAMES, atomic_write, sha256
 
 GRACE_SECONDS = 60.0  # for a training to write its checkpoint
 SNAPSHOT = ("train_gpt.py", "train_gpt.readable.py", "config.env")  # what a record may hold of it
@@ -271,7 +271,7 @@ def look_ahead(order: Order) -> None:
 
 def make_runs(order: Order) -> list[Path]:
     """Runs what is not finished yet. Returns the output folder of every seed."""
-    given = sorted(name for name in os.environ if name in FIELDS or name == "CONFIG")
+    given = sorted(os.environ.keys() & SETTING_NAMES)
     if given:
         raise RecordError(
             f"{', '.join(given)}: set in the environment, would not be in the record; "
