@@ -27,6 +27,10 @@ MATH = (
     "No fused kernel takes training's attention: update torch, or install FlashAttention 3 for "
     "this torch and set ATTN=fa3."
 )
+ANGLES = (
+    "A kernel works out rotary angles, which are to be read from a table: that costs time in every "
+    "step. If TORCHINDUCTOR_CACHE_DIR also holds kernels of other programs, empty it first."
+)
 GRAPHS = (
     "A graph was compiled on the clock: TORCH_LOGS=recompiles names the guard that failed; "
     "this torch may differ from the tested ones, 2.11 and 2.13."

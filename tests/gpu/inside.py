@@ -130,6 +130,9 @@ def device_facts(rows: int, length: int) -> Act:
         write_figures(env, figures)
         if not figures["usable"]:
             torch.zeros(1, device="cuda")  # says why
+        cfg = tg.Config(device=env["DEVICE"], attn="sdpa")
+        with contextlib.closing(tg.Runtime(cfg, env)):  # which kernels of torch's it allows
+            pass
         figures["device"] = torch.cuda.get_device_name(0) if cuda else "cpu"
         if cuda:
             figures["memory"] = torch.cuda.get_device_properties(0).total_memory
@@ -143,7 +146,7 @@ def device_facts(rows: int, length: int) -> Act:
         )
         for tensor in (q, k, v):
             tensor.requires_grad_()
-        names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+        names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION")
         backends = [getattr(SDPBackend, name) for name in names]
         figures["attention"] = {b.name: attention_ms(b, q, k, v) for b in backends}
         try:
@@ -321,7 +324,7 @@ class Paces:
         """Keeps the present stage."""
         warm = {kind: warm_pace(kind, entries) for kind, entries in self.kinds.items()}
         adapters = isinstance(scorer.network, tg.PerDocumentLoRA)
-        learners = 8 if adapters else 1
+        learners = tg.BUSY_PROCESSES if adapters else 1
         if scorer.training:
             rows = cfg.ttt_batch_seqs * cfg.ttt_parts  # of a step
             learners = -(-rows // -(-rows // tg.BUSY_PROCESSES))

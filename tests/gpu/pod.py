@@ -342,7 +342,7 @@ class Pod:
         self.data = {VOCAB: data} if data else {}  # vocabulary -> shards, tokenizer
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(self.out / "inductor"))
         self.inductor = Path(cache)
-        others = tg.FIELDS.keys() | {"CONFIG", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+        others = tg.SETTING_NAMES | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
         kept = {name: value for name, value in os.environ.items() if name not in others}
         quiet = {
             "PYTHONUNBUFFERED": 1,
