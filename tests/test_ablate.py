@@ -1,5 +1,6 @@
 """The ablation bench: what it trains, what it goes on from, and its figures."""
 
+import dataclasses
 import json
 import math
 import re
@@ -122,7 +123,7 @@ def test_a_split_made_to_tune_on_is_what_is_held_out(ablate, rows, tmp_path, dat
         ablate.train_missing({"base": settings | given}, [1], tmp_path / "r.jsonl", [])
     assert seen[0] == str(data)
     assert str(data) not in seen[1:]
-    with pytest.raises(SystemExit, match="HELD_OUT=half: expected documents or split"):
+    with pytest.raises(tg.InputError, match="HELD_OUT=half: expected documents or split"):
         ablate.environment(settings | {"HELD_OUT": "half"}, 1)
 
 
@@ -182,7 +183,12 @@ def test_when_a_curve_reaches_a_loss(ablate):
 REFUSED = {
     "two rows of one name": ("base\nbase NUM_LAYERS=3", "two rows are named base"),
     "no rows": ("all TOKENS=9", "no row but `all`"),
-    "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not NUM_LAYERS"),
+    "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not .'NUM_LAYERS'"),
+    "no share": ("base TOKENS=999999 WARMDOWN_ITERS=half%", "WARMDOWN_ITERS=half%: expected a num"),
+    "two places": (
+        "base TOKENS=999999\nother TOKENS=999999 HELD_OUT=split",
+        "HELD_OUT: not the same",
+    ),
     "no budget": ("base DEFAULTS=baseline", "TOKENS is missing"),
     "a small budget": ("base TOKENS=9", "are less than a batch"),
     "no whole number": ("base TOKENS=3e6", "TOKENS=3e6: expected a whole number"),
@@ -196,7 +202,7 @@ def test_what_is_refused_is_so_before_training(ablate, name, tmp_path, monkeypat
     path = tmp_path / "rows.txt"
     path.write_text(text)
     monkeypatch.setattr(ablate, "run_unit", None)
-    with pytest.raises((SystemExit, tg.InputError), match=words):
+    with pytest.raises(tg.InputError, match=words):
         ablate.main([str(path), str(tmp_path / "results")])
 
 
@@ -205,6 +211,29 @@ def test_other_files_are_no_results(ablate, rows):
     with pytest.raises(SystemExit, match="no file of results"):
         ablate.main([str(rows), str(rows)])
     assert rows.read_text() == before
+
+
+def test_two_commands_with_one_file_of_results(ablate, rows, tmp_path, monkeypatch):
+    """What the other has trained meanwhile stays; a seed that is named twice is trained once."""
+    results = tmp_path / "r.jsonl"
+    other = json.dumps({"row": "x", "seed": 9, "settings": {}})
+
+    def run_unit(env):
+        with open(results, "a") as file:
+            file.write(other + "\n")
+        return {"bpb": 1.0, "seconds": 1.0, "status": "finished"}
+
+    monkeypatch.setattr(ablate, "run_unit", run_unit)
+    base = {"base": ablate.read_rows(rows)["base"]}
+    ablate.train_missing(base, [1, 1], results, [])
+    assert [unit["row"] for unit in results_in(results)] == ["x", "base"]
+
+
+def test_too_few_documents_to_hold_one_out(ablate, rows, tmp_path):
+    tg.write_shard(tmp_path / tg.shard_name("train", 0), np.array([1, 5, 1, 6]))
+    cfg = tg.load_config(ablate.environment(ablate.read_rows(rows)["base"], 1))
+    with pytest.raises(tg.InputError, match="2 training documents; expected 18 or more"):
+        ablate.hold_out(dataclasses.replace(cfg, data_path=str(tmp_path)), tmp_path / "held")
 
 
 def test_seeds_are_whole_numbers(ablate, rows, tmp_path):

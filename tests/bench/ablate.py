@@ -29,6 +29,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -59,17 +60,14 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
         if not words:
             continue
         wrong = [word for word in words[1:] if "=" not in word]
-        if wrong:
-            raise SystemExit(f"{path}: {words[0]}: expected NAME=value, not {wrong[0]}")
+        tg.check(not wrong, f"{path}: {words[0]}: expected NAME=value, not {wrong[:1]}")
         settings = dict(word.split("=", 1) for word in words[1:])
         if words[0] == "all":
             shared |= settings
-        elif words[0] in rows:
-            raise SystemExit(f"{path}: two rows are named {words[0]}")
         else:
+            tg.check(words[0] not in rows, f"{path}: two rows are named {words[0]}")
             rows[words[0]] = settings
-    if not rows:
-        raise SystemExit(f"{path}: no row but `all`")
+    tg.check(rows, f"{path}: no row but `all`")
     return {name: shared | settings for name, settings in rows.items()}
 
 
@@ -79,19 +77,20 @@ def environment(settings: dict[str, str], seed: int) -> dict[str, str]:
     env |= settings | {"SEED": str(seed)}
     if "CONFIG" in env:
         env["CONFIG"] = str(ROOT / env["CONFIG"])
-    if "TOKENS" not in env:
-        raise SystemExit("TOKENS is missing: the training tokens of a row")
+    tg.check("TOKENS" in env, "TOKENS is missing: the training tokens of a row")
     held_out = env.pop("HELD_OUT", "documents")
-    if held_out not in ("documents", "split"):
-        raise SystemExit(f"HELD_OUT={held_out}: expected documents or split")
+    known = held_out in ("documents", "split")
+    tg.check(known, f"HELD_OUT={held_out}: expected documents or split")
     tokens = whole_number("TOKENS", env.pop("TOKENS"))
     batch = tg.load_config({n: v for n, v in env.items() if "%" not in v}).train_batch_tokens
     steps = tokens // batch
-    if not steps:
-        raise SystemExit(f"TOKENS={tokens} are less than a batch of {batch}")
+    tg.check(steps, f"TOKENS={tokens} are less than a batch of {batch}")
     for name, value in env.items():
         if value.endswith("%"):
-            env[name] = str(round(steps * float(value[:-1]) / 100))
+            share = value[:-1]
+            number = re.fullmatch(r"\d+(\.\d+)?", share)
+            tg.check(number, f"{name}={value}: expected a number before %")
+            env[name] = str(round(steps * float(share) / 100))
     return env | {"ITERATIONS": str(steps), "VAL_LOSS_EVERY": str(max(1, steps // CURVE_POINTS))}
 
 
@@ -103,6 +102,10 @@ def hold_out(cfg: tg.Config, folder: Path) -> None:
         pieces = np.split(tokens, tg.document_starts(tokens, cfg.bos_id)[1:])
         for number, piece in enumerate(pieces):
             parts["val" if number % ONE_OF == OFFSET else "train"].append(piece)
+    few = (
+        f"{cfg.data_path}: {len(parts['train'])} training documents; expected {OFFSET + 1} or more"
+    )
+    tg.check(parts["val"], few)
     for split, pieces in parts.items():
         tg.write_shard(folder / tg.shard_name(split, 0), np.concatenate(pieces))
 
@@ -171,12 +174,12 @@ def train_unit(env: dict[str, str]) -> dict[str, Any]:
         log = tg.RunLog(Path(folder), rt, silent=True)
         trainer = tg.build_trainer(cfg, rt, log)
         held = Held(trainer)
-        unit: dict[str, Any] = {"status": tg.train(trainer, held.note)}
+        unit: dict[str, Any] = {"script": tg.sha256(Path(tg.__file__))}  # before anybody edits it
+        unit["status"] = tg.train(trainer, held.note)
         unit |= held.result()
         unit["seconds"] = round(trainer.seconds, 2)
         unit["tokens"] = trainer.steps_done * cfg.train_batch_tokens
         unit["parameters"] = sum(p.numel() for p in trainer.model.parameters())
-        unit["script"] = tg.sha256(Path(tg.__file__))
         unit["device"] = rt.device_name()
     return unit
 
@@ -218,8 +221,10 @@ def train_missing(
     """Seed after seed, row after row, what has not been trained yet."""
     for settings in rows.values():
         tg.load_config(environment(settings, 0))  # what is refused is so before hours of training
+    places = {settings.get("HELD_OUT", "documents") for settings in rows.values()}
+    tg.check(len(places) == 1, "HELD_OUT: not the same in all rows, which are compared")
     missing = []
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         for name, settings in rows.items():
             if seed not in of_row(results, name, settings):
                 missing.append((name, seed))
@@ -233,7 +238,7 @@ def train_missing(
                 hold_out(tg.load_config(env), Path(folder))
                 env["DATA_PATH"] = folder
             unit |= run_unit(env)
-        results.append(unit)
+        results[:] = [*read_results(path), unit]  # another command may have added some
         lines = [json.dumps(one) + "\n" for one in results]
         tg.atomic_write(path, "".join(lines).encode())
         told = f"{unit['bpb']:.4f} bpb, {unit['seconds']:.0f} s, {unit['status']}"

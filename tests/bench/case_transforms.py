@@ -31,7 +31,7 @@ import numpy as np
 from command import ROOT, followed, run, tg  # data/ is on the path from here on
 from corpora import demo_documents, read_documents
 from export import bos_of, train_tokenizer
-from scores import OFF, Bench, interval
+from scores import Bench, interval, parted
 
 FORMS = ("", *tg.CASE_TRANSFORMS)
 SHAPE = ROOT / "records/track_cpu_1mb/demo/config.env"
@@ -91,7 +91,7 @@ class Trial:
     def settings(self) -> dict[str, str]:
         """The shape's settings but for scoring, on the form's shards."""
         shape = tg.read_config_lines(SHAPE.read_text(), str(SHAPE))
-        kept = {one.name: one.text for one in shape if one.name.lower() not in OFF}
+        _, kept = parted({one.name: one.text for one in shape})
         data = {
             "DATA_PATH": str(self.work / "datasets" / self.name),
             "TOKENIZER_PATH": str(self.work / "tokenizers" / f"{self.name}_bpe.model"),

@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt as tg  # noqa: E402
 
-SETTINGS = tg.FIELDS.keys() | tg.ALIASES.keys() | {"CONFIG"}
 Item = TypeVar("Item")
 
 
@@ -20,7 +19,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """main(the command line); what is refused is one message, with the script's exit code."""
     try:
         main(sys.argv[1:])
-    except tg.InputError as error:
+    except (tg.InputError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(tg.BAD_INPUT)
 
@@ -38,7 +37,7 @@ def options_of(
     allowed = set(own)
     told = list(own)
     if settings:
-        allowed |= SETTINGS
+        allowed |= tg.SETTING_NAMES
         told.append("the settings of train_gpt.py")
     options = {}
     for word in arguments:

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-from corpora import read_documents  # noqa: E402
+from command import ROOT, run, tg
+from corpora import read_documents
 
 
 def write_text(source: Path, target: Path, size: int) -> int:
@@ -67,15 +67,15 @@ def export(text: Path, root: Path, args: argparse.Namespace) -> tuple[float, int
     command += ["--transform", args.transform] if args.transform else []
     peak = 0
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
         time.sleep(0.1)
-    assert process.returncode == 0, process.returncode
+    tg.check(process.returncode == 0, f"the export ended with exit code {process.returncode}")
     return time.perf_counter() - start, peak
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--transform", default="", help="of capitals into markers")
     parser.add_argument("--val-docs", type=int, default=1000, help="documents with a side file")
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(folder) / "text.jsonl"
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

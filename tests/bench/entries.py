@@ -52,13 +52,15 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     folders = [args.first, *args.others]
     names = {folder: artifacts_in(folder) for folder in folders}
+    shared = {}
     for other in args.others:
-        alike = names[args.first] & names[other]
-        tg.check(alike, f"{args.first} and {other}: no seed in common")
-    paths = [folder / name for folder in names for name in sorted(names[folder])]
+        shared[other] = names[args.first] & names[other]
+        tg.check(shared[other], f"{args.first} and {other}: no seed in common")
+    shared[args.first] = set.union(*shared.values())
+    paths = [folder / name for folder in folders for name in sorted(shared[folder])]
     found = {path: score(path) for path in followed(paths, "artifacts")}
     for other in args.others:
-        both = sorted(names[args.first] & names[other])
+        both = sorted(shared[other])
         own = [found[args.first / name][0] for name in both]
         theirs = [found[other / name][0] for name in both]
         gains = np.subtract(theirs, own)

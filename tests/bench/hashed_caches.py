@@ -22,27 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command import followed, options_of, run, tg, whole_number
+from command import ROOT, followed, options_of, run, tg, whole_number
 
 VOCAB = 1024
 COUNTED = (range(1, 8), tg.NGRAM_ORDERS)  # exactly
-PRIMES_859 = (36313, 27191, 51647, 81929, 131071, 174763, 233017)
-SYSTEMS = {  # name -> settings, and the stride of windows of 2,048, as published
-    "PR 740 v1 (order 5, weight 0.2)": (
-        dict(ngram="fixed", ngram_order=5, ngram_min_order=5, ngram_alpha=0.2),
-        128,
-    ),
-    "PR 740 v2 (orders 2-7, backoff)": (dict(ngram="backoff"), 128),
-    "PR 859 (orders 2-7, chunk 32,768)": (
-        dict(
-            ngram="gated",
-            mixer_head=True,
-            ngram_buckets=2**20,
-            ngram_primes=PRIMES_859,
-            ngram_chunk_tokens=32768,
-        ),
-        32,
-    ),
+SYSTEMS = {  # name -> folder of the published settings
+    "PR 740 v1 (order 5, weight 0.2)": "2026-03-25_pr740_v1",
+    "PR 740 v2 (orders 2-7, backoff)": "2026-03-25_pr740_v2",
+    "PR 859 (orders 2-7, chunk 32,768)": "2026-03-26_pr859",
 }
 
 
@@ -115,12 +102,12 @@ def exact_memory(text: np.ndarray, orders: Sequence[int]) -> int:
     return peak
 
 
-def hashed(cfg: tg.Config, stream: np.ndarray, stride: int) -> tuple[tg.HashedCounts, float]:
+def hashed(cfg: tg.Config, stream: np.ndarray) -> tuple[tg.HashedCounts, float]:
     """Counts of a stream, and tokens a second."""
     counts = tg.HashedCounts(cfg, tg.Runtime(tg.Config(device="cpu"), {}))
     n = len(stream) - 1
     start = time.perf_counter()
-    counts.prepare(stream, tg.Windows(n, 2048, stride))
+    counts.prepare(stream, tg.Windows(n, cfg.score_len, cfg.ngram_stride or cfg.stride))
     return counts, n / (time.perf_counter() - start)
 
 
@@ -137,10 +124,10 @@ def show_exact(orders: Sequence[int], text: np.ndarray) -> None:
 
 def show_cache(name: str, zipf: np.ndarray, noise: np.ndarray) -> None:
     """How fast a system's cache counts, and what it charges for noise."""
-    settings, stride = SYSTEMS[name]
-    cfg = tg.Config(**settings)
-    _, on_text = hashed(cfg, zipf, stride)
-    counts, on_noise = hashed(cfg, noise, stride)
+    config = ROOT / "records/track_10min_16mb" / SYSTEMS[name] / "config.env"
+    cfg = tg.load_config({"CONFIG": str(config)})
+    _, on_text = hashed(cfg, zipf)
+    counts, on_noise = hashed(cfg, noise)
     bits = charged(counts.own, cfg)
     tenth = len(bits) // 10
     first = bits[:tenth].mean()

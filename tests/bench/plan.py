@@ -7,16 +7,14 @@ The constants of train_gpt.py should be the fitted ones: least squares of the re
 
 import statistics
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
+from command import ROOT, options_of, tg
 from scipy.optimize import nnls
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(ROOT / "tests"))
 from published_times import PUBLISHED, Planned, planned
-
-import train_gpt as tg
 
 
 def fit(rows: list[Planned]) -> np.ndarray:
@@ -42,7 +40,8 @@ def show(row: Planned) -> None:
     print(f"{run.name:30} {run.ms:7.2f} ms {row.ms():7.2f} {row.error():+5.0%} {memory}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    options_of(arguments, (), __doc__)
     rows = [planned(run) for run in PUBLISHED]
     flop, byte, operation = fit(rows)
     print(f"fitted: {1 / flop:.3g} FLOP/s, {1 / byte:.3g} byte/s, {operation:.3g} s an operation")

@@ -12,15 +12,10 @@ from __future__ import annotations
 import bz2
 import lzma
 import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
+from command import options_of, run, tg
 
 DISCOUNT = 0.75
 XZ_BEST = 9 | lzma.PRESET_EXTREME
@@ -65,6 +60,11 @@ def reference_points(cfg: tg.Config) -> Iterator[tuple[str, float]]:
         yield name, total / size
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
+    options_of(arguments, (), __doc__)
     for name, bpb in reference_points(tg.load_config(os.environ)):
         print(f"{name:28} {bpb:.3f}")
+
+
+if __name__ == "__main__":
+    run(main)
