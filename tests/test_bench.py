@@ -30,6 +30,8 @@ def test_words_are_options():
 REFUSED = {
     "hashed_caches TOKEN=2000000": "TOKEN: no such name; allowed are TOKENS, TEXT$",
     "hashed_caches NGRAM=mix": "NGRAM: no such name; allowed are TOKENS, TEXT$",
+    "reference_points X=1": "X: no such name; allowed are none$",
+    "plan X=1": "X: no such name; allowed are none$",
     "hashed_caches 2000000": "2000000: expected NAME=value",
     "hashed_caches TOKENS=3e6": "TOKENS=3e6: expected a whole number, 1000 or more",
     "hashed_caches TOKENS=999": "TOKENS=999: expected a whole number, 1000 or more",

@@ -43,7 +43,7 @@ def options_of(
     for word in arguments:
         name, equals, value = word.partition("=")
         tg.check(equals, f"{tg.printable(word)}: expected NAME=value (or --help)")
-        known = f"allowed are {', '.join(told)}"
+        known = f"allowed are {', '.join(told) or 'none'}"
         tg.check(name in allowed, f"{tg.printable(name)}: no such name; {known}")
         options[name] = value
     return options

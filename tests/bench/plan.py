@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from command import ROOT, options_of, tg
+from command import ROOT, options_of, run, tg
 from scipy.optimize import nnls
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -33,11 +33,13 @@ def fit(rows: list[Planned]) -> np.ndarray:
 
 def show(row: Planned) -> None:
     """A line of the table."""
-    run = row.run
+    published = row.run
     memory = ""
-    if run.mib:
-        memory = f"{run.mib:6} MiB {row.memory_error():+5.0%}"
-    print(f"{run.name:30} {run.ms:7.2f} ms {row.ms():7.2f} {row.error():+5.0%} {memory}")
+    if published.mib:
+        memory = f"{published.mib:6} MiB {row.memory_error():+5.0%}"
+    print(
+        f"{published.name:30} {published.ms:7.2f} ms {row.ms():7.2f} {row.error():+5.0%} {memory}"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,4 +57,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
