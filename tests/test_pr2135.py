@@ -6,6 +6,7 @@ restatement in float64.
 
 import copy
 import dataclasses
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -293,6 +294,27 @@ def test_a_resumed_run_is_the_same_across_both_changes(whole_run, tmp_path):
         found = torch.load(rest / "final_model.pt", weights_only=True)
         assert all(torch.equal(found[name], w) for name, w in expected.items())
         assert result["train_flops"] == whole_run[1]["train_flops"]
+
+
+SCORED = settings_in("""
+    EVAL_STRIDE=0 EVAL_PLAIN=1 TTT_LORA_RANK=2 TTT_LORA_ON=q,v,attn,mlp,head TTT_LORA_CHUNK=16
+    TTT_LR=0.01 TTT_DOCS=4 TTT_GLOBAL_DOCS=2 TTT_GLOBAL_LR=0.01 TTT_CHUNK_TOKENS=64 TILT_BOOST=2
+    TILT_ORDER=4 GPTQ_N_SAMPLES=4 EVAL_SEQ_LEN=64
+""")
+
+
+def test_a_compiled_run_is_the_eager_one(tmp_path, monkeypatch):
+    """All that the defaults compile, traced as for a GPU, with batches of the device's own size."""
+    _, eager, _ = run(tmp_path / "eager", **TINY_FRONT, **SCORED)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    code, traced, _ = run(tmp_path / "traced", COMPILE="1", **TINY_FRONT, **SCORED)
+    assert code == 0
+    assert list(traced["stages"]) == list(eager["stages"]) == ["plain", "mixed"]
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "traced"), losses_of(tmp_path / "eager"), atol=1e-4
+    )
+    for name, stage in eager["stages"].items():
+        assert traced["stages"][name]["loss"] == pytest.approx(stage["loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
