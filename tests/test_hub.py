@@ -922,6 +922,14 @@ def test_default_place(place, tmp_path):
     assert place(DATA_PATH=f"/x/{CASE_FOLDER}") == (Path("/x"), "sp8192_caseops")
 
 
+def test_data_that_is_here_already_is_gone_on_with(place, tmp_path, monkeypatch):
+    """Where train_gpt.py would find it: seen from the working folder."""
+    (tmp_path / "some/datasets/fineweb10B_sp1024").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert place(DATA_PATH="some/datasets/fineweb10B_sp1024") == (tmp_path / "some", "sp1024")
+    assert place(DATA_PATH="other/datasets/fineweb10B_sp1024") == (ROOT / "other", "sp1024")
+
+
 def test_options_choose_another_place(place):
     """--root and --variant, each for its half of what DATA_PATH names."""
     sp8192 = ("--variant", "sp8192")
