@@ -1,7 +1,7 @@
 """Parameter Golf: train, pack and score the best language model of 16,000,000 bytes with its code.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py       # the competition: 600 s on 8xH100
-    MICRO_BATCH_TOKENS=32768 python train_gpt.py                # the same run on one GPU
+    CONFIG=records/track_1gpu/pr2135/config.env python train_gpt.py     # an hour on one GPU
     CONFIG=records/track_cpu_1mb/demo/config.env python train_gpt.py    # minutes on a laptop CPU
     MODE=eval ARTIFACT=logs/<run>/model.ptz python train_gpt.py         # score an artifact alone
     SMOKE=1 python train_gpt.py                                 # every section, synthetic text
@@ -655,7 +655,7 @@ class Config:
     )
     ttt_docs: int = _score(
         512,
-        "documents in a batch, each with its own adapters",
+        "documents in a batch, each with its own adapters; 64 a GPU at most, if no score changes",
         low=1,
         high=65536,
         needs="TTT_LORA_RANK",
@@ -1767,6 +1767,7 @@ class Runtime:
         self._prepare_device()
         if knows_model:
             self.choose_attention(cfg)
+        self.complete = True  # no process is known to have failed alone
         self._owns_group = self.world > 1 and not dist.is_initialized()
         if self._owns_group:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
@@ -2027,8 +2028,8 @@ class Runtime:
         return 0
 
     def close(self) -> None:
-        """Leaves the group of processes."""
-        if self._owns_group:
+        """Leaves the group of processes. On CUDA that waits for all: one that failed just ends."""
+        if self._owns_group and (self.complete or not self.cuda):
             dist.destroy_process_group()
 
 
@@ -6200,7 +6201,8 @@ class Documents:
                 mine = slots % world == rank
                 works = self._group(group, group[mine], slots[mine])
                 for number, work in enumerate(works, 1):
-                    weight = int((self.counts[group] >= number).sum()) * self._length(number)
+                    alive = -(-int((self.counts[group] >= number).sum()) // world)
+                    weight = self._rows(min(alive, self.rows)) * self._length(number)
                     ends = number == len(works)
                     closes = ends and at + self.slots >= len(documents)
                     chunks.append(Chunk(lo, hi, [work], 1.0, weight, closes, ends))
@@ -7090,16 +7092,17 @@ def adapter_step(
 
 
 DOCUMENT_GROUPS = 128  # that are sorted by length together, where documents know nothing of others
+SLOTS_A_PROCESS = 64  # at most, where their number changes no score: 80 GB for the defaults
 
 
 class PerDocumentLoRA(WindowNetwork):
     """Low-rank adapters, a set for each document, that learn each chunk of it after its charge.
 
-    Documents stand side by side, TTT_DOCS of them, in a slot of adapters each; what one learns no
-    other sees. For the next ones B is zero again, and A as it was at first, the same for all, or,
-    with TTT_LORA_KEEP, as its slot left it. A process has the adapters of its own slots. Every
-    executed layer has its own. The pass that is charged is also the one that teaches: its graph is
-    kept until the chunk's end.
+    Documents stand side by side in slots, of adapters each: TTT_DOCS, or as many as fit the GPUs,
+    where no score depends on it. What one learns no other sees. For the next ones B is zero again,
+    and A as it was at first, the same for all, or, with TTT_LORA_KEEP, as its slot left it. A
+    process has the adapters of its own slots. Every executed layer has its own. The pass that is
+    charged is also the one that teaches: its graph is kept until the chunk's end.
     """
 
     learns = True
@@ -7109,6 +7112,8 @@ class PerDocumentLoRA(WindowNetwork):
         super().__init__(model, rt, cfg, cfg.score_len, cfg.ttt_lora_chunk, cfg.ttt_temperature)
         self.cfg = cfg
         self.window = 1 if in_order else DOCUMENT_GROUPS
+        most = cfg.ttt_docs if in_order or cfg.ttt_lora_keep else SLOTS_A_PROCESS * rt.world
+        self.slots = min(cfg.ttt_docs, most)  # of all processes
         self.update = rt.compile(adapter_step)
         self.compiled_hidden, self.hidden = self.hidden, self._hidden
         self.adapters: list[dict[str, Adapter]] = []  # of the batch at hand
@@ -7122,12 +7127,12 @@ class PerDocumentLoRA(WindowNetwork):
         self.start = []  # A at first
         self.params = []  # A and B of every place
         for rows, columns in itertools.chain(*(places.values() for places in shapes)):
-            kinds = cfg.ttt_docs if cfg.ttt_lora_keep else 1  # else no document's slot may matter
+            kinds = self.slots if cfg.ttt_lora_keep else 1  # else no document's slot may matter
             low = 2 * rt.uniform(generator, kinds, cfg.ttt_lora_rank, columns) - 1
-            low = (low / math.sqrt(columns)).expand(cfg.ttt_docs, -1, -1)
-            low = low[rt.rank % cfg.ttt_docs :: rt.world]  # one at least
+            low = (low / math.sqrt(columns)).expand(self.slots, -1, -1)
+            low = low[rt.rank % self.slots :: rt.world]  # one at least
             high = torch.zeros(len(low), rows, cfg.ttt_lora_rank, device=rt.device)
-            self.start.append(low)
+            self.start.append(low.clone() if cfg.ttt_lora_keep else low)  # not all slots' own
             self.params += [low.clone(), high]
         self.squares = [torch.zeros_like(p) for p in self.params]
         self.steps = torch.zeros(len(low), device=rt.device)
@@ -7139,7 +7144,7 @@ class PerDocumentLoRA(WindowNetwork):
             cfg.bos_id,
             self.seq_len,
             self.stride,
-            cfg.ttt_docs,
+            self.slots,
             window=self.window,
             rows=len(self.steps),
             fixed_rows=self.rt.profile.fixed_rows,
@@ -7891,8 +7896,9 @@ def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable, c
     """
     between = cfg.score_len
     network = scorer.network
-    batches = scorer.chunk_targets or rt.world * network.batch_rows * network.stride
-    targets = min(2 * batches, count)
+    batch = network.batch_rows * network.stride  # beside the first window, which stands alone
+    batches = network.seq_len + (2 * rt.world - 1) * batch
+    targets = min(2 * scorer.chunk_targets or batches, count)
     if network.learns:
         between = 3 * cfg.ttt_lora_chunk
         targets = between * (cfg.ttt_global_docs + cfg.ttt_docs)
@@ -9014,14 +9020,15 @@ def guarded_run(cfg: Config, rt: Runtime, blob: bytes = b"") -> tuple[int, dict[
             log = open_log(cfg, rt, Path(cfg.out_dir))
             if cfg.smoke and rt.local_rank == 0:
                 synthetic_shards(Path(cfg.data_path))
-        code, agreed = run_on_record(cfg, rt, log, blob)
+        rt.complete = False  # until all say that they are here
+        code, rt.complete = run_on_record(cfg, rt, log, blob)
         with Requests().heard():  # the end itself is not interrupted
             if code == OK and "result.json" in log.unwritten:
                 code = BAD_INPUT
             log.save(exit_code=code)
             result_card(cfg, log, code)
             log.log(f"result_json: {as_json(log.result)}", show=False)  # so the log alone says all
-            if agreed:
+            if rt.complete:
                 code = rt.highest(code)  # the launcher ends all when one leaves with an error
     return code, log.result
 

@@ -471,6 +471,19 @@ def test_a_warm_up_is_outside_the_scoring_clock(rng, rt, run_log):
     assert not run_log.seconds
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_few_processes_take_fewer_documents_at_a_time(kept, rng, rt, run_log, monkeypatch):
+    """Unless what they hand on depends on their number; no charge does."""
+    tokens = shuffled_documents(rng, 9)
+    cfg, scorer = build(rt, **LORA, ttt_docs=7, ttt_lora_keep=kept)
+    expected = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log).nats
+    monkeypatch.setattr(tg, "SLOTS_A_PROCESS", 2)
+    cfg, scorer = build(rt, **LORA, ttt_docs=7, ttt_lora_keep=kept)
+    assert len(scorer.network.steps) == (7 if kept else 2)
+    score = tg.evaluate(scorer, tokens, TABLE, cfg, rt, run_log)
+    np.testing.assert_allclose(score.nats, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("count", [3, 12, 40])
 def test_chunks_of_a_stream_that_ends_among_the_early_ones(count, rt):
     """As the definition has it, document after document."""

@@ -515,6 +515,20 @@ assert not any("gloo" in name for name in names), names
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(cuda, complete, monkeypatch):
+    """NCCL's end of a group is one of all processes; gloo's is each one's own."""
+    group = ["a member"]
+    monkeypatch.setattr(tg.dist, "destroy_process_group", group.clear)
+    rt = cpu_runtime()
+    rt._owns_group = True
+    rt.cuda = cuda
+    rt.complete = complete
+    rt.close()
+    assert bool(group) == (cuda and not complete)
+
+
 def test_nothing_of_the_group_is_left_when_a_process_ends():
     """A thread of gloo that outlives the interpreter aborts the process, at times (exit -6)."""
     env = dict(clean_env(), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")

@@ -10,8 +10,8 @@ from pod import Finished
 WHEELS = ("13.2", "13.0", "12.9", "12.6")
 
 MEMORY = (
-    "Lower MICRO_BATCH_TOKENS (training) or EVAL_BATCH_TOKENS (scoring); nvidia-smi shows who else "
-    "holds memory on the GPU."
+    "Lower MICRO_BATCH_TOKENS (training), EVAL_BATCH_TOKENS (windows) or TTT_DOCS (adapters); "
+    "nvidia-smi shows who else holds memory on the GPU."
 )
 NCCL = (
     "The processes do not reach each other: set NCCL_DEBUG=INFO to see where, try "

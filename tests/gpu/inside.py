@@ -97,6 +97,10 @@ def program(env: Mapping[str, str]) -> int:
 # --- the device -----------------------------------------------------------------------------------
 
 
+# No kernel of attention but torch's, and none with document bounds: nothing to be tried.
+PLAIN = dict(attn="sdpa", train_doc_mask=False, ttt_global_docs=0)
+
+
 def attention_ms(backend: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float | str:
     """Milliseconds of one forward and backward pass by a backend, or why it cannot."""
     from torch.nn.attention import sdpa_kernel
@@ -130,7 +134,7 @@ def device_facts(rows: int, length: int) -> Act:
         write_figures(env, figures)
         if not figures["usable"]:
             torch.zeros(1, device="cuda")  # says why
-        cfg = tg.Config(device=env["DEVICE"], attn="sdpa")
+        cfg = tg.Config(**PLAIN, device=env["DEVICE"])
         with contextlib.closing(tg.Runtime(cfg, env)):  # which kernels of torch's it allows
             pass
         figures["device"] = torch.cuda.get_device_name(0) if cuda else "cpu"
@@ -164,7 +168,7 @@ def reduction(count: int) -> Act:
     """Sums so many numbers over all processes, a few times."""
 
     def act(env: Mapping[str, str]) -> int:
-        cfg = tg.Config(device=env["DEVICE"], attn="sdpa")
+        cfg = tg.Config(**PLAIN, device=env["DEVICE"])
         with contextlib.closing(tg.Runtime(cfg, env)) as rt:
             numbers = torch.ones(count, device=rt.device)
             rt.sum_(numbers)

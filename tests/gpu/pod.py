@@ -466,6 +466,8 @@ class Pod:
         settings = {"EVAL_BATCH_TOKENS": self.scale.eval_batch, "MAX_EVAL_SECONDS": 0}
         if cfg.ttt_epochs and not cfg.ttt_before_scoring:
             settings["TTT_CHUNK_TOKENS"] = self.scale.adapted_chunk
+        if cfg.ttt_lora_rank and not self.dry:
+            settings["TTT_DOCS"] = cfg.ttt_docs // PARTS  # those of one of eight GPUs
         if cfg.ttt_global_docs:
             settings["TTT_GLOBAL_DOCS"] = self.scale.documents[1] // 4  # of so many, of any length
         return settings
