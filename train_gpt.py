@@ -7901,7 +7901,7 @@ def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable, c
     targets = min(2 * scorer.chunk_targets or batches, count)
     if network.learns:
         between = 3 * cfg.ttt_lora_chunk
-        targets = between * (cfg.ttt_global_docs + cfg.ttt_docs)
+        targets = between * (cfg.ttt_global_docs + network.slots)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, targets + 1, dtype=np.uint16)
     tokens[::between] = cfg.bos_id
     cfg = dataclasses.replace(cfg, max_eval_seconds=0.0)

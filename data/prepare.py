@@ -76,14 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     exported = commands.add_parser(
         "export", help="your own files, as the challenge's data was made"
     )
-    for command in (fineweb, demo, text, exported):
-        command.add_argument(
-            "--root",
-            type=Path,
-            default=None if command is fineweb else HERE,
-            help="data folder (default: "
-            + ("the one that DATA_PATH names, data/)" if command is fineweb else "data/)"),
-        )
+    told = "data folder (default: the one that DATA_PATH names, data/)"
+    fineweb.add_argument("--root", type=Path, help=told)
+    for command in (demo, text, exported):
+        command.add_argument("--root", type=Path, default=HERE, help="data folder (default: data/)")
     for command in (demo, text, exported):
         command.add_argument(
             "--transform",

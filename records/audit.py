@@ -311,25 +311,24 @@ def audit_artifact(env: Mapping[str, str]) -> bool:
     true_scores: dict[str, float] = {}
     scores = []
     sound = True
-    for stage in tg.STAGES.values():
-        if stage.enabled(cfg):
-            print(f"{stage.name}:", flush=True)
-            scorer = stage.build(tg.load_artifact(cfg, blob, rt), rt, cfg, table)
-            score = tg.evaluate(scorer, tokens, table, cfg, rt, log, sizes)
-            if score is None:
-                print(f"  not audited: it takes more than MAX_EVAL_SECONDS={cfg.max_eval_seconds}")
-                sound = False
-                continue
-            scores.append(score)
-            checks = tg.check_score(score, scorer, tokens, table, cfg, rt, true_scores, sizes)
-            model = tg.load_artifact(cfg, blob, rt)
-            checks += audit_stage(stage.build, model, rt, cfg, table, tokens)
-            for check in checks:
-                show(check)
-            print(f"  {score.label} {score.bpb:.6f} ({len(score.nats)} targets)", flush=True)
-            if score.validity == "valid":
-                true_scores[stage.name] = score.bpb
-            sound = sound and not any(check.failed for check in checks)
+    for stage in tg.stages_of(cfg):
+        print(f"{stage.name}:", flush=True)
+        scorer = stage.build(tg.load_artifact(cfg, blob, rt), rt, cfg, table)
+        score = tg.evaluate(scorer, tokens, table, cfg, rt, log, sizes)
+        if score is None:
+            print(f"  not audited: it takes more than MAX_EVAL_SECONDS={cfg.max_eval_seconds}")
+            sound = False
+            continue
+        scores.append(score)
+        checks = tg.check_score(score, scorer, tokens, table, cfg, rt, true_scores, sizes)
+        model = tg.load_artifact(cfg, blob, rt)
+        checks += audit_stage(stage.build, model, rt, cfg, table, tokens)
+        for check in checks:
+            show(check)
+        print(f"  {score.label} {score.bpb:.6f} ({len(score.nats)} targets)", flush=True)
+        if score.validity == "valid":
+            true_scores[stage.name] = score.bpb
+        sound = sound and not any(check.failed for check in checks)
     if not rt.main:
         return sound
     print("all stages:")

@@ -314,6 +314,12 @@ def run(out, **env):
     return code, result_of(out), log_of(out)
 
 
+def run_traced(patch, out, **env):
+    """The same with compilation on: traced as for a GPU, then run as it stands."""
+    patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    return run(out, COMPILE="1", **env)
+
+
 def tiny_env(out, **env):
     """The environment of a process that makes a tiny run on the CPU."""
     return clean_env(**tiny_settings(out, **env))

@@ -183,7 +183,7 @@ def test_when_a_curve_reaches_a_loss(ablate):
 REFUSED = {
     "two rows of one name": ("base\nbase NUM_LAYERS=3", "two rows are named base"),
     "no rows": ("all TOKENS=9", "no row but `all`"),
-    "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not .'NUM_LAYERS'"),
+    "no setting": ("base NUM_LAYERS", "base: expected NAME=value, not NUM_LAYERS"),
     "no share": ("base TOKENS=999999 WARMDOWN_ITERS=half%", "WARMDOWN_ITERS=half%: expected a num"),
     "two places": (
         "base TOKENS=999999\nother TOKENS=999999 HELD_OUT=split",

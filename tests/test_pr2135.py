@@ -6,7 +6,6 @@ restatement in float64.
 
 import copy
 import dataclasses
-import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +26,7 @@ from helpers import (
     randomized,
     run,
     run_in_processes,
+    run_traced,
     settings_in,
     take_step,
     tiny_settings,
@@ -305,16 +305,16 @@ SCORED = settings_in("""
 
 def test_a_compiled_run_is_the_eager_one(tmp_path, monkeypatch):
     """All that the defaults compile, traced as for a GPU, with batches of the device's own size."""
-    _, eager, _ = run(tmp_path / "eager", **TINY_FRONT, **SCORED)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    code, traced, _ = run(tmp_path / "traced", COMPILE="1", **TINY_FRONT, **SCORED)
+    first = tmp_path / "eager"
+    second = tmp_path / "traced"
+    _, eager, _ = run(first, **TINY_FRONT, **SCORED)
+    code, traced, _ = run_traced(monkeypatch, second, **TINY_FRONT, **SCORED)
     assert code == 0
     assert list(traced["stages"]) == list(eager["stages"]) == ["plain", "mixed"]
-    np.testing.assert_allclose(
-        losses_of(tmp_path / "traced"), losses_of(tmp_path / "eager"), atol=1e-4
-    )
+    np.testing.assert_allclose(losses_of(second), losses_of(first), atol=1e-4)
     for name, stage in eager["stages"].items():
-        assert traced["stages"][name]["loss"] == pytest.approx(stage["loss"], abs=1e-3)
+        found = traced["stages"][name]["loss"]
+        assert found == pytest.approx(stage["loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

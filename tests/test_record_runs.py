@@ -54,10 +54,9 @@ def test_unusable_input(place, arguments, words, capsys, monkeypatch, tmp_path):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["MATRIX_LR", "TTT_LORA_LR"]
-)  # the second is another's name of one
+@pytest.mark.parametrize("name", ["MATRIX_LR", "TTT_LORA_LR"])
 def test_settings_of_the_environment_are_refused(name, place, monkeypatch, capsys):
+    """By either of their names."""
     monkeypatch.setenv(name, "0.1")
     assert new(place, "env", "--track", "t", "--seeds", "1") == 64
     assert name in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Whole runs (section 13), as users start them: in one process, in two, interrupted, damaged."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ from helpers import (
     result_of,
     run,
     run_in_processes,
+    run_traced,
     settings_in,
     tiny_env,
     torchrun_alone,
@@ -190,14 +190,12 @@ def test_warm_up_says_nothing_of_fake_quantization(tmp_path):
 
 def test_a_compiled_run_with_the_devices_own_batches(tmp_path, monkeypatch):
     """All kinds of stages, as on a GPU: traced, and warmed up before their clocks."""
-    compiled = functools.partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", compiled)
     stages = dict(EVAL_PLAIN="1", EVAL_STREAM="16", TILT="1", MIX_CHUNK_TOKENS="64")
-    code, result, _ = run(tmp_path / "a", COMPILE="1", **stages)
+    _, eager, _ = run(tmp_path / "eager", **stages)
+    code, result, _ = run_traced(monkeypatch, tmp_path / "traced", **stages)
     assert code == 0
     assert list(result["stages"]) == ["plain", "sliding", "streaming", "mixed"]
     assert result["seconds"]["stage_warmup"] > 0
-    _, eager, _ = run(tmp_path / "b", **stages)
     for name, stage in eager["stages"].items():
         assert result["stages"][name]["loss"] == pytest.approx(stage["loss"], abs=1e-4)
 

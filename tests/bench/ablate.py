@@ -60,7 +60,7 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
         if not words:
             continue
         wrong = [word for word in words[1:] if "=" not in word]
-        tg.check(not wrong, f"{path}: {words[0]}: expected NAME=value, not {wrong[:1]}")
+        tg.check(not wrong, f"{path}: {words[0]}: expected NAME=value, not {' '.join(wrong[:1])}")
         settings = dict(word.split("=", 1) for word in words[1:])
         if words[0] == "all":
             shared |= settings

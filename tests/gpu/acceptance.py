@@ -137,11 +137,6 @@ def judge_time(session: Session, label: str, row: dict) -> None:
         session.expect(f"{label} time", value, f"<= {EVAL_SECONDS} s", in_time, advice.FITS)
 
 
-def stages_of(cfg: tg.Config) -> set[str]:
-    """Names of the stages that settings ask for."""
-    return {stage.name for stage in tg.stages_of(cfg)}
-
-
 # --- the checks -----------------------------------------------------------------------------------
 
 
@@ -375,7 +370,8 @@ def judge_system(session: Session, system: str, exact: str) -> None:
             new = row["recompiles"]
             session.expect(f"{system} recompiles", new, "0", new == 0, advice.GRAPHS)
             judge_run(session, finished)
-        judge_stages(session, name, stages_of(pod.config(system)), system, system)
+        wanted = {stage.name for stage in tg.stages_of(pod.config(system))}
+        judge_stages(session, name, wanted, system, system)
     judge_losses(session, system, finished, pod.finished[exact])
 
 
