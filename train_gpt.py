@@ -51,7 +51,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -637,8 +637,8 @@ class Config:
     )
     ttt_lora_on: str = _score(
         "q,v,attn,mlp,head",
-        "where, in every executed layer: attention's and the MLP's matrices, attn and mlp (beside "
-        "all of either); and the head",
+        "where, in every executed layer: q, k, v, out (attention's matrices), up, down (the "
+        "MLP's), attn, mlp (beside all of either); and head",
         needs="TTT_LORA_RANK",
     )
     ttt_lora_wd: float = _score(2.0, "their weight decay", low=0, needs="TTT_LORA_RANK")
@@ -1707,6 +1707,14 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+NO_FLOAT64 = ("mps",)  # kinds of devices without that format
+
+
+def in_float64(numbers: Tensor) -> Tensor:
+    """The same in float64; on the host, where their device has none."""
+    return (numbers.cpu() if numbers.device.type in NO_FLOAT64 else numbers).double()
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has instructions for products in bfloat16, as oneDNN sees it."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -1801,6 +1809,9 @@ class Runtime:
             exact = self.profile.dtype == torch.float32
             torch.set_float32_matmul_precision("highest" if exact else "high")
             torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length
+            # Packing works on the host, and torchrun gives every process one thread.
+            torch.set_num_threads(max(1, min(16, PROCESSORS // self.local_world)))
+            keep_freed_memory()
         elif self.device.type == "cpu":
             torch.set_deterministic_debug_mode("error")  # the other name of it imports a compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and slow
@@ -4256,9 +4267,7 @@ class AsFloat(Quantizer):
         """The array that fit gives for a tensor of any shape."""
         return (Part("floats", self.dtype, tuple(shape)),)
 
-    def fit(
-        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
-    ) -> tuple[Tensor, ...]:
+    def fit(self, w: Tensor, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, ...]:
         """The tensor in this type."""
         return (w.to(self.torch_dtype),)
 
@@ -4284,9 +4293,7 @@ class StepInt(Quantizer):
         steps = Part("steps", "|i1", (columns,)), Part("steps", "|i1", (rows,))
         return Part("codes", self.dtype, (rows, columns)), *steps
 
-    def fit(
-        self, w: Tensor, cfg: Config, hessian: Tensor | None = None, sigmas: float = 0.0
-    ) -> tuple[Tensor, ...]:
+    def fit(self, w: Tensor, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, ...]:
         """One matrix w [R, C] at c = QUANT_STEP, all of its rows of importance 1; see fit_many."""
         factor = inverse_factor(torch.eye(w.size(1)) if hessian is None else hessian, cfg.gptq_damp)
         return self.fit_many(w[None], [factor], torch.ones(1, len(w)), cfg.quant_step)[0]
@@ -4563,12 +4570,14 @@ class Clock:
     def out_of_time(self) -> bool:
         """Whether one more step could end after the limit.
 
-        Counted are the steps in flight at the last report, those since then, and the next: a tenth
-        more than the slow ones of late took, and one as slow as the slowest (a stall).
+        Counted are the steps in flight at the last report (which is sent off before an older one is
+        awaited, so one more than the lag), those since then, and the next: a tenth more than the
+        slow ones of late took, and one as slow as the slowest (a stall).
         """
         durations = sorted(self.durations) or [self.pace()]  # after a resume none is known yet
         slowest, slow = durations[-1], durations[len(durations) * 9 // 10]
-        needed = 1.1 * slow * 2 * self.lag + 1.1 * slowest
+        under_way = 2 * self.lag + 1 if self.lag else 0
+        needed = 1.1 * (under_way * slow + slowest)
         return self.drives and self.last.elapsed + needed > self.limit
 
     def progress(self, step: int) -> float:
@@ -4582,9 +4591,10 @@ class Interrupted(BaseException):
 
 
 class Requests:
-    """What signals ask for: SIGTERM and SIGINT to end, SIGUSR1 to save.
+    """What signals ask for: SIGTERM, SIGINT and SIGHUP to end, SIGUSR1 to save.
 
-    They are noted; at_once: the end is an Interrupted, raised wherever the program is.
+    They are noted; at_once: the end is an Interrupted, raised wherever the program is. A SIGHUP
+    that is ignored stays so (nohup).
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -4594,15 +4604,18 @@ class Requests:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         asked_before = self.stop
-        self.stop |= number in (signal.SIGTERM, signal.SIGINT)
+        name = signal.Signals(number).name
+        self.stop |= name != "SIGUSR1"
         self.save = True
         if self.at_once and self.stop and not asked_before:
-            raise Interrupted(signal.Signals(number).name)
+            raise Interrupted(name)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Listens inside the block."""
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & vars(signal).keys()
+        if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            names.remove("SIGHUP")
         numbers = [getattr(signal, name) for name in names]
         before = [signal.signal(number, self._on_signal) for number in numbers]
         try:
@@ -4610,6 +4623,19 @@ class Requests:
         finally:
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
+
+
+def packed_context(
+    model: GPT, rt: Runtime, ids: np.ndarray, longest: int, room: int, cut: int
+) -> PassContext:
+    """What keeps attention inside a row's documents, and inside pieces of so many tokens.
+
+    ids [1, T]. Shapes are for pieces of `room` tokens at most, and as many as `cut` gives.
+    """
+    starts = segment_starts(ids.reshape(-1), model.cfg.bos_id, longest)
+    segments = segments_of(starts, ids.size, room, cut, rt.pads_documents)
+    row = torch.empty(ids.shape, dtype=torch.int64, device=rt.device)
+    return model.context(row, documents=rt.put_segments(segments))
 
 
 # Before that, one slow step makes the end look near, and fake quantization would stay on for good.
@@ -4639,8 +4665,9 @@ class Trainer:
         self.rows = cfg.micro_tokens // cfg.row_tokens  # of a micro-batch
         no_start = (cfg.bos_id + 1) % cfg.vocab_size
         self.nothing = np.full((self.rows, cfg.row_tokens), no_start, np.int64)
-        self.row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
-        self.context = None if cfg.train_doc_mask else model.context(self.row)
+        row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
+        self.context = None if cfg.train_doc_mask else model.context(row)
+        self.context_rows = cfg.context_rows
         self.longest = cfg.train_seq_len  # tokens of a segment, now
         trained = [p for p in model.parameters() if p.requires_grad]
         self.gradients = bind_flat_gradients(trained)
@@ -4716,16 +4743,13 @@ class Trainer:
 
     def packed_context(self, ids: np.ndarray) -> PassContext:
         """What keeps attention inside the documents of a row [1, T]."""
-        cfg = self.cfg
-        starts = segment_starts(ids.reshape(-1), cfg.bos_id, self.longest)
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
-        cut = min(length for length, _ in cfg.context_rows)
-        segments = segments_of(starts, ids.size, cfg.train_seq_len, cut, self.rt.pads_documents)
-        return self.model.context(self.row, documents=self.rt.put_segments(segments))
+        room, cut = self.cfg.train_seq_len, min(length for length, _ in self.context_rows)
+        return packed_context(self.model, self.rt, ids, self.longest, room, cut)
 
     def follow(self, share: float) -> None:
         """Depth recurrence and largest segments as they are when that share of the run is over."""
-        for length, until in reversed(self.cfg.context_rows):
+        for length, until in reversed(self.context_rows):
             if share < until:
                 self.longest = length
         before = len(self.model.steps)
@@ -5487,14 +5511,14 @@ def fit_all(
 ) -> list[PackedTensor]:
     """Every tensor by its quantizer, steps times scale; with LQER_ENABLED the worst are corrected.
 
+    state_dict: float32, on the CPU.
+
     The scale is that of QUANT_STEP where that is on, else of the deviations where rows are clipped.
     Matrices of one shape that take GPTQ's column steps are fitted together, which is faster.
     """
     fitted: dict[str, PackedTensor] = {}
     groups: dict[Any, dict[str, Tensor]] = {}
     for name, w in state_dict.items():
-        w = w.detach().to("cpu", torch.float32).contiguous()
-        check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
         kind = quantizer_of(name, w, cfg)
         if kind == "step16":
             groups.setdefault(w.shape, {})[name] = w
@@ -5518,12 +5542,11 @@ def corrected(
     fitted: Mapping[str, PackedTensor], state_dict: Mapping[str, Tensor], cfg: Config
 ) -> dict[str, PackedTensor]:
     """The matrices that quantization has lost most of, with what LowRankCorrected adds."""
-    missing = {}
-    for name, tensor in fitted.items():
-        if tensor.kind not in ("f16", "f32"):
-            missing[name] = state_dict[name].detach().to("cpu", torch.float32) - decoded(
-                tensor, cfg
-            )
+    missing = {
+        name: state_dict[name] - decoded(tensor, cfg)
+        for name, tensor in fitted.items()
+        if tensor.kind not in ("f16", "f32")
+    }
     norms = {name: float(error.norm()) for name, error in missing.items()}
     worst = sorted(norms, key=norms.__getitem__, reverse=True)
     found = {}
@@ -5563,19 +5586,24 @@ def pack(
     the smallest if none does. InputError if a weight is not finite.
     """
     calibration = hessians if isinstance(hessians, Calibration) else Calibration(hessians or {})
+    weights = {
+        name: w.detach().to("cpu", torch.float32).contiguous() for name, w in state_dict.items()
+    }
+    for name, w in weights.items():
+        check(w.isfinite().all(), f"{name}: has values that are not finite; nothing was packed")
 
     def packed(scale: float) -> bytes:
-        fitted = fit_all(state_dict, cfg, calibration, scale)
+        fitted = fit_all(weights, cfg, calibration, scale)
         said = {**(notes or {}), "fit_scale": scale} if cfg.fit_artifact else dict(notes or {})
         return packed_file(fitted, cfg, code_bytes, said)
 
     if not cfg.fit_artifact:
         return packed(1.0)
-    weights = sum(w.numel() for name, w in state_dict.items() if is_large(name, w, cfg))
+    count = sum(w.numel() for name, w in weights.items() if is_large(name, w, cfg))
     # Of PR 2135's form fewer deviations would clip more, not round finer.
     least = -math.inf if cfg.quant_step else 0.0
     limit = size_cap(cfg, code_bytes) - code_bytes - cfg.fit_margin
-    return fitted_to(limit, weights, packed, least, progress)
+    return fitted_to(limit, count, packed, least, progress)
 
 
 # Probes of FIT_ARTIFACT, and the share of the limit that the file may fall short of it.
@@ -6803,7 +6831,7 @@ class Softmax(Distribution):
     hidden: Tensor  # [B, S, D] the final norm's output
 
     def prob(self, ids: Tensor) -> Tensor:
-        return self.log_p.gather(-1, ids).double().exp()
+        return in_float64(self.log_p.gather(-1, ids)).exp()
 
 
 @dataclasses.dataclass
@@ -7305,15 +7333,11 @@ class GlobalStep:
 
     def _mean_loss(self, tokens: np.ndarray) -> Tensor:
         """Of one packed row."""
-        ids = tokens[:-1].astype(np.int64)
-        starts = segment_starts(ids, self.cfg.bos_id, self.row)
+        ids, targets = (part.astype(np.int64)[None] for part in (tokens[:-1], tokens[1:]))
         # With bounds, room for pieces of 128 tokens: another number would be another graph.
         cut = 0 if self.rt.pads_documents else 128
-        segments = segments_of(starts, len(ids), self.row, cut, side_by_side=not cut)
-        on_device = self.rt.put(ids[None])
-        context = self.model.context(on_device, documents=self.rt.put_segments(segments))
-        targets = self.rt.put(tokens[1:].astype(np.int64)[None])
-        return self.loss(self.model, on_device, targets, context=context)
+        context = packed_context(self.model, self.rt, ids, self.row, self.row, cut)
+        return self.loss(self.model, self.rt.put(ids), self.rt.put(targets), context=context)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, as copies."""
@@ -7708,7 +7732,7 @@ class Score:
     seconds: float = 0.0
     loss: float = 0.0  # mean nats, from float64 sums
     bpb: float = 0.0
-    mass: float = 1.0  # mean sum over the vocabulary of what is charged
+    mass: float = 1.0  # mean sum over the vocabulary of what is charged; its check measures it
 
     @property
     def label(self) -> str:
@@ -7733,13 +7757,18 @@ class Score:
         }
 
 
+# Kind of round -> after so many the pace counts, and after so many a stage is judged early.
+ROUNDS = {"adaptation": (4, 20), "batch": (2, 8), "group": (1, 2)}
+
+
 @dataclasses.dataclass
 class TimeGuard:
     """Says whether a stage ends within MAX_EVAL_SECONDS, at the pace of its warm rounds.
 
     The first batches, adaptation steps and commit ask for memory and choose kernels: what they take
     is spent, and says nothing of the rest. Shares are of the stage's adaptation, then of its
-    inputs; a global step is not foreseen.
+    inputs; a global step is not foreseen. Every stage is judged twice: early, where only what is
+    hopeless is skipped, and when an eighth of its rounds is over.
     """
 
     name: str
@@ -7750,33 +7779,47 @@ class TimeGuard:
     start: float
     since: float  # the pace counts from then on
     share: float = 0.0  # what was done then
-    adaptation_steps: int = 0
+    rounds: Counter[str] = dataclasses.field(default_factory=Counter)
+    settled: set[str] = dataclasses.field(default_factory=set)  # kinds that were judged twice
 
     def pace_from(self, share: float) -> None:
         """What is done from here on tells the pace."""
         self.since = self.now()
         self.share = share
 
+    def after(self, kind: str, share: float, rounds_over: float, judged: bool = True) -> bool:
+        """After a round of a kind, with this share done -> whether there is time for the rest.
+
+        rounds_over: the share of the rounds, which all processes know alike.
+        """
+        self.rounds[kind] += 1
+        warm, early = ROUNDS[kind]
+        if self.rounds[kind] == warm:
+            self.pace_from(share)
+        late = self.rounds[kind] > early and rounds_over >= 1 / 8 and kind not in self.settled
+        if late:
+            self.settled.add(kind)
+        return self.fits(share) if judged and (late or self.rounds[kind] == early) else True
+
     def adapted(self, share: float) -> bool:
         """After a step of what comes before scoring -> whether there is time for the rest."""
-        self.adaptation_steps += 1
         self.log.show_progress(f"{self.name}: adapting", self.start, share)
-        if self.adaptation_steps == 4:
-            self.pace_from(share)
-        return self.adaptation_steps != 20 or self.fits(share)
+        return self.after("adaptation", share, share)
 
     def fits(self, share: float) -> bool:
         """Whether the stage ends in time if this share is done; rank 0 decides for all."""
-        needed = self.since - self.start
-        if share > self.share:
-            needed += (self.now() - self.since) * (1 - self.share) / (share - self.share)
+        spent = self.since - self.start
+        told = share - self.share  # what tells the pace
+        coming = (self.now() - self.since) * (1 - self.share) / told if told > 0 else 0.0
         left = self.limit - self.log.booked(EVAL_PHASES)
-        late = float(self.rt.rank == 0 and self.limit > 0 and share < 1 and needed > left)
-        late = self.rt.sum_(torch.tensor([late])).item() > 0
+        # Where that is little, one stall of a second looks like minutes.
+        least = spent + (coming if told > 0.1 else coming / 3)
+        late = self.rt.rank == 0 and self.limit > 0 and share < 1 and least > left
+        late = self.rt.sum_(torch.tensor([float(late)])).item() > 0
         if late:
             self.log.log(
-                f"scoring stage skipped: needs about {needed:.0f} s, MAX_EVAL_SECONDS leaves "
-                f"{left:.0f} s"
+                f"scoring stage skipped: needs about {spent + coming:.0f} s, MAX_EVAL_SECONDS "
+                f"leaves {left:.0f} s"
             )
         return not late
 
@@ -7832,10 +7875,6 @@ def evaluate(
     return score
 
 
-WARM_BATCHES = 2  # the first of a stage, which also ask for memory and choose kernels
-JUDGED_BATCH = 8  # after it a stage is skipped if it would take too long
-
-
 def score_chunks(
     scorer: Scorer,
     plan: Plan,
@@ -7850,7 +7889,8 @@ def score_chunks(
     chunks = plan.chunks(rank, world)
     total = sum(chunk.weight * len(chunk.work) for chunk in chunks)
     begun = guard.now()
-    batches = done = charged = count = groups = 0
+    all_batches = sum(len(chunk.work) for chunk in chunks)
+    batches = done = charged = count = 0
     ahead = None
     for number, chunk in enumerate(chunks):
         for work, following in itertools.pairwise([*chunk.work, None]):
@@ -7869,9 +7909,7 @@ def score_chunks(
             done += chunk.weight / total
             line = f"{score.name}: running_loss:{charged / max(count, 1):.4f}"
             log.show_progress(line, begun, done)
-            if batches == WARM_BATCHES:
-                guard.pace_from(done)
-            elif batches == JUDGED_BATCH and not scorer.network.learns and not guard.fits(done):
+            if not guard.after("batch", done, batches / all_batches, not scorer.network.learns):
                 return False
         if chunk.closes:
             score.events.append(("score", chunk.lo, chunk.hi))
@@ -7879,10 +7917,9 @@ def score_chunks(
             scorer.commit(chunk, tokens)
             if chunk.closes:
                 score.events.append(("commit", chunk.lo, chunk.hi))
-            groups += chunk.ends_documents
-            if number == 0 or (chunk.ends_documents and groups == 1):
+            if number == 0:
                 guard.pace_from(done)  # what comes first asks for memory
-            elif chunk.ends_documents and groups == 2 and not guard.fits(done):
+            if chunk.ends_documents and not guard.after("group", done, number / len(chunks)):
                 return False
     return True
 
@@ -7910,10 +7947,15 @@ def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable, c
     scorer.load_state_dict(state)
 
 
+def targets_of(tokens: np.ndarray, batch: Batch, rt: Runtime) -> Tensor:
+    """A batch's targets [B, S, 1]."""
+    return rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)
+
+
 def score_batch(scorer: Scorer, batch: Batch, tokens: np.ndarray, rt: Runtime) -> Tensor:
     """Nats of a batch's targets [B, S]: predicted, charged, and then set aside for what learns."""
     distribution = scorer.predict(batch)
-    targets = rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)  # known only now
+    targets = targets_of(tokens, batch, rt)  # known only now
     nats = -distribution.prob(targets).squeeze(-1).log().float()
     if scorer.learns:
         scorer.collect(batch, distribution, targets)
@@ -8174,11 +8216,6 @@ def check_order(score: Score) -> Check:
             )
         charged = max(charged, hi)
     return Check("order", figures={"events": len(score.events)})
-
-
-def targets_of(tokens: np.ndarray, batch: Batch, rt: Runtime) -> Tensor:
-    """A batch's targets [B, S, 1]."""
-    return rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)
 
 
 @torch.inference_mode()
@@ -8991,10 +9028,9 @@ def over_budget(cfg: Config, log: RunLog) -> bool:
 
 def open_log(cfg: Config, rt: Runtime, out: Path) -> RunLog:
     """The log in OUT_DIR; InputError if an artifact is there that a training would overwrite."""
-    trains = cfg.mode == "train" and not rt.restarts
     finished = f"OUT_DIR={str(out)!r} holds an artifact, model.ptz: MODE=eval scores it; "
     finished += "another OUT_DIR or RUN_ID trains anew"
-    check(not (trains and (out / "model.ptz").exists()), finished)
+    check(cfg.mode != "train" or not (out / "model.ptz").exists(), finished)
     return RunLog(out, rt, resumed=bool(cfg.resume or rt.restarts))
 
 

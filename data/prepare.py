@@ -38,10 +38,13 @@ try:
     from shown import paragraph, shell_word
 
     from train_gpt import AUDIT_FAILED, BAD_INPUT, CASE_TRANSFORMS, OK, InputError, check
-except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing}: the data tool needs the packages that requirements-dev.txt lists")
-except ValueError as unusable:  # huggingface_hub reads its address when it is imported
-    sys.exit(f"error: HF_ENDPOINT: {unusable}")
+except (ModuleNotFoundError, ValueError) as error:  # as train_gpt's BAD_INPUT, which may be missing
+    told = f"HF_ENDPOINT: {error}"  # huggingface_hub reads its address when it is imported
+    if isinstance(error, ModuleNotFoundError):
+        # Not requirements-dev.txt: it would put another torch in the place of an image's own.
+        told = f"{error}: pip install -U huggingface_hub filelock tqdm, and requirements.txt"
+    print(f"error: {told}", file=sys.stderr)
+    sys.exit(64)
 
 INTERRUPTED = 130
 OFFICIAL = export.TokenizerPlan()

@@ -1,7 +1,7 @@
 """The reviewer's deep audit of a score: every claim of it, tried on the artifact itself.
 
     python records/audit.py logs/<run>/model.ptz                 # an artifact of this program
-    python records/audit.py records/track_cpu_1mb/<folder>       # its artifact, with its config.env
+    python records/audit.py records/<track>/<record>/model_seed42.ptz    # with its config.env
     python records/audit.py model.ptz EVAL_STREAM=256 TILT=1     # other settings, as in MODE=eval
 
 For every stage that the settings ask for, on a short stream in three documents, with short chunks:

@@ -33,12 +33,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tool import ROOT, page
+from tool import ROOT
 from tool.arguments import Parser, positive
-from tool.board import files_of, read_board
 from tool.case import TRACKS, Case, Track
 from tool.checks import check_case
-from tool.compare import compare, describe, load_sample
 from tool.finding import as_json, render, worst_verdict
 from tool.folder import Folder
 from tool.rerun import warning
@@ -62,6 +60,8 @@ from tool.wrapper import unpack_source
 
 from train_gpt import BAD_INPUT, INTERRUPTED, OK, InputError, atomic_write
 
+# What needs matplotlib or scipy is imported by the commands that use it, at their beginning: the
+# others run where only train_gpt.py's own packages are.
 FAILED = 1
 RECORDS = Path(__file__).resolve().parent
 
@@ -71,6 +71,8 @@ RECORDS = Path(__file__).resolve().parent
 
 def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Namespace) -> None:
     """Script, settings, logs, artifacts, requirements, JSON, README, plot into an empty folder."""
+    from tool import page
+
     for name in SNAPSHOT:
         if (work / name).is_file():
             shutil.copy(work / name, draft / name)
@@ -104,6 +106,8 @@ def assemble(draft: Path, work: Path, outs: Sequence[Path], args: argparse.Names
 
 
 def command_new(args: argparse.Namespace) -> int:
+    from tool import page  # noqa: F401  what the last step lacks is noticed before the first run
+
     if not (args.seeds or args.collect):
         raise RecordError("new: --seeds or --collect is needed")
     args.track = args.track.removeprefix("track_")
@@ -189,6 +193,8 @@ def command_check(args: argparse.Namespace) -> int:
 
 
 def command_compare(args: argparse.Namespace) -> int:
+    from tool.compare import compare, describe, load_sample
+
     try:
         found = compare(load_sample(args.old), load_sample(args.new))
     except ValueError as error:
@@ -198,6 +204,8 @@ def command_compare(args: argparse.Namespace) -> int:
 
 
 def command_board(args: argparse.Namespace) -> int:
+    from tool.board import files_of, read_board
+
     board = read_board(args.track)
     files, notes = files_of(board)
     for name in board.skipped:
@@ -358,17 +366,22 @@ def main(argv: Sequence[str]) -> int:
     except (RecordError, InputError, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except ModuleNotFoundError as missing:
+        print(f"{args.command}: {missing}: pip install matplotlib scipy", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
         return INTERRUPTED
 
 
 def interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends a call as Ctrl-C does: what it started is ended first."""
+    """SIGTERM or a hang-up ends a call as Ctrl-C does: what it started is ended first."""
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that has fewer letters
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, interrupt)
     sys.exit(main(sys.argv[1:]))

@@ -83,10 +83,14 @@ NOTHING = Costs()
 
 
 class FarDevice(TorchDispatchMode):
-    """Computes all operations on this machine; those of far tensors are noted, by name."""
+    """Computes all operations on this machine; those of far tensors are noted, by name.
 
-    def __init__(self) -> None:
+    float64: whether it has that format, which Apple's GPU has not.
+    """
+
+    def __init__(self, float64: bool = True) -> None:
         super().__init__()
+        self.float64 = float64
         self.noted: dict[str, list[str]] = {kind: [] for kind in Costs._fields}
 
     def costs(self, since: Costs = NOTHING) -> Costs:
@@ -116,7 +120,11 @@ class FarDevice(TorchDispatchMode):
         def outside(tensor: Tensor) -> Tensor:
             if id(tensor) in known:  # changed in place
                 return known[id(tensor)]
-            return FarTensor(tensor) if goes_far else tensor
+            if not goes_far:
+                return tensor
+            if tensor.dtype == torch.float64 and not self.float64:
+                raise TypeError(f"{name} makes float64, which the device has not")
+            return FarTensor(tensor)
 
         return mapped(outside, func(*plain_args, **plain_kwargs))
 
@@ -194,9 +202,9 @@ def fused_devices() -> list[str]:
 
 
 @contextlib.contextmanager
-def far_device() -> Iterator[FarDevice]:
+def far_device(float64: bool = True) -> Iterator[FarDevice]:
     """The pretend device while the block runs, and the program made ready for it."""
-    device = FarDevice()
+    device = FarDevice(float64)
     decorated = [(tg.Scorer, "predict"), (tg, "check_future"), (tg, "check_distribution")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "inference_mode", no_inference_mode)

@@ -4,12 +4,15 @@ What a GPU alone can show is not here: kernels, graphs, NCCL.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env
+from record_help import descendants_of, wait_until_dead
 
 FOLDER = ROOT / "tests/gpu"
 SYSTEMS = [path.parent.name for path in ROOT.glob("records/track_10min_16mb/2*/config.env")]
@@ -55,6 +58,29 @@ def test_every_check_passes(rehearsal):
     failed = [finding for finding in figures["findings"] if not finding["passed"]]
     assert (code, failed, figures["failed"]) == (0, [], 0), text[-3000:]
     assert list(dict.fromkeys(finding["check"] for finding in figures["findings"])) == CHECKS
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc")
+@pytest.mark.parametrize("number, code", [(signal.SIGHUP, 1), (signal.SIGKILL, -9)])
+def test_a_hang_up_leaves_a_report_and_no_job(number, code, tmp_path):
+    """As when the connection to a rented machine is lost: a job would keep its GPU for ever."""
+    out = tmp_path / "out"
+    program = [sys.executable, str(FOLDER / "acceptance.py"), "--dry", "--out", str(out)]
+    process = subprocess.Popen(
+        [*program, "--only", "signal"], env=clean_env(), stdout=subprocess.DEVNULL
+    )
+    jobs = []
+    while len(jobs) < 2 and process.poll() is None:  # torchrun and what trains without end
+        time.sleep(0.05)
+        jobs = descendants_of(process.pid)
+    process.send_signal(number)
+    assert process.wait(120) == code
+    if number == signal.SIGHUP:
+        figures = json.loads((out / "acceptance.json").read_text())
+        failed = [row["value"] for row in figures["findings"] if not row["passed"]]
+        assert failed == ["interrupted"]
+    for job in jobs:
+        wait_until_dead(job)
 
 
 def test_every_system_was_trained_and_compared(rehearsal):

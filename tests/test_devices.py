@@ -189,6 +189,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         tg.Runtime(tg.Config(), ranks)
 
 
+# Processors, processes on the machine -> threads of each.
+THREADS = [(200, 8, 16), (64, 8, 8), (16, 1, 16), (4, 8, 1)]
+
+
+@pytest.mark.parametrize("processors, processes, threads", THREADS)
+def test_processes_of_gpus_share_the_processors(processors, processes, threads, monkeypatch):
+    """torchrun gives each one thread, and packing would take as long as that."""
+    found = []
+    monkeypatch.setattr(tg, "PROCESSORS", processors)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(torch.cuda, "set_device", id)  # which does nothing
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", id)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", id)
+    rt = cpu_runtime()
+    rt.cuda, rt.local_world = True, processes
+    rt._prepare_device()
+    assert found == [threads]
+
+
 BACKENDS = [tg.sdpa_attention, tg.blocked_attention]
 
 

@@ -21,6 +21,7 @@ from helpers import (
     Noise,
     build,
     cpu_runtime,
+    failed,
     mild,
     published,
     short_text,
@@ -287,6 +288,24 @@ def test_a_model_that_mixes_devices_is_caught(run_log, monkeypatch):
         trainer = trainer_of(rt, run_log, **PLAIN)
         with pytest.raises(RuntimeError, match="add mixes devices"):
             whole_step(trainer)
+
+
+def test_a_device_without_float64_trains_and_scores_in_windows(run_log, monkeypatch):
+    """All that SMOKE=1 does on Apple's GPU, whose path no test can take."""
+    monkeypatch.setattr(tg, "NO_FLOAT64", (FAR.type,))
+    smoke = dataclasses.asdict(tg.load_config({"SMOKE": "1"}))
+    smoke |= dict(train_seq_len=32, eval_stride=8)
+    tokens = short_text(np.random.default_rng(0))[:162]
+    nats = []
+    with far_device(float64=False):
+        for rt in (far_runtime(), cpu_runtime()):
+            trainer = trainer_of(rt, run_log, **smoke)
+            whole_step(trainer)
+            scorer = tg.Scorer("plain", tg.WindowNetwork(trainer.model, rt, trainer.cfg, 32, 8))
+            score = tg.evaluate(scorer, tokens, TABLE, trainer.cfg, rt, run_log)
+            assert not failed(tg.check_score(score, scorer, tokens, TABLE, trainer.cfg, rt, {}))
+            nats.append(score.nats)
+    np.testing.assert_allclose(nats[0], nats[1], atol=1e-5)
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_signal_after_the_last_step_waits_for_the_artifact(place, tmp_path, mo
     assert again["stages"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_training_leaves_a_checkpoint(number, tmp_path, monkeypatch):
     """And the training goes on from there to the same end."""
     when_said(monkeypatch, "clip_gradients", lambda: signal.raise_signal(number))
@@ -89,6 +89,17 @@ def test_a_signal_in_training_leaves_a_checkpoint(number, tmp_path, monkeypatch)
     checkpoint = str(tmp_path / "a/checkpoint.pt")
     _, resumed, _ = run(tmp_path / "a", RESUME=checkpoint, **settings)
     assert resumed["artifact_sha256"] == straight["artifact_sha256"]
+
+
+def test_a_hang_up_that_is_ignored_ends_nothing(tmp_path, monkeypatch):
+    """Under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        when_said(monkeypatch, "clip_gradients", lambda: signal.raise_signal(signal.SIGHUP))
+        code, result, _ = run(tmp_path, GRAD_CLIP_NORM="1", VAL_TOKENS="0", WARMUP_STEPS="0")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (code, result["steps"]) == (0, 6)
 
 
 def test_sigusr1_outside_training_does_no_harm(tmp_path, monkeypatch):
@@ -248,10 +259,12 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_a_finished_run_is_not_overwritten(finished, capsys):
+@pytest.mark.parametrize("started_again", ["0", "1"])
+def test_a_finished_run_is_not_overwritten(started_again, finished, capsys):
+    """Not by torchrun, either, which starts again what failed while it was scored."""
     before = {path: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     env = tiny_settings(finished)
-    assert tg.main([], env) == 64
+    assert tg.main([], {**env, "TORCHELASTIC_RESTART_COUNT": started_again}) == 64
     assert "holds an artifact, model.ptz" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
 

@@ -17,6 +17,7 @@ NOT_HERE = {
     "--track 10min_16mb": "eight GPUs",
     "MICRO_BATCH_TOKENS=32768 python train_gpt.py": "a GPU, and the challenge's shards",
     "prepare.py fineweb": "a download of 16 GB",
+    "tmux new": "a terminal",
     "nvidia-smi": "a driver",
     "git clone ": "the project's address",
     "pip install -r requirements.txt": "an environment of its own",

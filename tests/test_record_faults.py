@@ -259,6 +259,22 @@ def test_artifact_that_scores_differently_alone(copy, quick):
     expect(find(copy, "R10"), "FAIL", "two processes differ from the logged score")
 
 
+def test_an_artifact_that_is_not_here_leaves_the_other_seeds_to_be_scored(copy, quick):
+    (copy / "model_seed1.ptz").unlink()
+    finding = find(copy, "R6")
+    expect(finding, "SKIPPED", "the artifact of train_seed1.log is not in the folder")
+    assert list(finding.figures["runs"]) == ["train_seed2.log"]
+
+
+@pytest.mark.parametrize("kind, confirmed", [("cpu", False), ("cuda", True)])
+def test_rounding_is_more_on_gpus(made, kind, confirmed):
+    """Other processes there take other documents at a time: 6e-6 bpb were seen."""
+    run = logs.read_run(made / "train_seed1.log")
+    run.result["machine"]["type"] = kind
+    score = {name: run.score[name] + 6e-6 for name in ("val_loss", "val_bpb")}
+    assert rescore.Rescore(score).confirms(run) == confirmed
+
+
 def test_damaged_artifact(copy, quick):
     (copy / "model_seed1.ptz").write_bytes((copy / "model_seed1.ptz").read_bytes()[:-1])
     expect(find(copy, "P1"), "FAIL", "sha256 differs")

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
+import record
+import tool
 from record_help import expect, find
 from tool import compare, logs, package, page, runs, strip, submission
 from tool.case import Case
@@ -480,3 +483,28 @@ def test_finished_runs_are_collected_with_the_copy_beside_their_script(stripped)
         copy = order.work / "train_gpt.readable.py"
         assert copy.is_file() == (stripped / copy.name).is_file()
         (stripped / copy.name).unlink(missing_ok=True)
+
+
+# Command -> exit code where neither matplotlib nor scipy is installed.
+ALONE = {"pack": 0, "check": 0, "compare": 64, "board": 64, "new": 64}
+
+
+@pytest.mark.parametrize("command", ALONE)
+def test_only_what_draws_or_compares_needs_more_packages(command, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "scipy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("page", "board", "compare"):  # as in a fresh process
+        monkeypatch.delitem(sys.modules, f"tool.{name}", raising=False)
+        monkeypatch.delattr(tool, name, raising=False)
+    monkeypatch.setattr(record, "check_case", lambda case: [])
+    script = tmp_path / "script.py"
+    script.write_text("print(1)\n")
+    arguments = {
+        "pack": [str(script)],
+        "check": [str(tmp_path)],
+        "compare": [str(tmp_path), str(tmp_path)],
+        "board": [str(tmp_path)],
+        "new": ["x", "--track", "t", "--seeds", "1"],
+    }
+    assert record.main([command, *arguments[command]]) == ALONE[command]
+    assert ("pip install matplotlib scipy" in capsys.readouterr().err) == (ALONE[command] == 64)

@@ -101,6 +101,22 @@ def preflight(folder, track="cpu_1mb", settings="", script=None):
     return Preflight(folder, track)
 
 
+# Track, seeds and processes, and what is said before anything runs.
+ORDERS = [
+    ("10min_16mb", 3, 8, []),
+    ("10min_16mb", 1, 8, ["--seeds: 1 given, the track asks for 3"]),
+    ("10min_16mb", 3, 1, ["--nproc 1: in this track it is 8"]),
+    ("1gpu", 1, 8, ["--nproc 8: in this track it is 1"]),
+    ("cpu_1mb", 1, 4, []),
+]
+
+
+@pytest.mark.parametrize("track, seeds, nproc, problems", ORDERS)
+def test_an_order_that_its_track_does_not_allow_is_refused(tmp_path, track, seeds, nproc, problems):
+    preflight(tmp_path)
+    assert Preflight(tmp_path, track, seeds, nproc).problems == problems
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -134,6 +150,32 @@ def test_a_script_of_somebody_else_may_lack_all_of_these_settings(tmp_path):
     (tmp_path / "train_gpt.py").write_text("print(1)\n")
     found = Preflight(tmp_path, "cpu_1mb")
     assert (found.problems, found.warnings) == ([], [])
+
+
+FAILS = """
+import json, os, pathlib, sys
+out = pathlib.Path(os.environ["OUT_DIR"])
+out.mkdir()
+(out / "result.json").write_text(json.dumps({"exit_code": %d}))
+sys.exit(1)
+"""
+
+
+# A run's own exit code, and the advice.
+ENDS = [(5, "other settings need another NAME"), (143, "The same command goes on")]
+
+
+@pytest.mark.parametrize("code, advice", ENDS)
+def test_a_seed_that_fails_is_told_by_its_own_exit_code(place, tmp_path, capsys, code, advice):
+    """torchrun's is 1 whatever happened."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS % code)
+    config = str(place / "config.env")
+    arguments = ["--track", "t", "--config", config, "--seeds", "1", "--script", str(script)]
+    assert new(place, f"fails{code}", *arguments) == 64
+    said = capsys.readouterr().err
+    assert f"seed 1 ended with exit code {code}; " in said
+    assert advice in said
 
 
 def test_other_settings_after_a_refusal_are_no_other_record(place, tmp_path):

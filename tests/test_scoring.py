@@ -270,12 +270,15 @@ def test_stage_that_does_not_fit_is_skipped(tokens, rt, run_log):
 
 
 class Slow(Unigram):
-    """Takes so many seconds for each batch and commit, the first ones `cold` instead."""
+    """Takes so many seconds for each batch and commit, the first ones `cold` instead.
 
-    def __init__(self, now, cold, batch, commit):
+    A later one takes `stall` more.
+    """
+
+    def __init__(self, now, cold, batch, commit, stall):
         super().__init__()
         self.now = now
-        self.batches = iter([cold, cold] + [batch] * 2000)
+        self.batches = iter([cold, cold, batch, batch, batch + stall] + [batch] * 2000)
         self.commits = iter([cold] + [commit] * 2000)
         self.asked = 0
 
@@ -301,15 +304,19 @@ class Pace:
     commit: float = 0.0
     chunk: int = 0  # targets
     charged: int = 947
+    stall: float = 0.0
 
 
 PACES = {
     "compiles for 100 s, and fits 600 s": Pace(50.0, 0.3),
-    "compiles, and does not fit": Pace(50.0, 0.6, charged=8),
+    "the same with a stall before the first verdict": Pace(50.0, 0.3, stall=5.0),
+    "compiles, and does not fit by far": Pace(50.0, 2.0, charged=8),
+    "compiles, and does not quite fit: seen after an eighth": Pace(50.0, 0.6, charged=119),
     "the same without compilation": Pace(0.6, 0.6),
     "too late already": Pace(400.0, 0.0, charged=8),
     "chunks of two batches: a commit is part of the pace": Pace(50.0, 0.1, 0.5, 8),
-    "slow commits after two batches each": Pace(50.0, 0.1, 2.0, 8, charged=4),
+    "very slow commits after two batches each": Pace(50.0, 0.1, 8.0, 8, charged=4),
+    "slow commits after two batches each": Pace(50.0, 0.1, 2.0, 8, charged=122),
     "slow commits after ten batches each": Pace(50.0, 0.1, 2.0, 40),
 }
 
@@ -327,7 +334,7 @@ def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
     pace = PACES[case]
     tokens = np.arange(947 * 4 + 1) % 260
     now = [0.0]
-    network = Slow(now, pace.cold, pace.batch, pace.commit)
+    network = Slow(now, pace.cold, pace.batch, pace.commit, pace.stall)
     network.learns = bool(pace.chunk)
     network.chunk_targets = pace.chunk
     scorer = tg.Scorer("slow", network)
@@ -342,13 +349,17 @@ def test_compilation_is_spent_time_and_no_pace(case, rt, run_log):
 JUDGED = {
     "fits": ([64, 64, 64, 64], 1.0, 4),
     "does not fit": ([64, 64, 64, 64], 2.0, 2),
-    "long ones come last: 48 inputs in two batches, then 320 in eight": ([16, 32, 64, 64], 3.0, 2),
+    "long ones come last: 48 inputs in two batches, then 320 in eight": ([16, 32, 64, 64], 3.0, 3),
+    "so much too long that 32 inputs tell it": ([16, 32, 64, 64], 9.0, 2),
 }
 
 
 @pytest.mark.parametrize("case", JUDGED)
 def test_documents_are_judged_by_their_inputs(case, rt, run_log):
-    """After the second group, at its own pace, which grows with the context."""
+    """After the second group and, if that was less than a tenth, again after the third.
+
+    At its own pace, which grows with the context.
+    """
     lengths, seconds, groups = JUDGED[case]
     cfg, scorer = build(rt, **LORA, ttt_docs=16, ttt_lora_keep=True, eval_seq_len=64)
     sizes = np.repeat(lengths, 16)  # of 16 documents a group
@@ -366,6 +377,23 @@ def test_documents_are_judged_by_their_inputs(case, rt, run_log):
     score, finished = scored_in_time(scorer, plan, tokens, now, 1000.0, rt, run_log)
     assert finished == (groups == 4)
     assert score.coverage.sum() == 16 * sum(lengths[:groups])
+
+
+def adapted_in_time(limit, seconds, rt, run_log):
+    """Steps of an adaptation of 800, the tenth with a stall of two seconds, until it is stopped."""
+    now = [0.0]
+    guard = tg.TimeGuard("slow", limit, rt, run_log, lambda: now[0], 0.0, 0.0)
+    for step in range(1, 801):
+        now[0] += seconds + 2.0 * (step == 10)
+        if not guard.adapted(step / 800):
+            return step
+    return 800
+
+
+# Limit in seconds -> the step after which an adaptation of 800 steps of 0.1 s is stopped.
+@pytest.mark.parametrize("limit, last", [(100.0, 800), (70.0, 100), (20.0, 20)])
+def test_an_adaptation_is_judged_early_and_after_an_eighth(limit, last, rt, run_log):
+    assert adapted_in_time(limit, 0.1, rt, run_log) == last
 
 
 def test_adaptation_that_does_not_fit_is_stopped(tokens, rt, run_log):

@@ -22,7 +22,8 @@ class Preflight:
     problems: no record can come of it; warnings: somebody may want it so.
     """
 
-    def __init__(self, work: Path, track: str):
+    def __init__(self, work: Path, track: str, seeds: int = 0, nproc: int = 0):
+        """seeds, nproc: how many seeds, and processes each; 0: not known."""
         self.folder = Folder(work)
         self.track = TRACKS.get(track, Track())
         self.settings = _settings_of(self.folder)
@@ -30,6 +31,10 @@ class Preflight:
         self.warnings: list[str] = []
         if track not in TRACKS:
             self.warnings.append(f"track {track}: no limits are known, as of {', '.join(TRACKS)}")
+        if seeds and seeds < self.track.seeds:
+            self.problems.append(f"--seeds: {seeds} given, the track asks for {self.track.seeds}")
+        if nproc and self.track.world and nproc != self.track.world:
+            self.problems.append(f"--nproc {nproc}: in this track it is {self.track.world}")
         self._check_kind()
         self._check_data()
         self._check_size()

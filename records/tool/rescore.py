@@ -28,7 +28,9 @@ from tool.rerun import dies_with_parent, last_words, launcher, require_runnable,
 from train_gpt import MAGIC, Check
 
 OWN_SCRIPT = ROOT / "train_gpt.py"
-TOLERANCE = 1e-6  # nats per token, and bits per byte, between two runs of one script
+# Nats per token, and bits per byte, between two runs of one script: on CPUs, and on GPUs, where
+# another number of processes, or of documents at a time, rounds otherwise.
+TOLERANCE = {"cpu": 1e-6, "cuda": 1e-4}
 OWN_TOLERANCE = 1e-4  # ... between two scripts that compute the same, rounding apart
 LUCK = 20.0  # nats: random tokens come cheaper by so much with a chance of e^-20
 
@@ -47,6 +49,10 @@ class Rescore:
     def gap(self, run: Run) -> float:
         """To the logged score: nats per token or bits per byte, whichever is more."""
         return max(abs(self.score[name] - run.score[name]) for name in ("val_loss", "val_bpb"))
+
+    def confirms(self, run: Run) -> bool:
+        """Whether the gap is no more than rounding on machines like the run's explains."""
+        return self.gap(run) <= TOLERANCE.get(run.result["machine"]["type"], OWN_TOLERANCE)
 
 
 def rescore(
@@ -107,9 +113,13 @@ def check_fresh_process(case: Case) -> Check:
     problems = Problems()
     rows = {}
     for run in case.ours:
-        row = _check_alone(case, run, problems)
-        if row and not is_own_script(case):
-            row |= _check_independently(case, run, problems)
+        try:
+            row = _check_alone(case, run, problems)
+            if row and not is_own_script(case):
+                row |= _check_independently(case, run, problems)
+        except NotHere as reason:  # other seeds' artifacts may be
+            problems.skip(str(reason))
+            continue
         rows[run.name] = row
     worst = max((row.get("gap", 0.0) for row in rows.values()), default=0.0)
     told = f"{len(rows)} artifacts score the same alone (largest gap {worst:.1g} nats)"
@@ -130,14 +140,13 @@ def _check_alone(case: Case, run: Run, problems: Problems) -> dict[str, Any]:
     if found.error:
         problems.fail(f"{run.name}: the artifact cannot be scored ({found.error})")
         return {}
-    gap = found.gap(run)
-    if not gap <= TOLERANCE:
+    if not found.confirms(run):
         problems.fail(
             f"{run.name}: a fresh process scores {found.score['val_bpb']:.8f} bpb, "
             f"logged are {run.score['val_bpb']:.8f}"
         )
         return {}
-    return {"val_loss": found.score["val_loss"], "gap": gap}
+    return {"val_loss": found.score["val_loss"], "gap": found.gap(run)}
 
 
 def _check_independently(case: Case, run: Run, problems: Problems) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def _check_on_noise(case: Case, run: Run, reason: str, problems: Problems) -> di
     on_noise = f"on random tokens it states {loss:.4f} nats per token"
     if not loss >= least:
         problems.fail(f"{run.name}: {on_noise}, no distribution can have less than {least:.4f}")
-    elif found.gap(run) <= TOLERANCE:
+    elif found.confirms(run):
         problems.fail(f"{run.name}: {on_noise}, the same as on the text")
     else:
         problems.skip(f"{only}; {on_noise}, no less than they cost")
@@ -218,6 +227,6 @@ def check_determinism(case: Case) -> Check:
         return problems.outcome("R10", "")
     gap = found.gap(run)
     told = f"{run.name}: two processes differ from the logged score by {gap:.1g} nats"
-    if not gap <= TOLERANCE:
+    if not found.confirms(run):
         problems.fail(told)
     return problems.outcome("R10", told, gap_nats=gap)

@@ -30,12 +30,23 @@ from tool.preflight import Preflight
 from tool.rerun import dies_with_parent, launcher
 from tool.strip import readable_of, wrap_stripped
 from tool.wrapper import unpack_source, wrap
-from train_gpt import SETTING_NAMES, atomic_write, sha256
+from train_gpt import (
+    AUDIT_FAILED,
+    DIVERGED,
+    OUT_OF_MEMORY,
+    OVER_SIZE,
+    OVER_TIME,
+    SETTING_NAMES,
+    atomic_write,
+    sha256,
+)
 
 GRACE_SECONDS = 60.0  # for a training to write its checkpoint
 SNAPSHOT = ("train_gpt.py", "train_gpt.readable.py", "config.env")  # what a record may hold of it
 LOCK = Path(tempfile.gettempdir()) / "parameter_golf.lock"
 FINISHED = ("finished", "wallclock_cap")
+# Exit codes of a run that ends like this every time.
+OWN_FAULTS = (OVER_SIZE, OUT_OF_MEMORY, DIVERGED, OVER_TIME, AUDIT_FAILED)
 LOOKED_AT = 200  # commits of the script, the newest, that may have been the one that ran
 # Settings that are not copied into a collected config.env.
 LEFT_OUT = RUN_SETTINGS - {"DEVICE"}
@@ -234,7 +245,7 @@ def interrupts_deferred() -> Iterator[None]:
     """A signal that would end this process waits until the block is done."""
     seen = []
     handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         handlers[number] = signal.signal(number, lambda *signalled: seen.append(signalled))
     try:
         yield
@@ -253,15 +264,19 @@ def run_seed(order: Order, seed: int) -> None:
     command = [*launcher(order.nproc), "train_gpt.py"]
     code = run_to_its_end(command, order.work, env)
     if code or not is_finished(out, sha256(order.work / "train_gpt.py"), seed):
+        code = read_result(out).get("exit_code") or code  # torchrun's own is 1 whatever happened
+        further = "The same command goes on"
+        if code in OWN_FAULTS:
+            further = "It would end like this again: other settings need another NAME"
         raise RecordError(
             f"seed {seed} ended with exit code {code}; see {out / 'train.log'}. "
-            "Nothing was recorded; the finished seeds are kept, the same command goes on"
+            f"Nothing was recorded; the finished seeds are kept. {further}"
         )
 
 
 def look_ahead(order: Order) -> None:
     """Says what may be wrong with the snapshot; RecordError if it can never become a record."""
-    found = Preflight(order.work, order.track)
+    found = Preflight(order.work, order.track, len(order.seeds), order.nproc)
     if found.problems:
         problems = "\n".join(map(shown, found.problems))
         raise RecordError(f"{problems}\nno record can come of this; nothing was started")

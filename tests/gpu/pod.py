@@ -8,6 +8,7 @@ side on several GPUs (lanes).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -217,11 +218,17 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+
+
 def be_job(job: Job, env: Mapping[str, str], log: Path, threads: int) -> None:
     """What the forked process does; it does not return."""
     code = 1
     try:
         os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # nothing trains on for ever
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
