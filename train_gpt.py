@@ -1710,11 +1710,6 @@ def keep_freed_memory() -> None:
 NO_FLOAT64 = ("mps",)  # kinds of devices without that format
 
 
-def in_float64(numbers: Tensor) -> Tensor:
-    """The same in float64; on the host, where their device has none."""
-    return (numbers.cpu() if numbers.device.type in NO_FLOAT64 else numbers).double()
-
-
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has instructions for products in bfloat16, as oneDNN sees it."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -6831,7 +6826,8 @@ class Softmax(Distribution):
     hidden: Tensor  # [B, S, D] the final norm's output
 
     def prob(self, ids: Tensor) -> Tensor:
-        return in_float64(self.log_p.gather(-1, ids)).exp()
+        log_p = self.log_p.gather(-1, ids)
+        return (log_p.cpu() if log_p.device.type in NO_FLOAT64 else log_p).double().exp()
 
 
 @dataclasses.dataclass
@@ -7757,8 +7753,9 @@ class Score:
         }
 
 
-# Kind of round -> after so many the pace counts, and after so many a stage is judged early.
-ROUNDS = {"adaptation": (4, 20), "batch": (2, 8), "group": (1, 2)}
+# Kind of round -> after so many the pace counts, and after so many a stage is judged early (0: by
+# these never).
+ROUNDS = {"adaptation": (4, 20), "batch": (2, 8), "chunk": (1, 0), "group": (1, 2)}
 
 
 @dataclasses.dataclass
@@ -7795,7 +7792,7 @@ class TimeGuard:
         self.rounds[kind] += 1
         warm, early = ROUNDS[kind]
         if self.rounds[kind] == warm:
-            self.pace_from(share)
+            self.since, self.share = self.now(), share
         late = self.rounds[kind] > early and rounds_over >= 1 / 8 and kind not in self.settled
         if late:
             self.settled.add(kind)
@@ -7909,7 +7906,9 @@ def score_chunks(
             done += chunk.weight / total
             line = f"{score.name}: running_loss:{charged / max(count, 1):.4f}"
             log.show_progress(line, begun, done)
-            if not guard.after("batch", done, batches / all_batches, not scorer.network.learns):
+            judged = not scorer.network.learns
+            # One or two foretell nothing.
+            if all_batches > 2 and not guard.after("batch", done, batches / all_batches, judged):
                 return False
         if chunk.closes:
             score.events.append(("score", chunk.lo, chunk.hi))
@@ -7917,8 +7916,7 @@ def score_chunks(
             scorer.commit(chunk, tokens)
             if chunk.closes:
                 score.events.append(("commit", chunk.lo, chunk.hi))
-            if number == 0:
-                guard.pace_from(done)  # what comes first asks for memory
+            guard.after("chunk", done, 0.0)  # the first asks for memory
             if chunk.ends_documents and not guard.after("group", done, number / len(chunks)):
                 return False
     return True
@@ -7947,15 +7945,10 @@ def warm_up_scorer(scorer: Scorer, cfg: Config, rt: Runtime, table: ByteTable, c
     scorer.load_state_dict(state)
 
 
-def targets_of(tokens: np.ndarray, batch: Batch, rt: Runtime) -> Tensor:
-    """A batch's targets [B, S, 1]."""
-    return rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)
-
-
 def score_batch(scorer: Scorer, batch: Batch, tokens: np.ndarray, rt: Runtime) -> Tensor:
     """Nats of a batch's targets [B, S]: predicted, charged, and then set aside for what learns."""
     distribution = scorer.predict(batch)
-    targets = targets_of(tokens, batch, rt)  # known only now
+    targets = rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)  # known only now
     nats = -distribution.prob(targets).squeeze(-1).log().float()
     if scorer.learns:
         scorer.collect(batch, distribution, targets)
@@ -8216,6 +8209,11 @@ def check_order(score: Score) -> Check:
             )
         charged = max(charged, hi)
     return Check("order", figures={"events": len(score.events)})
+
+
+def targets_of(tokens: np.ndarray, batch: Batch, rt: Runtime) -> Tensor:
+    """A batch's targets [B, S, 1]."""
+    return rt.put(tokens[batch.index + 1].astype(np.int64)).unsqueeze(-1)
 
 
 @torch.inference_mode()

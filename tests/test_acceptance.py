@@ -66,9 +66,11 @@ def test_a_hang_up_leaves_a_report_and_no_job(number, code, tmp_path):
     """As when the connection to a rented machine is lost: a job would keep its GPU for ever."""
     out = tmp_path / "out"
     program = [sys.executable, str(FOLDER / "acceptance.py"), "--dry", "--out", str(out)]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started these tests
     process = subprocess.Popen(
         [*program, "--only", "signal"], env=clean_env(), stdout=subprocess.DEVNULL
     )
+    signal.signal(signal.SIGHUP, before)
     jobs = []
     while len(jobs) < 2 and process.poll() is None:  # torchrun and what trains without end
         time.sleep(0.05)

@@ -952,18 +952,3 @@ def test_options_choose_another_place(place):
 def test_a_place_that_is_none_is_named(env, complaint, capsys):
     assert prepare.main(["fineweb"], env) == 64
     assert re.search(complaint, capsys.readouterr().err)
-
-
-WITHOUT = """
-import runpy, sys
-sys.modules["filelock"] = None
-sys.argv = ["prepare.py", "demo"]
-runpy.run_path(%r, run_name="__main__")
-"""
-
-
-def test_a_missing_package_is_named_with_what_installs_it():
-    """Alone: another torch would take the place of an image's own."""
-    done = python("-c", WITHOUT % str(ROOT / "data/prepare.py"))
-    assert done.code == 64
-    assert re.search("filelock.*pip install -U huggingface_hub filelock tqdm", done.err)

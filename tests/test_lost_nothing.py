@@ -81,6 +81,7 @@ def test_a_signal_after_the_last_step_waits_for_the_artifact(place, tmp_path, mo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_training_leaves_a_checkpoint(number, tmp_path, monkeypatch):
     """And the training goes on from there to the same end."""
+    monkeypatch.setattr(signal, "SIG_IGN", None)  # as if no nohup had started these tests
     when_said(monkeypatch, "clip_gradients", lambda: signal.raise_signal(number))
     settings = dict(GRAD_CLIP_NORM="1", VAL_TOKENS="0", WARMUP_STEPS="0")
     code, result, _ = run(tmp_path / "a", **settings)
