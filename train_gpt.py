@@ -4663,6 +4663,7 @@ class Trainer:
         row = torch.empty(1, cfg.row_tokens, dtype=torch.int64, device=rt.device)
         self.context = None if cfg.train_doc_mask else model.context(row)
         self.context_rows = cfg.context_rows
+        self.shortest = min(length for length, _ in self.context_rows)
         self.longest = cfg.train_seq_len  # tokens of a segment, now
         trained = [p for p in model.parameters() if p.requires_grad]
         self.gradients = bind_flat_gradients(trained)
@@ -4739,8 +4740,8 @@ class Trainer:
     def packed_context(self, ids: np.ndarray) -> PassContext:
         """What keeps attention inside the documents of a row [1, T]."""
         # Shapes are for the longest and the most pieces of the whole run: a change is no new graph.
-        room, cut = self.cfg.train_seq_len, min(length for length, _ in self.context_rows)
-        return packed_context(self.model, self.rt, ids, self.longest, room, cut)
+        room = self.cfg.train_seq_len
+        return packed_context(self.model, self.rt, ids, self.longest, room, self.shortest)
 
     def follow(self, share: float) -> None:
         """Depth recurrence and largest segments as they are when that share of the run is over."""
@@ -7779,11 +7780,6 @@ class TimeGuard:
     rounds: Counter[str] = dataclasses.field(default_factory=Counter)
     settled: set[str] = dataclasses.field(default_factory=set)  # kinds that were judged twice
 
-    def pace_from(self, share: float) -> None:
-        """What is done from here on tells the pace."""
-        self.since = self.now()
-        self.share = share
-
     def after(self, kind: str, share: float, rounds_over: float, judged: bool = True) -> bool:
         """After a round of a kind, with this share done -> whether there is time for the rest.
 
@@ -7861,7 +7857,7 @@ def evaluate(
             score.events.append(("commit", 0, targets))
             if not scorer.training.learn(tokens, 0.0, guard.adapted):
                 return None
-            guard.pace_from(0.0)
+            guard = dataclasses.replace(guard, since=now(), share=0.0)  # a pace of its own
         if not score_chunks(scorer, plan, tokens, score, rt, log, guard):
             return None
         for array in (score.nats, score.coverage):
